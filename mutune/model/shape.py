@@ -1,0 +1,135 @@
+"""The decoder's shape, without torch: widths, heads, switches, and the list of its tensors with one role each."""
+
+from dataclasses import dataclass, replace
+
+from mutune.errors import Refusal, require, require_number
+from mutune.parametrization.plan import BaseShape, TensorSpec, base_of, kind
+
+POSITIONS = ("alibi", "learned")
+ACTIVATIONS = ("swiglu", "gelu")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a BTLM decoder (Cerebras BTLM-3B-8K; GELU and learned positions give the Cerebras-GPT variants).
+
+    Attributes:
+        width: model width d.
+        depth: number of blocks L.
+        head_size: d_head; used when `num_heads` is None.
+        num_heads: number of heads H; None takes width / head_size.
+        ffn_width: feed-forward width f; None takes floor(8d/3).
+        positions: `alibi` or `learned`.
+        max_positions: length of the learned position table (unused with ALiBi).
+        activation: `swiglu` or `gelu`.
+    """
+
+    width: int = 32
+    depth: int = 4
+    head_size: int = 16
+    num_heads: int | None = None
+    ffn_width: int | None = None
+    positions: str = "alibi"
+    max_positions: int = 2048
+    activation: str = "swiglu"
+
+    def __post_init__(self) -> None:
+        for name, example in (("width", 64), ("depth", 4), ("head_size", 16), ("max_positions", 2048)):
+            require_number(f"model.{name}", getattr(self, name), at_least=1, example=example)
+        for name, known in (("positions", POSITIONS), ("activation", ACTIVATIONS)):
+            value = getattr(self, name)
+            require(value in known, f"model.{name}={value} is unknown; known values: {', '.join(known)}.")
+        if self.ffn_width is not None:
+            require_number("model.ffn_width", self.ffn_width, at_least=1, example=8 * self.width // 3)
+        if self.num_heads is None:
+            self._check_divides("head_size", self.head_size, self.width // self.head_size)
+        else:
+            require_number("model.num_heads", self.num_heads, at_least=1, example=max(1, self.width // 16))
+            self._check_divides("num_heads", self.num_heads, self.num_heads)
+
+    def _check_divides(self, key: str, divisor: int, heads: int) -> None:
+        if self.width % divisor == 0:
+            return
+        good = [n for n in range(1, self.width + 1) if self.width % n == 0]
+        nearest = sorted(sorted(good, key=lambda n: abs(n - divisor))[:2])
+        raise Refusal(
+            f"model.{key}={divisor} does not divide model.width={self.width}; the nearest that do are "
+            f"{' and '.join(f'model.{key}={n}' for n in nearest)}."
+        )
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads H."""
+        return self.num_heads if self.num_heads is not None else self.width // self.head_size
+
+    @property
+    def size_per_head(self) -> int:
+        """d_head = d / H."""
+        return self.width // self.heads
+
+    @property
+    def ffn(self) -> int:
+        """Feed-forward width f, by default floor(8d/3) as in BTLM (2560 → 6826)."""
+        return self.ffn_width if self.ffn_width is not None else 8 * self.width // 3
+
+    def at_width(self, width: int) -> "ModelConfig":
+        """The same family at another width: head size, depth and switches kept, FFN by its default rule.
+
+        Ladders fix d_head and grow the head count (DESIGN decision 3).
+        """
+        return replace(self, width=width, head_size=self.size_per_head, num_heads=None, ffn_width=None)
+
+
+def tensor_specs(shape: ModelConfig, vocab_size: int) -> list[TensorSpec]:
+    """Every distinct trainable tensor, in the order of `Decoder.named_parameters()`; the tied table once."""
+    d, f = shape.width, shape.ffn
+    specs = [TensorSpec("wte.weight", "embedding", (vocab_size, d), d)]
+    if shape.positions == "learned":
+        specs.append(TensorSpec("wpe.weight", "position_embedding", (shape.max_positions, d), d))
+    for i in range(shape.depth):
+        specs += _block_specs(f"h.{i}", d, f, shape.activation)
+    return specs + _norm_specs("ln_f", d, in_block=False)
+
+
+def _block_specs(block: str, d: int, f: int, activation: str) -> list[TensorSpec]:
+    specs = _norm_specs(f"{block}.ln_1", d)
+    specs += _linear_specs(f"{block}.attn.c_attn", "hidden", 3 * d, d)
+    specs += _linear_specs(f"{block}.attn.c_proj", "residual_output", d, d)
+    specs += _norm_specs(f"{block}.ln_2", d)
+    specs += _linear_specs(f"{block}.mlp.c_fc", "hidden", f, d)
+    if activation == "swiglu":
+        specs += _linear_specs(f"{block}.mlp.c_fc2", "hidden", f, d)
+    return specs + _linear_specs(f"{block}.mlp.c_proj", "residual_output", d, f)
+
+
+def _norm_specs(name: str, d: int, in_block: bool = True) -> list[TensorSpec]:
+    return [
+        TensorSpec(f"{name}.weight", "gain", (d,), d, in_block),
+        TensorSpec(f"{name}.bias", "bias", (d,), d, in_block),
+    ]
+
+
+def _linear_specs(name: str, role: str, fan_out: int, fan_in: int) -> list[TensorSpec]:
+    return [
+        TensorSpec(f"{name}.weight", role, (fan_out, fan_in), fan_in, in_block=True),
+        TensorSpec(f"{name}.bias", "bias", (fan_out,), fan_out, in_block=True),
+    ]
+
+
+def built_base(shape: ModelConfig) -> BaseShape:
+    """The base that is built from a shape: its integer sizes, each tensor with its own fan-in."""
+    return base_of(tensor_specs(shape, vocab_size=1), width=shape.width, depth=shape.depth)
+
+
+def declared_base(width: float, ffn_width: float, depth: int, like: ModelConfig) -> BaseShape:
+    """A base that is only declared, with real-valued widths.
+
+    BTLM's configuration declares `mup_base_hidden_size: 256` and `mup_base_filter_size: 682.6`, so that both ratios
+    of the 2,560-wide model are exactly 10.
+
+    Args:
+        width, ffn_width, depth: the declared d, f and L.
+        like: a shape of the same family; it tells which tensors exist.
+    """
+    real = {like.width: width, 3 * like.width: 3 * width, like.ffn: ffn_width}
+    return BaseShape(width, depth, {kind(s.name): real[int(s.fan_in)] for s in tensor_specs(like, vocab_size=1)})

@@ -1,0 +1,217 @@
+"""The plan: a table and two shapes become one plain number per tensor and per site. No torch, no state on tensors."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+from mutune.errors import Refusal
+from mutune.parametrization.hyperparameters import BaseHyperparameters
+from mutune.parametrization.rules import NORMAL, TRUNCATED_NORMAL, TRUNCATED_STD_RATIO, Rule, Site, Table
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One distinct trainable tensor of a model.
+
+    Attributes:
+        name: the parameter's name in `model.named_parameters()`.
+        role: the row of the table that rules it.
+        shape: dimensions, `(fan_out, fan_in)` for matrices.
+        fan_in: number of inputs each output sums over; for the embedding table and for vectors, the width they carry.
+        in_block: whether it sits inside a residual block (depth rules apply there).
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    fan_in: float
+    in_block: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One row of `parametrization.csv`. Multipliers are relative to the base hyperparameters."""
+
+    name: str
+    role: str
+    shape: str
+    fan_in: float
+    width_mult: float
+    depth_mult: float
+    init: str
+    init_std: float
+    init_std_realised: float
+    lr_mult: float
+    wd_mult: float
+    eps_mult: float
+    peak_lr: float
+    weight_decay: float
+    adam_eps: float
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One row of `multipliers.csv`: the number the forward pass multiplies with at `site`, acting on `tensor`."""
+
+    site: str
+    tensor: str
+    value: float
+    formula: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a table says about one model at one shape, keyed by parameter name."""
+
+    table: str
+    parameters: dict[str, TensorPlan]
+    multipliers: dict[str, SitePlan]
+
+    def parameters_csv(self) -> str:
+        """`parametrization.csv` as text, one row per distinct tensor."""
+        return _csv(asdict(row) for row in self.parameters.values())
+
+    def multipliers_csv(self) -> str:
+        """`multipliers.csv` as text, one row per site."""
+        return _csv(asdict(row) for row in self.multipliers.values())
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data for a checkpoint; equal plans give equal data."""
+        return {
+            "table": self.table,
+            "parameters": {name: asdict(row) for name, row in self.parameters.items()},
+            "multipliers": {name: asdict(row) for name, row in self.multipliers.items()},
+        }
+
+
+@dataclass(frozen=True)
+class BaseShape:
+    """The shape at which the base hyperparameters live: fan-ins by tensor *kind*, width, and depth.
+
+    Attributes:
+        width: model width d (may be real-valued when declared instead of built).
+        depth: number of blocks.
+        fan_in: the base fan-in of each tensor, keyed by its name without the block index (`h.*.mlp.c_proj.weight`).
+    """
+
+    width: float
+    depth: int
+    fan_in: Mapping[str, float]
+
+
+def kind(name: str) -> str:
+    """The parameter's name with block indices replaced: `h.3.ln_1.bias` → `h.*.ln_1.bias`."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def base_of(specs: Iterable[TensorSpec], *, width: float, depth: int) -> BaseShape:
+    """The base built from a model's own tensors, each with its own (integer) fan-in."""
+    return BaseShape(width, depth, {kind(spec.name): spec.fan_in for spec in specs})
+
+
+def make_plan(
+    table: Table,
+    specs: Iterable[TensorSpec],
+    base: BaseShape,
+    hyperparameters: BaseHyperparameters,
+    *,
+    width: int,
+    depth: int,
+    head_size: int,
+) -> Plan:
+    """Turn base hyperparameters into per-tensor and per-site values at the given shape.
+
+    Args:
+        table: the parametrization.
+        specs: every distinct trainable tensor of the model, once.
+        base: the shape at which `hyperparameters` live.
+        hyperparameters: values at the base.
+        width, depth, head_size: d, L and d_head of the model that `specs` describe.
+
+    Raises:
+        Refusal: a tensor whose role the table does not rule, or that the base does not have.
+    """
+    eps = table.adam_eps if hyperparameters.adam_eps is None else hyperparameters.adam_eps
+    rows = {spec.name: _tensor_plan(table, spec, base, hyperparameters, eps, depth) for spec in specs}
+    tensors = {site: _site_tensor(site, rows) for site in table.sites}
+    sites = {
+        name: SitePlan(name, tensors[name], _site_value(site, width / base.width, head_size, hyperparameters), site.formula)
+        for name, site in table.sites.items()
+    }
+    return Plan(table.name, rows, sites)
+
+
+def _tensor_plan(
+    table: Table, spec: TensorSpec, base: BaseShape, hyper: BaseHyperparameters, eps: float, depth: int
+) -> TensorPlan:
+    if spec.role not in table.rules:
+        raise Refusal(f"table {table.name} has no rule for role {spec.role} of {spec.name}; it rules {list(table.rules)}.")
+    if kind(spec.name) not in base.fan_in:
+        raise Refusal(f"the base shape has no tensor {kind(spec.name)}; build it with the same switches as the model.")
+    rule = table.rules[spec.role]
+    m = spec.fan_in / base.fan_in[kind(spec.name)]
+    std, realised = _init_std(rule, m, depth, hyper.init_std)
+    lr_mult, wd_mult, eps_mult = m**rule.lr, m**rule.wd if rule.decayed else 0.0, m**rule.eps
+    return TensorPlan(
+        name=spec.name,
+        role=spec.role,
+        shape="x".join(map(str, spec.shape)),
+        fan_in=spec.fan_in,
+        width_mult=m,
+        depth_mult=depth / base.depth if spec.in_block else 1.0,
+        init=rule.init,
+        init_std=std,
+        init_std_realised=realised,
+        lr_mult=lr_mult,
+        wd_mult=wd_mult,
+        eps_mult=eps_mult,
+        peak_lr=hyper.learning_rate * lr_mult,
+        weight_decay=hyper.weight_decay * wd_mult,
+        adam_eps=eps * eps_mult,
+    )
+
+
+def _init_std(rule: Rule, m: float, depth: int, sigma: float) -> tuple[float, float]:
+    """Nominal and realised std; σ·m^std, over sqrt(2L) where the rule says so; 0 for constants."""
+    if rule.init not in (NORMAL, TRUNCATED_NORMAL):
+        return 0.0, 0.0
+    scale = m ** (-2 * rule.std) * (2 * depth if rule.per_depth else 1)  # the variance's divisor, one square root
+    std = sigma / math.sqrt(scale)
+    return std, std * TRUNCATED_STD_RATIO if rule.init == TRUNCATED_NORMAL else std
+
+
+def _site_value(site: Site, m: float, head_size: int, hyper: BaseHyperparameters) -> float:
+    alpha = 1.0 if site.hyperparameter is None else getattr(hyper, site.hyperparameter)
+    return alpha * m**site.width * head_size**site.head
+
+
+_SITE_ENDINGS = {
+    "embedding": "wte.weight",
+    "attention_logits": "c_attn.weight",
+    "residual.attn": "attn.c_proj.weight",
+    "residual.mlp": "mlp.c_proj.weight",
+    "output": "wte.weight",
+}
+
+
+def _site_tensor(site: str, rows: Mapping[str, TensorPlan]) -> str:
+    """The tensor(s) whose product the site multiplies, with `*` for the block index."""
+    return next(kind(name) for name in rows if name.endswith(_SITE_ENDINGS[site]))
+
+
+def _csv(rows: Iterable[Mapping[str, object]]) -> str:
+    listed = list(rows)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(listed[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(listed)
+    return buffer.getvalue()
+
+
