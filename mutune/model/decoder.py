@@ -51,11 +51,11 @@ class Decoder(nn.Module):
             if time > self.shape.max_positions:
                 raise ValueError(f"context {time} exceeds model.max_positions={self.shape.max_positions}")
             x_BTD = x_BTD + self.wpe.weight[:time]
-        x_BTD = x_BTD * self.embedding_multiplier
+        x_BTD = _times(x_BTD, self.embedding_multiplier)
         bias_HTT = self._attention_bias(time, x_BTD.device, x_BTD.dtype)
         for block in self.h:
             x_BTD = block(x_BTD, bias_HTT)
-        return F.linear(self.ln_f(x_BTD), self.wte.weight) * self.output_multiplier
+        return F.linear(_times(self.ln_f(x_BTD), self.output_multiplier), self.wte.weight)
 
     def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token."""
@@ -105,8 +105,9 @@ class Attention(nn.Module):
         q_BHTK, k_BHTK, v_BHTK = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(x_BTD).chunk(3, dim=-1)
         )
+        bias_1HTT = bias_HTT[None]  # four dimensions: with three, torch's CPU kernel falls back to a slower path
         out_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BHTK, v_BHTK, attn_mask=bias_HTT, scale=self.logit_multiplier
+            q_BHTK, k_BHTK, v_BHTK, attn_mask=bias_1HTT, scale=self.logit_multiplier
         )
         return self.c_proj(out_BHTK.transpose(1, 2).flatten(-2))
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from mutune.errors import Refusal, require, require_number
-from mutune.parametrization.plan import BaseShape, TensorSpec, base_of, kind
+from mutune.parametrization.plan import BaseShape, TensorSpec, base_of
 
 POSITIONS = ("alibi", "learned")
 ACTIVATIONS = ("swiglu", "gelu")
@@ -80,18 +80,61 @@ class ModelConfig:
         return replace(self, width=width, head_size=self.size_per_head, num_heads=None, ffn_width=None)
 
 
+@dataclass(frozen=True)
+class BaseConfig:
+    """The shape at which base hyperparameters live.
+
+    Built from a proxy, it has the proxy's integer sizes. It may also be declared with real-valued ones: BTLM's
+    configuration has `mup_base_hidden_size: 256` and `mup_base_filter_size: 682.6`, so that both ratios of its
+    2,560-wide model are exactly 10.
+
+    Attributes:
+        width: d.
+        depth: L.
+        ffn_width: f; None takes floor(8d/3).
+    """
+
+    width: float = 32
+    depth: int = 4
+    ffn_width: float | None = None
+
+    def __post_init__(self) -> None:
+        require_number("base.width", self.width, at_least=1, example=256)
+        require_number("base.depth", self.depth, at_least=1, example=4)
+        if self.ffn_width is not None:
+            require_number("base.ffn_width", self.ffn_width, at_least=1, example=682.6)
+
+    @property
+    def ffn(self) -> float:
+        """Feed-forward width f."""
+        return self.ffn_width if self.ffn_width is not None else 8 * self.width // 3
+
+
+def base_config(shape: ModelConfig) -> BaseConfig:
+    """The base that is built from a proxy's shape."""
+    return BaseConfig(shape.width, shape.depth, shape.ffn)
+
+
 def tensor_specs(shape: ModelConfig, vocab_size: int) -> list[TensorSpec]:
     """Every distinct trainable tensor, in the order of `Decoder.named_parameters()`; the tied table once."""
-    d, f = shape.width, shape.ffn
-    specs = [TensorSpec("wte.weight", "embedding", (vocab_size, d), d)]
-    if shape.positions == "learned":
-        specs.append(TensorSpec("wpe.weight", "position_embedding", (shape.max_positions, d), d))
-    for i in range(shape.depth):
-        specs += _block_specs(f"h.{i}", d, f, shape.activation)
+    return _specs(shape.width, shape.ffn, shape.depth, shape, vocab_size)
+
+
+def base_shape(base: BaseConfig, like: ModelConfig) -> BaseShape:
+    """The fan-ins at the base, for a model with the switches of `like`."""
+    return base_of(_specs(base.width, base.ffn, 1, like, vocab_size=1), width=base.width, depth=base.depth)
+
+
+def _specs(d: float, f: float, depth: int, switches: ModelConfig, vocab_size: int) -> list[TensorSpec]:
+    specs = [TensorSpec("wte.weight", "embedding", (vocab_size, int(d)), d)]
+    if switches.positions == "learned":
+        specs.append(TensorSpec("wpe.weight", "position_embedding", (switches.max_positions, int(d)), d))
+    for i in range(depth):
+        specs += _block_specs(f"h.{i}", d, f, switches.activation)
     return specs + _norm_specs("ln_f", d, in_block=False)
 
 
-def _block_specs(block: str, d: int, f: int, activation: str) -> list[TensorSpec]:
+def _block_specs(block: str, d: float, f: float, activation: str) -> list[TensorSpec]:
     specs = _norm_specs(f"{block}.ln_1", d)
     specs += _linear_specs(f"{block}.attn.c_attn", "hidden", 3 * d, d)
     specs += _linear_specs(f"{block}.attn.c_proj", "residual_output", d, d)
@@ -102,34 +145,15 @@ def _block_specs(block: str, d: int, f: int, activation: str) -> list[TensorSpec
     return specs + _linear_specs(f"{block}.mlp.c_proj", "residual_output", d, f)
 
 
-def _norm_specs(name: str, d: int, in_block: bool = True) -> list[TensorSpec]:
+def _norm_specs(name: str, d: float, in_block: bool = True) -> list[TensorSpec]:
     return [
-        TensorSpec(f"{name}.weight", "gain", (d,), d, in_block),
-        TensorSpec(f"{name}.bias", "bias", (d,), d, in_block),
+        TensorSpec(f"{name}.weight", "gain", (int(d),), d, in_block),
+        TensorSpec(f"{name}.bias", "bias", (int(d),), d, in_block),
     ]
 
 
-def _linear_specs(name: str, role: str, fan_out: int, fan_in: int) -> list[TensorSpec]:
+def _linear_specs(name: str, role: str, fan_out: float, fan_in: float) -> list[TensorSpec]:
     return [
-        TensorSpec(f"{name}.weight", role, (fan_out, fan_in), fan_in, in_block=True),
-        TensorSpec(f"{name}.bias", "bias", (fan_out,), fan_out, in_block=True),
+        TensorSpec(f"{name}.weight", role, (int(fan_out), int(fan_in)), fan_in, in_block=True),
+        TensorSpec(f"{name}.bias", "bias", (int(fan_out),), fan_out, in_block=True),
     ]
-
-
-def built_base(shape: ModelConfig) -> BaseShape:
-    """The base that is built from a shape: its integer sizes, each tensor with its own fan-in."""
-    return base_of(tensor_specs(shape, vocab_size=1), width=shape.width, depth=shape.depth)
-
-
-def declared_base(width: float, ffn_width: float, depth: int, like: ModelConfig) -> BaseShape:
-    """A base that is only declared, with real-valued widths.
-
-    BTLM's configuration declares `mup_base_hidden_size: 256` and `mup_base_filter_size: 682.6`, so that both ratios
-    of the 2,560-wide model are exactly 10.
-
-    Args:
-        width, ffn_width, depth: the declared d, f and L.
-        like: a shape of the same family; it tells which tensors exist.
-    """
-    real = {like.width: width, 3 * like.width: 3 * width, like.ffn: ffn_width}
-    return BaseShape(width, depth, {kind(s.name): real[int(s.fan_in)] for s in tensor_specs(like, vocab_size=1)})

@@ -158,7 +158,8 @@ def _tensor_plan(
     rule = table.rules[spec.role]
     m = spec.fan_in / base.fan_in[kind(spec.name)]
     std, realised = _init_std(rule, m, depth, hyper.init_std)
-    lr_mult, wd_mult, eps_mult = m**rule.lr, m**rule.wd if rule.decayed else 0.0, m**rule.eps
+    lr_mult, eps_mult = _scale(1.0, m, rule.lr), _scale(1.0, m, rule.eps)
+    wd_mult = _scale(1.0, m, rule.wd) if rule.decayed else 0.0
     return TensorPlan(
         name=spec.name,
         role=spec.role,
@@ -172,9 +173,9 @@ def _tensor_plan(
         lr_mult=lr_mult,
         wd_mult=wd_mult,
         eps_mult=eps_mult,
-        peak_lr=hyper.learning_rate * lr_mult,
+        peak_lr=_scale(hyper.learning_rate, m, rule.lr),
         weight_decay=hyper.weight_decay * wd_mult,
-        adam_eps=eps * eps_mult,
+        adam_eps=_scale(eps, m, rule.eps),
     )
 
 
@@ -189,7 +190,12 @@ def _init_std(rule: Rule, m: float, depth: int, sigma: float) -> tuple[float, fl
 
 def _site_value(site: Site, m: float, head_size: int, hyper: BaseHyperparameters) -> float:
     alpha = 1.0 if site.hyperparameter is None else getattr(hyper, site.hyperparameter)
-    return alpha * m**site.width * head_size**site.head
+    return _scale(_scale(alpha, m, site.width), head_size, site.head)
+
+
+def _scale(value: float, m: float, exponent: float) -> float:
+    """value·m^exponent, by division where the exponent is negative: 2.22 / 10 is 0.222, 2.22 * 0.1 is not."""
+    return value / m**-exponent if exponent < 0 else value * m**exponent
 
 
 _SITE_ENDINGS = {

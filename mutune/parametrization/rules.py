@@ -136,3 +136,13 @@ def get_table(name: str) -> Table:
     if name not in TABLES:
         raise Refusal(f"parametrization.table={name} is unknown; known tables: {', '.join(sorted(TABLES))}.")
     return TABLES[name]
+
+
+@dataclass(frozen=True)
+class ParametrizationConfig:
+    """The table: `mup`, `btlm` or `sp`."""
+
+    table: str = "mup"
+
+    def __post_init__(self) -> None:
+        get_table(self.table)

@@ -1,0 +1,200 @@
+"""Where YAML meets Python: Hydra composes plain values, and `build` turns them into a room's dataclasses.
+
+A key exists because a dataclass has it. Every default is the dataclass's own; the YAML under `conf/` and `sweeps/`
+only chooses. Nothing below a door knows Hydra or OmegaConf.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from mutune.errors import Refusal
+
+T = TypeVar("T")
+
+_NAMES = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
+_EXAMPLES = {int: "32", float: "0.01", str: "runs", bool: "true"}
+
+
+def data_dir(name: str) -> Path:
+    """`conf` or `sweeps`: inside the installed package, or beside it in a checkout."""
+    here = Path(__file__).resolve().parent
+    return next(path for path in (here / name, here.parent / name) if path.is_dir())
+
+
+def build(cls: type[T], data: Any, key: str = "") -> T:
+    """Plain data → dataclass, strictly.
+
+    Args:
+        cls: a dataclass, whose fields may be dataclasses, lists, dicts, scalars, or any of these or None.
+        data: mappings, lists and scalars.
+        key: the key of `data` itself, for messages.
+
+    Raises:
+        Refusal: an unknown key, a value of the wrong type, or a value that the dataclass itself refuses.
+    """
+    if not isinstance(data, dict):
+        raise Refusal(f"{key}={_show(data)} must be a group of keys ({', '.join(_field_names(cls))}).")
+    hints = typing.get_type_hints(cls)
+    for name in data:
+        if name not in hints:
+            raise Refusal(unknown_key(_join(key, str(name)), [_join(key, known) for known in hints]))
+    return cls(**{name: _convert(hints[name], value, _join(key, name)) for name, value in data.items()})
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dicts and lists, ready for YAML or JSON."""
+    return typing.cast(dict[str, Any], _plain(dataclasses.asdict(config)))
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """The sentence for a key that no dataclass has."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}."
+    return f"unknown key {key}; {hint}"
+
+
+def compose(door: str, schema: type[T], overrides: Sequence[str]) -> T:
+    """Compose a door's configuration from its defaults, `conf/`, `sweeps/` and the command line.
+
+    Args:
+        door: the name of its file under `conf/`.
+        schema: the dataclass of the whole tree.
+        overrides: `key=value` words in Hydra's grammar.
+
+    Raises:
+        Refusal: anything that cannot be composed, Hydra's own complaints included.
+    """
+    from hydra import initialize_config_dir
+    from hydra import compose as hydra_compose
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    store = ConfigStore.instance()
+    store.store(name=f"{door}_defaults", node=plain(schema()))
+    for name, path in sweep_files().items():
+        store.store(group="sweep", name=name, node=_load_sweep(path), package="_global_", provider=str(path))
+    try:
+        with initialize_config_dir(config_dir=str(data_dir("conf")), version_base="1.3"):
+            composed = OmegaConf.to_container(hydra_compose(door, overrides=list(overrides)), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise Refusal(_sentence(error, schema)) from error
+    return build(schema, composed)
+
+
+def sweep_files() -> dict[str, Path]:
+    """Name → file of every known sweep; those in `./sweeps` of the working directory shadow ours."""
+    folders = [data_dir("sweeps"), Path.cwd() / "sweeps"]
+    return {path.stem: path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*.yaml"))}
+
+
+def choices(group: str) -> list[str]:
+    """The files of a config group under `conf/`."""
+    return sorted(path.stem for path in (data_dir("conf") / group).glob("*.yaml"))
+
+
+def _load_sweep(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise Refusal(f"the sweep file {path} is not valid YAML; mend or remove it.") from error
+    if not isinstance(data, dict):
+        raise Refusal(f"the sweep file {path} holds no keys; write at least `study: {path.stem}` into it.")
+    return data
+
+
+def _sentence(error: Exception, schema: type) -> str:
+    """One sentence out of Hydra's paragraph."""
+    text = " ".join(str(error).replace("\t", " ").split())
+    if text.startswith("Could not override '") and "No match in the defaults list" in text:
+        group = text.split("'")[1]
+        return f"{group} is added, not overridden: write +{group}=... (known: {', '.join(_known(group))})."
+    if text.startswith("Could not override '"):
+        return unknown_key(text.split("'")[1], _all_keys(schema))
+    if "Could not find '" in text:
+        group, _, name = text.split("Could not find '")[1].split("'")[0].rpartition("/")
+        return f"unknown {group} '{name}'; known: {', '.join(_known(group))}."
+    if "Could not append" in text:
+        key = text.split("'")[1]
+        return f"{key} exists already; write {key}=... without the plus sign."
+    cause = f" ({' '.join(str(error.__cause__).split())})" if error.__cause__ else ""
+    return f"the command line cannot be read: {text.split(' See https')[0]}{cause}; write key=value, for example seed=1."
+
+
+def _known(group: str) -> list[str]:
+    return sorted(sweep_files()) if group == "sweep" else choices(group)
+
+
+def _all_keys(cls: type, key: str = "") -> list[str]:
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        keys.append(_join(key, name))
+        if dataclasses.is_dataclass(hint):
+            keys += _all_keys(typing.cast(type, hint), _join(key, name))
+    return keys
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(a for a in arguments if a is not type(None)), value, key)
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, key)
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise Refusal(f"{key}={_show(value)} must be a list; for example {key}=[1,2].")
+        return origin(_convert(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise Refusal(f"{key}={_show(value)} must be a group of keys.")
+        return {str(name): _convert(arguments[1], item, _join(key, str(name))) for name, item in value.items()}
+    return _scalar(hint, value, key)
+
+
+def _scalar(hint: type, value: Any, key: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    raise Refusal(f"{key}={_show(value)} must be {_NAMES[hint]}; for example {key}={_EXAMPLES[hint]}.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _field_names(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)

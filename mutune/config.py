@@ -1,0 +1,85 @@
+"""One configuration tree per door, composed of the rooms' dataclasses. No torch, no YAML."""
+
+from dataclasses import dataclass, field
+
+from mutune.compose import plain
+from mutune.data.config import DataConfig, TokenizerConfig
+from mutune.errors import require, require_number
+from mutune.model.shape import ModelConfig, base_config
+from mutune.parametrization.hyperparameters import BaseHyperparameters
+from mutune.parametrization.rules import ParametrizationConfig
+from mutune.search.config import SearchConfig
+from mutune.training.config import LoopConfig, RunSpec, StageConfig
+from mutune.training.schedule import ScheduleConfig
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class DoorConfig:
+    """The keys that every command has.
+
+    Attributes:
+        out: folder for everything that is written.
+        seed: seeds initial values, data order and proposals.
+        device: `auto` (CUDA where there is one), `cpu` or `cuda`.
+        dry_run: say what would be done, write nothing.
+        overwrite: replace existing results that came from other inputs.
+    """
+
+    out: str = "runs"
+    seed: int = 0
+    device: str = "auto"
+    dry_run: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.out != "", "out= is empty; for example out=runs.")
+        require_number("seed", self.seed, at_least=0, at_most=2**31 - 1, example=0)
+        require(
+            self.device in DEVICES, f"device={self.device} is unknown; known devices: {', '.join(DEVICES)}."
+        )
+
+
+@dataclass(frozen=True)
+class SweepConfig(DoorConfig):
+    """Everything that decides a study.
+
+    Attributes:
+        study: its name, and the name of its folder.
+        run: length and batch of every trial.
+    """
+
+    study: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    parametrization: ParametrizationConfig = field(default_factory=ParametrizationConfig)
+    hyperparameters: BaseHyperparameters = field(default_factory=BaseHyperparameters)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: StageConfig = field(default_factory=StageConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    def spec(self) -> RunSpec:
+        """The run at the base values: the proxy is its own base."""
+        return RunSpec(
+            model=self.model,
+            data=self.data,
+            tokenizer=self.tokenizer,
+            table=self.parametrization.table,
+            base=base_config(self.model),
+            hyperparameters=self.hyperparameters,
+            schedule=self.schedule,
+            stages=(self.run,),
+            loop=self.loop,
+            seed=self.seed,
+        )
+
+    def identity(self) -> dict[str, object]:
+        """What two starts of one study must agree in: all but where, on what and how long it runs."""
+        data = plain(self)
+        for key in ("out", "device", "dry_run", "overwrite"):
+            del data[key]
+        del data["search"]["n_trials"], data["search"]["workers"]
+        return data

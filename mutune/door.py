@@ -1,0 +1,97 @@
+"""The contract every command keeps: `--help`, one sentence and exit code 2 for bad input, and what signals do.
+
+Exit codes: 0 done, 1 failed while working, 2 refused, 3 verdict not good enough (with `require_go=true`),
+130 and 143 after SIGINT and SIGTERM, once the work has saved what it can.
+"""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TypeVar
+
+import yaml
+
+from mutune.compose import choices, compose, plain, sweep_files
+from mutune.config import DoorConfig
+from mutune.errors import Refusal, require
+
+T = TypeVar("T", bound="DoorConfig")
+
+OK, FAILED, REFUSED, NOT_GO, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
+
+class WorkFailed(Exception):
+    """The work itself failed in a known way; the message says what happened and what to do. Exit code 1."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def enter(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence[str], argv: Sequence[str]) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        door: the command's name, as in `python -m mutune.<door>`.
+        schema: its configuration's dataclass.
+        work: takes the validated configuration, returns an exit code.
+        groups: the config groups it has, for `--help`.
+        argv: the command line after the command.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(_help(door, schema, work, groups))
+        return OK
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        config = compose(door, schema, argv)
+        _check_device(config.device)
+        return work(config)
+    except Refusal as refusal:
+        print(f"mutune.{door}: {refusal}", file=sys.stderr)
+        return REFUSED
+    except WorkFailed as failure:
+        print(f"mutune.{door}: {failure}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"mutune.{door}: interrupted; the same command continues.", file=sys.stderr)
+        return INTERRUPTED
+    except Terminated:
+        print(f"mutune.{door}: terminated; the same command continues.", file=sys.stderr)
+        return TERMINATED
+
+
+def _check_device(device: str) -> None:
+    if device == "cuda":
+        import torch
+
+        require(torch.cuda.is_available(), "device=cuda was asked for but torch sees no GPU here; use device=cpu.")
+
+
+def _raise_terminated(signum: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _help(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence[str]) -> str:
+    known = [f"  {group}=  {', '.join(choices(group))}" for group in groups]
+    if door == "sweep":
+        known.insert(0, f"  +sweep=  {', '.join(sorted(sweep_files()))}")
+    return "\n".join(
+        [
+            f"python -m mutune.{door} [key=value ...]",
+            "",
+            (sys.modules[work.__module__].__doc__ or "").strip(),
+            "",
+            "choices:",
+            *known,
+            "",
+            "keys and their defaults:",
+            _indent(yaml.safe_dump(plain(schema()), sort_keys=False, allow_unicode=True)),
+        ]
+    )
+
+
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.rstrip().splitlines())

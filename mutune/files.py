@@ -1,0 +1,78 @@
+"""Writing files so that a reader sees the old content or the new, never half of it."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mutune.errors import Refusal
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text)
+        fsync_file(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as indented JSON, atomically."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_yaml(path: Path, data: Mapping[str, Any], comment: str = "") -> None:
+    """Write `data` as YAML in its own key order, atomically, under an optional comment line."""
+    head = f"# {comment}\n" if comment else ""
+    write_text(path, head + yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True))
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """Read a YAML mapping with the safe loader.
+
+    Raises:
+        Refusal: the file is missing, is not YAML, or holds no mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"the {what} {path} cannot be read ({type(error).__name__}); check the path.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise Refusal(f"the {what} {path} is not valid YAML{where}; write it again with its command.") from error
+    if not isinstance(data, dict):
+        raise Refusal(f"the {what} {path} holds no keys; write it again with its command.")
+    return data
+
+
+def require_writable(directory: Path) -> None:
+    """Refuse an output folder in which nothing can be created; creates nothing itself."""
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    if not existing.is_dir():
+        raise Refusal(f"out={directory} cannot be used because {existing} is a file; for example out=runs.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise Refusal(f"out={directory} cannot be used because {existing} is not writable; for example out=runs.")
+
+
+def fsync_file(path: Path) -> None:
+    """Flush a file to the disk."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def fsync_directory(path: Path) -> None:
+    """Flush a folder's entries to the disk, so that a rename survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

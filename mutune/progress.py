@@ -1,0 +1,38 @@
+"""One line of progress: rewritten in place on a terminal, printed at every change elsewhere."""
+
+import sys
+import time
+
+
+class ProgressLine:
+    """Shows the latest state of long work on stderr."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self._shown = ""
+        self._terminal = sys.stderr.isatty()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the work began."""
+        return time.monotonic() - self.started
+
+    def show(self, text: str, change: bool) -> None:
+        """Show `text`; off a terminal only where it reports a `change`."""
+        if self._terminal:
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif change and text != self._shown:
+            print(text, file=sys.stderr, flush=True)
+        self._shown = text
+
+    def close(self) -> None:
+        """End the line."""
+        if self._terminal and self._shown:
+            print(file=sys.stderr)
+
+
+def clock(seconds: float) -> str:
+    """`75` → `1:15`, `4000` → `1:06:40`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

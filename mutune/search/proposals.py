@@ -1,0 +1,79 @@
+"""Proposals as a pure function: (seed, space, finished trials, cohort) → parameters.
+
+A cohort is proposed at a barrier, when every trial of the earlier cohorts is finished, and seeded by its number. So
+an interrupted study proposes what an undisturbed one would have.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial
+
+from mutune.search.config import Dimension, SearchConfig, grid
+
+
+def distributions(space: Sequence[Dimension]) -> dict[str, BaseDistribution]:
+    """The space in Optuna's terms."""
+    return {
+        d.name: CategoricalDistribution(d.values) if d.values else FloatDistribution(d.low, d.high, log=d.log)  # type: ignore[arg-type]
+        for d in space
+    }
+
+
+def total_trials(search: SearchConfig, space: Sequence[Dimension]) -> int:
+    """Number of trials of the whole study."""
+    if search.sampler == "grid":
+        return len(grid(list(space)))
+    return search.n_trials or 32
+
+
+def propose(
+    search: SearchConfig, space: Sequence[Dimension], defaults: dict[str, Any], seed: int, finished: Sequence[FrozenTrial]
+) -> list[dict[str, Any]]:
+    """Parameters of the next cohort.
+
+    Args:
+        search: sampler and cohort size.
+        space: the searched quantities.
+        defaults: their configured base values, for what `search.initial` leaves out.
+        seed: the study's seed.
+        finished: every earlier trial, in the order of their numbers, all of them finished.
+
+    Returns:
+        One dict a trial, for the trial numbers `len(finished)` onwards.
+    """
+    first = len(finished)
+    numbers = range(first, min(first - first % search.cohort + search.cohort, total_trials(search, space)))
+    if search.sampler == "grid":
+        points = grid(list(space))
+        return [points[number] for number in numbers]
+    study = optuna.create_study(study_name="proposals", sampler=optuna.samplers.RandomSampler(seed=0))
+    study.add_trials(finished)
+    return [_propose_one(study, search, space, defaults, seed, number) for number in numbers]
+
+
+def _propose_one(
+    study: optuna.Study, search: SearchConfig, space: Sequence[Dimension], defaults: dict[str, Any], seed: int, number: int
+) -> dict[str, Any]:
+    study.sampler = _sampler(search, _seed_of(seed, number))
+    if number < len(search.initial):
+        study.enqueue_trial({name: search.initial[number].get(name, defaults[name]) for name in distributions(space)})
+    trial = study.ask(fixed_distributions=distributions(space))
+    assert trial.number == number, (trial.number, number)
+    return dict(trial.params)
+
+
+def _sampler(search: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
+    if search.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=search.n_startup_trials, multivariate=True, constant_liar=True
+    )
+
+
+def _seed_of(seed: int, number: int) -> int:
+    digest = hashlib.blake2b(f"proposal\0{seed}\0{number}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")

@@ -1,0 +1,217 @@
+"""A study: trials proposed in cohorts, run by worker processes, kept in an Optuna storage. It survives kill -9.
+
+Only the parent process touches the storage, under a lock; a trial is in it with all its parameters or not at all.
+Trials that were running when a parent died are run again under the same number with the same parameters.
+"""
+
+import sqlite3
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from mutune.errors import Refusal
+from mutune.model.shape import base_config
+from mutune.parametrization.hyperparameters import NAMES
+from mutune.parametrization.rules import get_table
+from mutune.search.config import Dimension, SearchConfig, dimensions, grid
+from mutune.search.proposals import distributions, propose, total_trials
+from mutune.search.workers import default_workers, run_all
+from mutune.training.config import RunSpec
+from mutune.training.run import RunResult, run_to_end
+
+STORAGE = "study.db"
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A unit of work: what to run, where its records go, and how it is named."""
+
+    number: int
+    spec: RunSpec
+    directory: Path
+    device: str
+    study: str
+    params: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"trial {self.number} of study {self.study}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a study stands; handed to whoever draws the progress line."""
+
+    name: str
+    done: int
+    total: int
+    running: list[int]
+    best: FrozenTrial | None
+    seconds_left: float
+
+
+def trial_spec(spec: RunSpec, params: dict[str, Any]) -> RunSpec:
+    """The run of one trial: `spec` with the searched values put in.
+
+    The base of the plan stays the shape of `spec`; a searched width grows the model away from it.
+    """
+    hyper = {name: value for name, value in params.items() if name in NAMES}
+    spec = replace(spec, hyperparameters=replace(spec.hyperparameters, **hyper))
+    if "width" in params:
+        spec = replace(spec, model=spec.model.at_width(params["width"]))
+    if "table" in params:
+        spec = replace(spec, table=get_table(params["table"]).name)
+    return replace(spec, seed=params.get("seed", spec.seed))
+
+
+def check_space(spec: RunSpec, search: SearchConfig) -> list[Dimension]:
+    """The searched quantities, each value of the listed ones tried against the run they would make.
+
+    Raises:
+        Refusal: an empty space, or a value that no run can have.
+    """
+    space = dimensions(search.space)
+    if not space:
+        raise Refusal("search.space={} is empty; choose a sweep, for example +sweep=proxy.")
+    for dimension in space:
+        for value in dimension.values:
+            trial_spec(spec, {dimension.name: value})
+    if spec.base != base_config(spec.model):
+        raise Refusal("the base of a study is its own model; set model.width instead of base.width.")
+    total_trials(search, space)
+    return space
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the study's lock; the lock dies with its process.
+
+    Raises:
+        Refusal: another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(directory / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise Refusal(f"study {directory} is being run by another process; wait for it, or choose study=NAME.") from None
+
+
+def run_study(
+    directory: Path,
+    name: str,
+    spec: RunSpec,
+    search: SearchConfig,
+    *,
+    device: str,
+    report: Callable[[Progress], None],
+) -> list[FrozenTrial]:
+    """Run the study until `n_trials` are finished; continue it where it stands.
+
+    Args:
+        directory: the study's folder; its lock must be held.
+        spec: the run at the base values.
+        search: what is searched and how.
+        report: called at every change and about once a second.
+
+    Returns:
+        Every trial of the study, in the order of their numbers.
+    """
+    space = dimensions(search.space)
+    study = open_study(directory, name)
+    total = total_trials(search, space)
+    workers = search.workers or default_workers()
+    defaults = {"width": spec.model.width, "table": spec.table, "seed": spec.seed}
+    defaults |= {key: getattr(spec.hyperparameters, key) for key in NAMES}
+    while True:
+        trials = study.get_trials(deepcopy=False)
+        if len([t for t in trials if t.state.is_finished()]) >= total:
+            report(_progress(study, search, space, []))
+            return trials
+        _add_cohort(study, search, space, defaults, spec.seed, trials)
+        work = [
+            Trial(t.number, trial_spec(spec, t.params), directory / "trials" / str(t.number), device, name, t.params)
+            for t in study.get_trials(deepcopy=False)
+            if not t.state.is_finished()
+        ]
+        for trial, result in run_all(
+            run_trial, work, workers, lambda running: report(_progress(study, search, space, [t.number for t in running]))
+        ):
+            _tell(study, trial.number, result)
+
+
+def run_trial(trial: Trial) -> RunResult:
+    """Run one trial to its end; a worker's whole job."""
+    note = {"study": trial.study, "trial": trial.number, "params": trial.params}
+    return run_to_end(trial.spec, trial.directory, trial.device, note)
+
+
+def open_study(directory: Path, name: str) -> optuna.Study:
+    """The study's Optuna object, created where it does not exist. SQLite in WAL mode."""
+    path = directory / STORAGE
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+    connection.close()
+    return optuna.create_study(
+        storage=f"sqlite:///{path}",
+        study_name=name,
+        direction="minimize",
+        sampler=optuna.samplers.RandomSampler(seed=0),  # never asked: proposals are made in `proposals`
+        load_if_exists=True,
+    )
+
+
+def best_trial(trials: list[FrozenTrial]) -> FrozenTrial | None:
+    """The finished trial with the lowest held-out loss; diverged runs cannot win, the lower rate breaks a tie."""
+    finished = [t for t in trials if t.state == TrialState.COMPLETE and not t.user_attrs["diverged"]]
+    return min(finished, key=lambda t: (t.value, t.params.get("learning_rate", 0.0)), default=None)
+
+
+def _add_cohort(
+    study: optuna.Study,
+    search: SearchConfig,
+    space: list[Dimension],
+    defaults: dict[str, Any],
+    seed: int,
+    trials: list[FrozenTrial],
+) -> None:
+    """Put the trials that the open cohort still lacks into the storage, each in one transaction."""
+    first = len(trials) - len(trials) % search.cohort
+    if any(not t.state.is_finished() for t in trials[:first]):
+        return  # an earlier cohort is still open
+    for params in propose(search, space, defaults, seed, trials[:first])[len(trials) - first :]:
+        study.add_trial(create_trial(state=TrialState.RUNNING, params=params, distributions=distributions(space)))
+
+
+def _tell(study: optuna.Study, number: int, result: RunResult) -> None:
+    trial = optuna.trial.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
+    for key in ("diverged", "bits_per_byte", "seconds"):
+        trial.set_user_attr(key, getattr(result, key))
+    study.tell(trial, result.value)
+
+
+def _progress(study: optuna.Study, search: SearchConfig, space: list[Dimension], running: list[int]) -> Progress:
+    trials, total = study.get_trials(deepcopy=False), total_trials(search, space)
+    finished = [t for t in trials if t.state.is_finished()]
+    points = grid(space) if search.sampler == "grid" else [{}] * total
+    left = _seconds_left(finished, points) if finished else 0.0
+    return Progress(study.study_name, len(finished), total, running, best_trial(trials), left)
+
+
+def _seconds_left(finished: list[FrozenTrial], points: list[dict[str, Any]]) -> float:
+    """Worker-seconds of the trials still to do: each as long as the mean of its width, or as the mean of all."""
+    seconds: dict[Any, list[float]] = defaultdict(list)
+    for trial in finished:
+        for key in (trial.params.get("width"), "all"):
+            seconds[key].append(trial.user_attrs["seconds"])
+    done = {trial.number for trial in finished}
+    open_widths = [point.get("width") for number, point in enumerate(points) if number not in done]
+    return sum(fmean(seconds.get(width) or seconds["all"]) for width in open_widths)

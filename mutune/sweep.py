@@ -1,0 +1,116 @@
+"""Search the base hyperparameters of a small proxy model with Optuna, under a parametrization.
+
+Rerunning the same command continues the study, or returns at once when it is finished. Results: best.yaml, the trials'
+records and the figures under <out>/sweeps/<study>/.
+"""
+
+import sys
+from pathlib import Path
+
+from mutune.config import SweepConfig
+from mutune.door import OK, WorkFailed, enter
+from mutune.errors import Refusal
+from mutune.files import require_writable
+from mutune.model.shape import tensor_specs
+from mutune.scaling.arithmetic import matmul_parameter_count, parameter_count, train_flops_per_token
+from mutune.search.config import Dimension
+from mutune.training.config import RunSpec
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    groups = ("data", "tokenizer", "parametrization", "schedule")
+    return enter("sweep", SweepConfig, work, groups, sys.argv[1:] if argv is None else argv)
+
+
+def work(config: SweepConfig) -> int:
+    """Check everything, then run the study to its end."""
+    from mutune.data.prepare import prepare
+    from mutune.search.results import claim
+    from mutune.search.study import check_space, locked
+    from mutune.search.workers import WorkError
+
+    if not config.study:
+        raise Refusal("no sweep was chosen; write for example +sweep=proxy (or study=NAME with a search.space).")
+    if "/" in config.study or config.study.startswith("."):
+        raise Refusal(f"study={config.study} must be a plain folder name; for example study=proxy.")
+    spec = config.spec()
+    space = check_space(spec, config.search)
+    require_writable(Path(config.out))
+    corpus = prepare(config.data, config.tokenizer)
+    if config.dry_run:
+        print(describe(config, space))
+        return OK
+    directory = Path(config.out) / "sweeps" / config.study
+    with locked(directory):
+        claim(directory, config.identity(), corpus.content_hash, config.overwrite)
+        try:
+            _search(config, spec, directory)
+        except WorkError as error:
+            raise WorkFailed(f"{error}\nThe same command continues the study.") from error
+    return OK
+
+
+def describe(config: SweepConfig, space: list[Dimension]) -> str:
+    """What the sweep would do, in words and numbers."""
+    from mutune.search.proposals import total_trials
+    from mutune.search.workers import default_workers
+
+    specs = tensor_specs(config.model, config.tokenizer.num_ids)
+    flops = train_flops_per_token(
+        matmul_parameter_count(specs),
+        vocab_size=config.tokenizer.num_ids,
+        width=config.model.width,
+        depth=config.model.depth,
+        context_length=config.run.context_length,
+    )
+    total = total_trials(config.search, space)
+    rows = [
+        f"study      {config.study} → {Path(config.out) / 'sweeps' / str(config.study)}",
+        f"proxy      width {config.model.width}, depth {config.model.depth}, {config.model.heads} heads, "
+        f"{parameter_count(specs):,} parameters, table {config.parametrization.table}",
+        f"trial      {config.run.num_steps} steps × {config.run.tokens_per_step} tokens = {config.run.tokens:,} tokens, "
+        f"{flops * config.run.tokens:.3g} FLOPs at the base width",
+        f"search     {total} trials by {config.search.sampler}, {config.search.workers or default_workers()} workers",
+        *(f"space      {d.name}: {list(d.values) if d.values else f'{d.low:g} … {d.high:g}'}" for d in space),
+        "dry run: nothing was written; leave out dry_run=true to start.",
+    ]
+    return "\n".join(rows)
+
+
+def _search(config: SweepConfig, spec: RunSpec, directory: Path) -> None:
+    from mutune.reporting.sweep import draw_study
+    from mutune.search.results import write_best
+    from mutune.search.display import SweepProgress
+    from mutune.search.study import Progress, best_trial, run_study, trial_spec
+    from mutune.search.workers import default_workers
+
+    line = SweepProgress(config.search.workers or default_workers())
+
+    def report(progress: Progress) -> None:
+        line.update(progress)
+        if progress.best is not None and progress.best != line.written:
+            hyper = trial_spec(spec, progress.best.params).hyperparameters
+            write_best(directory, progress.name, progress.best, hyper.as_dict())
+            line.written = progress.best
+
+    try:
+        trials = run_study(
+            directory, str(config.study), spec, config.search, device=config.device, report=report
+        )
+    finally:
+        line.close()
+    best = best_trial(trials)
+    if best is None:
+        raise WorkFailed(f"all {len(trials)} trials diverged; lower search.space.learning_rate and choose another study=.")
+    figures = draw_study(directory)
+    print(f"best       trial {best.number}: held-out loss {best.value:.4f} nats per token "
+          f"({best.user_attrs['bits_per_byte']:.4f} bits per byte)")
+    for key, value in best.params.items():
+        print(f"           {key} = {value if isinstance(value, (str, int)) else format(value, '.5g')}")
+    print(f"written    {directory / 'best.yaml'}, {', '.join(map(str, figures))}")
+    print(f"next       python -m mutune.transfer study={config.study}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""A plan applied to a live model: initial values and ordinary optimizer groups, both keyed by parameter name."""
+
+import hashlib
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from mutune.parametrization.plan import Plan, TensorPlan
+from mutune.parametrization.rules import NORMAL, ONES, TRUNCATED_NORMAL
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, plan: Plan, seed: int) -> None:
+    """Give every parameter its initial value, drawn on the CPU from a generator seeded by (seed, name).
+
+    The values depend on nothing else: not on the order of the parameters, the device, or the number of processes.
+    """
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == plan.parameters.keys(), (parameters.keys() ^ plan.parameters.keys(),)
+    for name, parameter in parameters.items():
+        parameter.copy_(initial_tensor(plan.parameters[name], parameter.shape, seed))
+
+
+def initial_tensor(row: TensorPlan, shape: torch.Size, seed: int) -> torch.Tensor:
+    """The initial value of one tensor, float32, on the CPU."""
+    value = torch.empty(shape)
+    generator = torch.Generator().manual_seed(_seed_of(seed, row.name))
+    if row.init == NORMAL:
+        return value.normal_(0.0, row.init_std, generator=generator)
+    if row.init == TRUNCATED_NORMAL:
+        cut = 2.0 * row.init_std
+        return nn.init.trunc_normal_(value, 0.0, row.init_std, -cut, cut, generator=generator)
+    return value.fill_(1.0 if row.init == ONES else 0.0)
+
+
+def optimizer_groups(model: nn.Module, plan: Plan) -> list[dict[str, object]]:
+    """Ordinary `torch.optim.AdamW` groups: one per distinct (peak rate, weight decay, ε), with `peak_lr` beside `lr`."""
+    members: dict[tuple[float, float, float], list[tuple[str, nn.Parameter]]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        row = plan.parameters[name]
+        members[(row.peak_lr, row.weight_decay, row.adam_eps)].append((name, parameter))
+    return [
+        {"params": named, "lr": lr, "peak_lr": lr, "weight_decay": decay, "eps": eps}
+        for (lr, decay, eps), named in members.items()
+    ]
+
+
+def make_optimizer(model: nn.Module, plan: Plan, *, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """Fused AdamW over the plan's groups."""
+    return torch.optim.AdamW(optimizer_groups(model, plan), betas=betas, fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Multiply every group's peak rate by one factor: the only way that mutune changes rates."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def _seed_of(seed: int, name: str) -> int:
+    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # torch takes a non-negative int64

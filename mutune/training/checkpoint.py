@@ -1,0 +1,116 @@
+"""Checkpoints: safetensors and JSON in a folder that appears whole or not at all."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mutune.errors import Refusal
+from mutune.files import fsync_directory, fsync_file
+from mutune.parametrization.plan import Plan
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state: its folder, the step it was taken at, and the data that came with it."""
+
+    path: Path
+    step: int
+    meta: dict[str, Any]
+
+
+def save(
+    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, meta: dict[str, Any], keep: int
+) -> Path:
+    """Write `root/<step>/` atomically and drop all but the `keep` newest.
+
+    Args:
+        meta: JSON-able facts that must agree at load (hashes) or inform (versions).
+    """
+    target, partial = root / str(step), root / f".{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {f"model.{name}": parameter.detach().cpu() for parameter, name in names.items()}
+    for parameter, state in optimizer.state.items():
+        tensors |= {f"optimizer.{names[parameter]}.{key}": state[key].detach().cpu() for key in STATE_KEYS}
+    save_file(tensors, partial / "state.safetensors")
+    (partial / "meta.json").write_text(json.dumps({"step": step, "plan": plan.as_dict(), **meta}, indent=1))
+    for file in partial.iterdir():
+        fsync_file(file)
+    if target.exists():  # the same step again after a crash between rename and clean-up
+        shutil.rmtree(target)
+    os.replace(partial, target)
+    fsync_directory(root)
+    for old in sorted(list_steps(root))[:-keep]:
+        shutil.rmtree(root / str(old))
+    return target
+
+
+def list_steps(root: Path) -> list[int]:
+    """Steps that have a complete checkpoint under `root`."""
+    return [int(path.name) for path in root.glob("*") if path.name.isdigit()] if root.is_dir() else []
+
+
+def newest(root: Path) -> Checkpoint | None:
+    """The newest complete checkpoint, or None."""
+    steps = list_steps(root)
+    if not steps:
+        return None
+    path = root / str(max(steps))
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Refusal(f"checkpoint {path} cannot be read ({error}); delete that folder to use the one before it.") from error
+    return Checkpoint(path, int(meta["step"]), meta)
+
+
+def check_meta(checkpoint: Checkpoint, plan: Plan, meta: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another shape, plan, data or tokenizer; names the first difference."""
+    stored, wanted = _flat(checkpoint.meta), _flat({"plan": plan.as_dict(), **meta})
+    for key, value in wanted.items():
+        if stored.get(key) != value:
+            raise Refusal(
+                f"checkpoint {checkpoint.path} was written by another run: {key} is {stored.get(key)} there and "
+                f"{value} now; use another name=... or overwrite=true."
+            )
+    extra = [key for key in stored if key.startswith("plan.") and key not in wanted]
+    if extra:
+        raise Refusal(
+            f"checkpoint {checkpoint.path} was written by another run: it has {extra[0]}, which the model now lacks; "
+            f"use another name=... or overwrite=true."
+        )
+
+
+def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load parameters and optimizer state by name, in place."""
+    try:
+        tensors = load_file(checkpoint.path / "state.safetensors")
+    except Exception as error:  # safetensors raises its own untyped error on a truncated file
+        raise Refusal(
+            f"checkpoint {checkpoint.path} is damaged ({error}); delete that folder to use the one before it."
+        ) from error
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(tensors[f"model.{name}"])
+        device = parameter.device
+        optimizer.state[parameter] = {
+            key: tensors[f"optimizer.{name}.{key}"].to(device) for key in STATE_KEYS
+        }
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {prefix: data}
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

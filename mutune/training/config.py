@@ -1,0 +1,122 @@
+"""What a run is, as plain data: stages, and everything that decides its losses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mutune.data.config import DataConfig, TokenizerConfig
+from mutune.errors import require, require_number
+from mutune.model.shape import BaseConfig, ModelConfig
+from mutune.parametrization.hyperparameters import BaseHyperparameters
+from mutune.training.schedule import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stretch of a run at one context length.
+
+    Attributes:
+        context_length: tokens per sequence T.
+        batch_sequences: sequences per step, over all processes.
+        num_steps: optimizer steps.
+        end_ratio: this stage's own end of the schedule, over the peak; None takes the schedule's.
+    """
+
+    context_length: int = 128
+    batch_sequences: int = 4
+    num_steps: int = 240
+    end_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, example in (("context_length", 128), ("batch_sequences", 4), ("num_steps", 240)):
+            require_number(f"stages.{name}", getattr(self, name), at_least=1, example=example)
+        if self.end_ratio is not None:
+            require_number("stages.end_ratio", self.end_ratio, at_least=0.0, at_most=1.0, example=0.0085)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens predicted by one optimizer step."""
+        return self.context_length * self.batch_sequences
+
+    @property
+    def tokens(self) -> int:
+        """Tokens predicted in the whole stage."""
+        return self.tokens_per_step * self.num_steps
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How steps are taken and watched; the same for trials, rungs and target.
+
+    Attributes:
+        clip_norm: bound on the global gradient norm.
+        micro_sequences: sequences per forward pass; None takes the whole batch.
+        heldout_windows: number of fixed held-out windows.
+        eval_every: steps between evaluations; 0 evaluates at the end of each stage only.
+        divergence_factor: a training loss above this many times ln(vocabulary) after warm-up ends the run.
+    """
+
+    clip_norm: float = 1.0
+    micro_sequences: int | None = None
+    heldout_windows: int = 128
+    eval_every: int = 0
+    divergence_factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        require_number("loop.clip_norm", self.clip_norm, above=0.0, example=1.0)
+        require_number("loop.heldout_windows", self.heldout_windows, at_least=1, example=128)
+        require_number("loop.eval_every", self.eval_every, at_least=0, example=50)
+        require_number("loop.divergence_factor", self.divergence_factor, above=1.0, example=2.0)
+        if self.micro_sequences is not None:
+            require_number("loop.micro_sequences", self.micro_sequences, at_least=1, example=4)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that decides the losses of a run, and nothing else."""
+
+    model: ModelConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    table: str
+    base: BaseConfig
+    hyperparameters: BaseHyperparameters
+    schedule: ScheduleConfig
+    stages: tuple[StageConfig, ...]
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(len(self.stages) > 0, "stages=[] is empty; a run needs at least one, for example stages=[{num_steps: 240}].")
+        require_number("seed", self.seed, at_least=0, at_most=2**31 - 1, example=0)
+        self.schedule.warmup(self.num_steps)
+        longest = max(stage.context_length for stage in self.stages)
+        if self.model.positions == "learned":
+            require(
+                longest <= self.model.max_positions,
+                f"model.max_positions={self.model.max_positions} is shorter than the context of {longest}; "
+                f"for example model.max_positions={longest}.",
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all stages."""
+        return total_steps(self.stages)
+
+
+def total_steps(stages: Sequence[StageConfig]) -> int:
+    """Steps of all stages."""
+    return sum(stage.num_steps for stage in stages)
+
+
+def total_tokens(stages: Sequence[StageConfig]) -> int:
+    """Tokens of all stages."""
+    return sum(stage.tokens for stage in stages)
+
+
+def stage_ends(stages: Sequence[StageConfig]) -> list[tuple[int, float | None]]:
+    """(last step + 1, own end ratio) of each stage, as `schedule.multiplier` takes them."""
+    ends, step = [], 0
+    for stage in stages:
+        step += stage.num_steps
+        ends.append((step, stage.end_ratio))
+    return ends

