@@ -58,9 +58,10 @@ class Decoder(nn.Module):
         return F.linear(_times(self.ln_f(x_BTD), self.output_multiplier), self.wte.weight)
 
     def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token."""
+        """Mean cross-entropy in nats per token, in float32 or wider."""
         logits_BTV = self(ids_BT)
-        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+        wide = torch.promote_types(logits_BTV.dtype, torch.float32)
+        return F.cross_entropy(logits_BTV.flatten(0, 1).to(wide), targets_BT.flatten())
 
     def _attention_bias(self, time: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Causal mask plus ALiBi, (H, T, T) or (1, T, T); kept for the last context length only."""
@@ -138,10 +139,11 @@ def alibi_slopes(heads: int) -> list[float]:
 
 def causal_bias(slopes_H: list[float], time: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(H, T, T) with -slope[h]·(i - j) for j <= i and -inf above the diagonal; i is the query."""
-    position = torch.arange(time, device=device, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)  # bfloat16 counts exactly to 256 only, then hides the wrong tokens
+    position = torch.arange(time, device=device)
     distance_TT = position[:, None] - position[None, :]
-    bias_HTT = -torch.tensor(slopes_H, device=device, dtype=dtype)[:, None, None] * distance_TT
-    return bias_HTT.masked_fill(distance_TT < 0, -math.inf)
+    bias_HTT = -torch.tensor(slopes_H, device=device, dtype=wide)[:, None, None] * distance_TT
+    return bias_HTT.masked_fill(distance_TT < 0, -math.inf).to(dtype)
 
 
 def _times(x: Tensor, multiplier: float) -> Tensor:

@@ -194,7 +194,7 @@ def _site_value(site: Site, m: float, head_size: int, hyper: BaseHyperparameters
 
 
 def _scale(value: float, m: float, exponent: float) -> float:
-    """value·m^exponent, by division where the exponent is negative: 2.22 / 10 is 0.222, 2.22 * 0.1 is not."""
+    """value·m^exponent, by division where the exponent is negative: the same bits as `lr / width_mult`."""
     return value / m**-exponent if exponent < 0 else value * m**exponent
 
 

@@ -30,22 +30,20 @@ class Checkpoint:
 def save(
     root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, meta: dict[str, Any], keep: int
 ) -> Path:
-    """Write `root/<step>/` atomically and drop all but the `keep` newest.
+    """Write `root/<step>/` atomically and drop all but the `keep` newest; a failure leaves nothing of it behind.
 
     Args:
         meta: JSON-able facts that must agree at load (hashes) or inform (versions).
     """
     target, partial = root / str(step), root / f".{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for stale in root.glob(".*.partial"):  # of a process that was killed
+        shutil.rmtree(stale)
     partial.mkdir(parents=True)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {f"model.{name}": parameter.detach().cpu() for parameter, name in names.items()}
-    for parameter, state in optimizer.state.items():
-        tensors |= {f"optimizer.{names[parameter]}.{key}": state[key].detach().cpu() for key in STATE_KEYS}
-    save_file(tensors, partial / "state.safetensors")
-    (partial / "meta.json").write_text(json.dumps({"step": step, "plan": plan.as_dict(), **meta}, indent=1))
-    for file in partial.iterdir():
-        fsync_file(file)
+    try:
+        _write(partial, model, optimizer, {"step": step, "plan": plan.as_dict(), **meta})
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if target.exists():  # the same step again after a crash between rename and clean-up
         shutil.rmtree(target)
     os.replace(partial, target)
@@ -53,6 +51,17 @@ def save(
     for old in sorted(list_steps(root))[:-keep]:
         shutil.rmtree(root / str(old))
     return target
+
+
+def _write(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {f"model.{name}": parameter.detach().cpu() for parameter, name in names.items()}
+    for parameter, state in optimizer.state.items():
+        tensors |= {f"optimizer.{names[parameter]}.{key}": state[key].detach().cpu() for key in STATE_KEYS}
+    save_file(tensors, directory / "state.safetensors")
+    (directory / "meta.json").write_text(json.dumps(meta, indent=1))
+    for file in directory.iterdir():
+        fsync_file(file)
 
 
 def list_steps(root: Path) -> list[int]:
@@ -68,14 +77,14 @@ def newest(root: Path) -> Checkpoint | None:
     path = root / str(max(steps))
     try:
         meta = json.loads((path / "meta.json").read_text())
-    except (OSError, ValueError) as error:
+        return Checkpoint(path, int(meta["step"]), meta)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise Refusal(f"checkpoint {path} cannot be read ({error}); delete that folder to use the one before it.") from error
-    return Checkpoint(path, int(meta["step"]), meta)
 
 
 def check_meta(checkpoint: Checkpoint, plan: Plan, meta: dict[str, Any]) -> None:
     """Refuse a checkpoint of another shape, plan, data or tokenizer; names the first difference."""
-    stored, wanted = _flat(checkpoint.meta), _flat({"plan": plan.as_dict(), **meta})
+    stored, wanted = _flat(checkpoint.meta), _flat(json.loads(json.dumps({"plan": plan.as_dict(), **meta})))
     for key, value in wanted.items():
         if stored.get(key) != value:
             raise Refusal(
@@ -91,20 +100,25 @@ def check_meta(checkpoint: Checkpoint, plan: Plan, meta: dict[str, Any]) -> None
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load parameters and optimizer state by name, in place."""
+    """Load parameters and optimizer state by name, in place; all of them or none."""
+    parameters = dict(model.named_parameters())
     try:
         tensors = load_file(checkpoint.path / "state.safetensors")
+        values = {name: tensors[f"model.{name}"] for name in parameters}
+        updated = len(tensors) > len(values)  # before the first update, Adam has no state
+        states = {
+            name: {key: tensors[f"optimizer.{name}.{key}"] for key in STATE_KEYS} for name in parameters if updated
+        }
     except Exception as error:  # safetensors raises its own untyped error on a truncated file
         raise Refusal(
             f"checkpoint {checkpoint.path} is damaged ({error}); delete that folder to use the one before it."
         ) from error
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         with torch.no_grad():
-            parameter.copy_(tensors[f"model.{name}"])
-        device = parameter.device
-        optimizer.state[parameter] = {
-            key: tensors[f"optimizer.{name}.{key}"].to(device) for key in STATE_KEYS
-        }
+            parameter.copy_(values[name])
+    for name, state in states.items():
+        parameter = parameters[name]
+        optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in state.items()}
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

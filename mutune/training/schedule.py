@@ -53,6 +53,11 @@ class ScheduleConfig:
             f"schedule.warmup_steps={steps} must be shorter than the run of {num_steps} steps; "
             f"for example schedule.warmup_steps={num_steps // 20}.",
         )
+        require(
+            self.kind != "wsd" or steps + self.decay_fraction * num_steps < num_steps + 1,  # one step for rounding
+            f"schedule.decay_fraction={self.decay_fraction} leaves no room for the warm-up of {steps} of {num_steps} "
+            f"steps; for example schedule.decay_fraction={(num_steps - steps) / num_steps / 2:.3g}.",
+        )
         return steps
 
 
@@ -90,6 +95,6 @@ def _decay_share(schedule: ScheduleConfig, progress: float, share_after_warmup: 
     if schedule.kind == "cosine":
         return 0.5 * (1.0 - math.cos(math.pi * progress))
     if schedule.kind == "wsd":
-        decay = schedule.decay_fraction / share_after_warmup
+        decay = min(1.0, schedule.decay_fraction / share_after_warmup)
         return max(0.0, (progress - (1.0 - decay)) / decay)
     return 0.0

@@ -155,10 +155,16 @@ def test_the_environment_names_the_cache_and_an_argument_overrides_it(
     assert cache_folder().name == "mutune"
 
 
+def identity(prepared: TokenizedCorpus) -> tuple[str, int, int]:
+    """What was built, and when."""
+    written_ns = (prepared.folder / "manifest.json").stat().st_mtime_ns
+    return prepared.content_hash, int(prepared.train.astype(np.int64).sum()), written_ns
+
+
 def build_in_child(path: str, barrier: Any, results: Any) -> None:
     barrier.wait()
     prepared = prepare(DataConfig("text", path), BPE)
-    results.put((prepared.content_hash, int(prepared.train.astype(np.int64).sum())))
+    results.put(identity(prepared))
 
 
 def test_processes_that_build_at_once_leave_one_valid_cache(text: DataConfig, cache: Path) -> None:
@@ -171,5 +177,5 @@ def test_processes_that_build_at_once_leave_one_valid_cache(text: DataConfig, ca
     for child in children:
         child.join()
     prepared = prepare(text, BPE)
-    assert found == {(prepared.content_hash, int(prepared.train.astype(np.int64).sum()))}
+    assert found == {identity(prepared)}, "both saw one build"
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [prepared.folder.name]

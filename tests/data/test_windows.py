@@ -128,6 +128,12 @@ def test_ranges_are_disjoint_and_large_enough_or_all_the_whole_corpus(stages: li
     assert place == num_tokens
 
 
+def test_a_range_has_room_for_its_last_target() -> None:
+    stages = [Stage(8, 1, 1), Stage(8, 1, 1)]
+    assert WindowLoader(TOKENS[:18], stages, seed=0).token_ranges == ((0, 9), (9, 18))
+    assert WindowLoader(TOKENS[:17], stages, seed=0).token_ranges == ((0, 17), (0, 17))
+
+
 def test_stages_beyond_one_epoch_read_the_whole_corpus_in_orders_of_their_own() -> None:
     loader = WindowLoader(TOKENS, [Stage(64, 20, 10), Stage(64, 20, 10)], seed=0)
     assert loader.token_ranges == ((0, 10_000), (0, 10_000))

@@ -22,9 +22,7 @@ RESIDUAL = ("attn.c_proj.weight", "mlp.c_proj.weight")
 LAST = 2e-16  # relative; one unit in the last place of a double
 
 
-def btlm_plan(
-    width: int = 2560, base: BaseConfig = DECLARED, hyperparameters: BaseHyperparameters = PUBLISHED
-) -> Plan:
+def btlm_plan(width: int = 2560, base: BaseConfig = DECLARED, hyperparameters: BaseHyperparameters = PUBLISHED) -> Plan:
     shape = ModelConfig(width=width, depth=32, num_heads=32)
     return make_plan(
         get_table("btlm"),
@@ -119,9 +117,7 @@ def test_the_declared_feed_forward_base_makes_its_ratio_exactly_ten() -> None:
     assert btlm_plan().parameters["h.0.mlp.c_proj.weight"].width_mult == 10.0
 
 
-@pytest.mark.parametrize(
-    ("ffn_width", "ratio"), [(None, 6826 / 682), (682.0, 10.0087976540), (683.0, 9.9941434846)]
-)
+@pytest.mark.parametrize(("ffn_width", "ratio"), [(None, 6826 / 682), (682.0, 10.0087976540), (683.0, 9.9941434846)])
 def test_a_base_of_integer_sizes_gives_each_tensor_its_own_ratio(ffn_width: float | None, ratio: float) -> None:
     rows = btlm_plan(base=BaseConfig(width=256, depth=32, ffn_width=ffn_width)).parameters
     assert rows["h.0.mlp.c_proj.weight"].width_mult == pytest.approx(ratio, rel=1e-10)

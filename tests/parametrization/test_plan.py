@@ -48,10 +48,10 @@ def test_every_tensor_of_every_variant_has_a_rule_in_every_table(table: str, pos
 
 def test_a_role_without_a_rule_is_refused() -> None:
     specs = [TensorSpec("h.0.router.weight", "router", (4, 8), 8)]
-    with pytest.raises(Refusal, match=r"table mup has no rule for role router of h\.0\.router\.weight; it rules \['emb"):
-        make_plan(
-            get_table("mup"), specs, base_of(specs, width=8, depth=1), HYPER, width=8, depth=1, head_size=8
-        )
+    with pytest.raises(
+        Refusal, match=r"table mup has no rule for role router of h\.0\.router\.weight; it rules \['emb"
+    ):
+        make_plan(get_table("mup"), specs, base_of(specs, width=8, depth=1), HYPER, width=8, depth=1, head_size=8)
 
 
 def test_a_tensor_that_the_base_lacks_is_refused() -> None:
@@ -217,7 +217,11 @@ def test_a_base_keeps_one_fan_in_per_kind() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("learning_rate", 0.0, r"hyperparameters\.learning_rate=0\.0 must be a finite number above 0; for example .*=0\.01"),
+        (
+            "learning_rate",
+            0.0,
+            r"hyperparameters\.learning_rate=0\.0 must be a finite number above 0; for example .*=0\.01",
+        ),
         ("init_std", math.nan, r"hyperparameters\.init_std=nan must be a finite number above 0"),
         ("weight_decay", -0.1, r"hyperparameters\.weight_decay=-0\.1 must be a finite number at least 0"),
         ("beta2", 1.0, r"hyperparameters\.beta2=1\.0 must be a finite number at least 0 and at most 1; .*=0\.95"),
