@@ -45,6 +45,10 @@ def build(cls: type[T], data: Any, key: str = "") -> T:
     for name in data:
         if name not in hints:
             raise Refusal(unknown_key(_join(key, str(name)), [_join(key, known) for known in hints]))
+    for field in dataclasses.fields(typing.cast(Any, cls)):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in data:
+            raise Refusal(f"{_join(key, field.name)} is missing; write it again with the command that made the file.")
     return cls(**{name: _convert(hints[name], value, _join(key, name)) for name, value in data.items()})
 
 
@@ -71,8 +75,8 @@ def compose(door: str, schema: type[T], overrides: Sequence[str]) -> T:
     Raises:
         Refusal: anything that cannot be composed, Hydra's own complaints included.
     """
-    from hydra import initialize_config_dir
     from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -126,7 +130,9 @@ def _sentence(error: Exception, schema: type) -> str:
         key = text.split("'")[1]
         return f"{key} exists already; write {key}=... without the plus sign."
     cause = f" ({' '.join(str(error.__cause__).split())})" if error.__cause__ else ""
-    return f"the command line cannot be read: {text.split(' See https')[0]}{cause}; write key=value, for example seed=1."
+    return (
+        f"the command line cannot be read: {text.split(' See https')[0]}{cause}; write key=value, for example seed=1."
+    )
 
 
 def _known(group: str) -> list[str]:

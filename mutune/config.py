@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from mutune.certificate.config import LadderConfig, Overrides, TargetConfig
 from mutune.compose import plain
 from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.errors import require, require_number
@@ -36,9 +37,7 @@ class DoorConfig:
     def __post_init__(self) -> None:
         require(self.out != "", "out= is empty; for example out=runs.")
         require_number("seed", self.seed, at_least=0, at_most=2**31 - 1, example=0)
-        require(
-            self.device in DEVICES, f"device={self.device} is unknown; known devices: {', '.join(DEVICES)}."
-        )
+        require(self.device in DEVICES, f"device={self.device} is unknown; known devices: {', '.join(DEVICES)}.")
 
 
 @dataclass(frozen=True)
@@ -83,3 +82,48 @@ class SweepConfig(DoorConfig):
             del data[key]
         del data["search"]["n_trials"], data["search"]["workers"]
         return data
+
+
+@dataclass(frozen=True)
+class TransferConfig(DoorConfig):
+    """Everything that decides a transfer.
+
+    Attributes:
+        study: name of a finished study under <out>/sweeps, or `published` for BTLM-3B-8K's own values.
+        target: the run that the values are carried to.
+        ladder: the runs that tell how far they can be carried.
+        hyperparameters: base values set by hand over the study's.
+        require_go: exit with code 3 unless the verdict is GO.
+    """
+
+    study: str = "proxy"
+    target: TargetConfig = field(default_factory=TargetConfig)
+    ladder: LadderConfig = field(default_factory=LadderConfig)
+    hyperparameters: Overrides = field(default_factory=Overrides)
+    require_go: bool = False
+
+
+@dataclass(frozen=True)
+class TrainConfig(DoorConfig):
+    """Everything that decides how a target is trained, beside its transfer file.
+
+    Attributes:
+        transfer: the transfer file, written by `python -m mutune.transfer`.
+        name: names the run's folder; null takes the target's name.
+        checkpoint_every: steps between checkpoints; null makes it a twentieth of the run.
+        keep_checkpoints: how many of the newest checkpoints stay.
+        threads: CPU threads; null takes the number of cores.
+    """
+
+    transfer: str | None = None
+    name: str | None = None
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number("keep_checkpoints", self.keep_checkpoints, at_least=1, example=2)
+        for key, example in (("checkpoint_every", 50), ("threads", 2)):
+            if getattr(self, key) is not None:
+                require_number(key, getattr(self, key), at_least=1, example=example)

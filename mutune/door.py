@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
@@ -27,6 +27,37 @@ class WorkFailed(Exception):
 
 class Terminated(BaseException):
     """SIGTERM arrived."""
+
+
+class StopRequest:
+    """While it is entered, the first SIGINT or SIGTERM only asks: work looks at `requested`, saves, and obeys."""
+
+    def __init__(self) -> None:
+        self._signum: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has arrived."""
+        return self._signum is not None
+
+    def obey(self) -> None:
+        """End the work: raise what the door turns into exit code 130 or 143."""
+        raise KeyboardInterrupt if self._signum == signal.SIGINT else Terminated
+
+    def __enter__(self) -> "StopRequest":
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            self.obey()  # the second signal does not wait
+        self._signum = signum
 
 
 def enter(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence[str], argv: Sequence[str]) -> int:
@@ -89,8 +120,6 @@ def _help(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence
             _indent(yaml.safe_dump(plain(schema()), sort_keys=False, allow_unicode=True)),
         ]
     )
-
-
 
 
 def _indent(text: str) -> str:

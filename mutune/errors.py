@@ -26,7 +26,7 @@ def require_number(
     at_most: float = math.inf,
     example: float,
 ) -> None:
-    """Refuse `value` unless it is finite, > `above`, >= `at_least` and <= `at_most`; `example` is a value that works."""
+    """Refuse `value` unless it is finite and within the bounds; `example` is a value that works."""
     ok = isinstance(value, (int, float)) and math.isfinite(value) and value > above and at_least <= value <= at_most
     if ok:
         return

@@ -11,10 +11,10 @@ from mutune.config import SweepConfig
 from mutune.door import OK, WorkFailed, enter
 from mutune.errors import Refusal
 from mutune.files import require_writable
-from mutune.model.shape import tensor_specs
-from mutune.scaling.arithmetic import matmul_parameter_count, parameter_count, train_flops_per_token
+from mutune.folders import check_claim, claim, locked
 from mutune.search.config import Dimension
 from mutune.training.config import RunSpec
+from mutune.training.price import price
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,8 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 def work(config: SweepConfig) -> int:
     """Check everything, then run the study to its end."""
     from mutune.data.prepare import prepare
-    from mutune.search.results import claim
-    from mutune.search.study import check_space, locked
+    from mutune.search.study import check_space
     from mutune.search.workers import WorkError
 
     if not config.study:
@@ -42,8 +41,10 @@ def work(config: SweepConfig) -> int:
         print(describe(config, space))
         return OK
     directory = Path(config.out) / "sweeps" / config.study
-    with locked(directory):
-        claim(directory, config.identity(), corpus.content_hash, config.overwrite)
+    inputs = {"config": config.identity(), "data_hash": corpus.content_hash}
+    check_claim(directory, inputs, "study", config.overwrite)
+    with locked(directory, "study"):
+        claim(directory, inputs, "study", config.overwrite)
         try:
             _search(config, spec, directory)
         except WorkError as error:
@@ -56,21 +57,14 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
     from mutune.search.proposals import total_trials
     from mutune.search.workers import default_workers
 
-    specs = tensor_specs(config.model, config.tokenizer.num_ids)
-    flops = train_flops_per_token(
-        matmul_parameter_count(specs),
-        vocab_size=config.tokenizer.num_ids,
-        width=config.model.width,
-        depth=config.model.depth,
-        context_length=config.run.context_length,
-    )
+    cost = price(config.spec())
     total = total_trials(config.search, space)
     rows = [
         f"study      {config.study} → {Path(config.out) / 'sweeps' / str(config.study)}",
         f"proxy      width {config.model.width}, depth {config.model.depth}, {config.model.heads} heads, "
-        f"{parameter_count(specs):,} parameters, table {config.parametrization.table}",
-        f"trial      {config.run.num_steps} steps × {config.run.tokens_per_step} tokens = {config.run.tokens:,} tokens, "
-        f"{flops * config.run.tokens:.3g} FLOPs at the base width",
+        f"{cost.parameters:,} parameters, table {config.parametrization.table}",
+        f"trial      {config.run.num_steps} steps × {config.run.tokens_per_step} tokens = {config.run.tokens:,} "
+        f"tokens, {cost.flops:.3g} FLOPs at the base width",
         f"search     {total} trials by {config.search.sampler}, {config.search.workers or default_workers()} workers",
         *(f"space      {d.name}: {list(d.values) if d.values else f'{d.low:g} … {d.high:g}'}" for d in space),
         "dry run: nothing was written; leave out dry_run=true to start.",
@@ -79,9 +73,9 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
 
 
 def _search(config: SweepConfig, spec: RunSpec, directory: Path) -> None:
-    from mutune.reporting.sweep import draw_study
-    from mutune.search.results import write_best
+    from mutune.reporting.figures import draw_study
     from mutune.search.display import SweepProgress
+    from mutune.search.results import write_best
     from mutune.search.study import Progress, best_trial, run_study, trial_spec
     from mutune.search.workers import default_workers
 
@@ -95,17 +89,19 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path) -> None:
             line.written = progress.best
 
     try:
-        trials = run_study(
-            directory, str(config.study), spec, config.search, device=config.device, report=report
-        )
+        trials = run_study(directory, str(config.study), spec, config.search, device=config.device, report=report)
     finally:
         line.close()
     best = best_trial(trials)
     if best is None:
-        raise WorkFailed(f"all {len(trials)} trials diverged; lower search.space.learning_rate and choose another study=.")
+        raise WorkFailed(
+            f"all {len(trials)} trials diverged; lower search.space.learning_rate and choose another study=."
+        )
     figures = draw_study(directory)
-    print(f"best       trial {best.number}: held-out loss {best.value:.4f} nats per token "
-          f"({best.user_attrs['bits_per_byte']:.4f} bits per byte)")
+    print(
+        f"best       trial {best.number}: held-out loss {best.value:.4f} nats per token "
+        f"({best.user_attrs['bits_per_byte']:.4f} bits per byte)"
+    )
     for key, value in best.params.items():
         print(f"           {key} = {value if isinstance(value, (str, int)) else format(value, '.5g')}")
     print(f"written    {directory / 'best.yaml'}, {', '.join(map(str, figures))}")

@@ -142,7 +142,9 @@ def make_plan(
     rows = {spec.name: _tensor_plan(table, spec, base, hyperparameters, eps, depth) for spec in specs}
     tensors = {site: _site_tensor(site, rows) for site in table.sites}
     sites = {
-        name: SitePlan(name, tensors[name], _site_value(site, width / base.width, head_size, hyperparameters), site.formula)
+        name: SitePlan(
+            name, tensors[name], _site_value(site, width / base.width, head_size, hyperparameters), site.formula
+        )
         for name, site in table.sites.items()
     }
     return Plan(table.name, rows, sites)
@@ -152,7 +154,9 @@ def _tensor_plan(
     table: Table, spec: TensorSpec, base: BaseShape, hyper: BaseHyperparameters, eps: float, depth: int
 ) -> TensorPlan:
     if spec.role not in table.rules:
-        raise Refusal(f"table {table.name} has no rule for role {spec.role} of {spec.name}; it rules {list(table.rules)}.")
+        raise Refusal(
+            f"table {table.name} has no rule for role {spec.role} of {spec.name}; it rules {list(table.rules)}."
+        )
     if kind(spec.name) not in base.fan_in:
         raise Refusal(f"the base shape has no tensor {kind(spec.name)}; build it with the same switches as the model.")
     rule = table.rules[spec.role]
@@ -219,5 +223,3 @@ def _csv(rows: Iterable[Mapping[str, object]]) -> str:
     writer.writeheader()
     writer.writerows(listed)
     return buffer.getvalue()
-
-

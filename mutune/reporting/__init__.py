@@ -1,0 +1,67 @@
+"""Records → frames → plots: every number is made in `frames`, every picture drawn in `plots`, every file by `figures`.
+
+    runs = load_runs(Path("runs/sweeps/valley"))
+    points = valleys(runs)
+    plot_valleys(points[points.table == "mup"], mean_optima(optima(points)), axes)
+
+This is the only room that imports matplotlib. It reads the folders of the runs, never the storage of the search.
+"""
+
+from mutune.reporting.figures import draw_study, draw_train, draw_transfer
+from mutune.reporting.frames import (
+    best_per_width,
+    best_trials,
+    context_switches,
+    curves,
+    drift,
+    history,
+    load_records,
+    load_runs,
+    load_space,
+    loss_window,
+    mean_optima,
+    mean_valleys,
+    offsets,
+    optima,
+    valleys,
+)
+from mutune.reporting.notebook import results, runs_folder
+from mutune.reporting.plots import (
+    plot_context_switches,
+    plot_drift,
+    plot_history,
+    plot_learning_rate,
+    plot_loss_curves,
+    plot_slice,
+    plot_valleys,
+)
+
+__all__ = [
+    "best_per_width",
+    "best_trials",
+    "context_switches",
+    "curves",
+    "draw_study",
+    "draw_train",
+    "draw_transfer",
+    "drift",
+    "history",
+    "load_records",
+    "load_runs",
+    "load_space",
+    "loss_window",
+    "mean_optima",
+    "mean_valleys",
+    "offsets",
+    "optima",
+    "plot_context_switches",
+    "plot_drift",
+    "plot_history",
+    "plot_learning_rate",
+    "plot_loss_curves",
+    "plot_slice",
+    "plot_valleys",
+    "results",
+    "runs_folder",
+    "valleys",
+]

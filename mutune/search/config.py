@@ -119,7 +119,9 @@ def _interval(name: str, key: str, data: dict[str, Any]) -> Dimension:
     low, high = _checked(name, key, data["low"]), _checked(name, key, data["high"])
     log = data.get("log", True)
     require(isinstance(log, bool), f"{key}.log={log} must be true or false.")
-    require(low < high, f"{key} is empty: low={low} is not below high={high}; for example high={2 * abs(low) + 1e-3:g}.")
+    require(
+        low < high, f"{key} is empty: low={low} is not below high={high}; for example high={2 * abs(low) + 1e-3:g}."
+    )
     require(not log or low > 0, f"{key}.low={low} must be above 0 on a log scale; for example low=0.001 or log=false.")
     return Dimension(name, low, high, log)
 

@@ -31,7 +31,11 @@ def total_trials(search: SearchConfig, space: Sequence[Dimension]) -> int:
 
 
 def propose(
-    search: SearchConfig, space: Sequence[Dimension], defaults: dict[str, Any], seed: int, finished: Sequence[FrozenTrial]
+    search: SearchConfig,
+    space: Sequence[Dimension],
+    defaults: dict[str, Any],
+    seed: int,
+    finished: Sequence[FrozenTrial],
 ) -> list[dict[str, Any]]:
     """Parameters of the next cohort.
 
@@ -56,7 +60,12 @@ def propose(
 
 
 def _propose_one(
-    study: optuna.Study, search: SearchConfig, space: Sequence[Dimension], defaults: dict[str, Any], seed: int, number: int
+    study: optuna.Study,
+    search: SearchConfig,
+    space: Sequence[Dimension],
+    defaults: dict[str, Any],
+    seed: int,
+    number: int,
 ) -> dict[str, Any]:
     study.sampler = _sampler(search, _seed_of(seed, number))
     if number < len(search.initial):

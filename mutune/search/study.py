@@ -6,15 +6,13 @@ Trials that were running when a parent died are run again under the same number 
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import optuna
-from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mutune.errors import Refusal
@@ -90,21 +88,6 @@ def check_space(spec: RunSpec, search: SearchConfig) -> list[Dimension]:
     return space
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the study's lock; the lock dies with its process.
-
-    Raises:
-        Refusal: another process holds it.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(directory / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise Refusal(f"study {directory} is being run by another process; wait for it, or choose study=NAME.") from None
-
-
 def run_study(
     directory: Path,
     name: str,
@@ -143,7 +126,10 @@ def run_study(
             if not t.state.is_finished()
         ]
         for trial, result in run_all(
-            run_trial, work, workers, lambda running: report(_progress(study, search, space, [t.number for t in running]))
+            run_trial,
+            work,
+            workers,
+            lambda running: report(_progress(study, search, space, [t.number for t in running])),
         ):
             _tell(study, trial.number, result)
 

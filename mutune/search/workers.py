@@ -1,5 +1,6 @@
 """Worker processes: one thread each, started by spawn, gone when their parent is gone."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -99,10 +100,8 @@ def _start(function: Callable[[Any], Any]) -> _Worker[Any]:
 
 
 def _send(worker: _Worker[Any]) -> None:
-    try:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a dead worker's sentinel says so next
         worker.connection.send(worker.task)
-    except (BrokenPipeError, ConnectionResetError):
-        pass  # the worker is dead; its sentinel says so next
 
 
 def _receive(worker: _Worker[Any]) -> tuple[bool, Any] | None:

@@ -35,7 +35,7 @@ def initial_tensor(row: TensorPlan, shape: torch.Size, seed: int) -> torch.Tenso
 
 
 def optimizer_groups(model: nn.Module, plan: Plan) -> list[dict[str, object]]:
-    """Ordinary `torch.optim.AdamW` groups: one per distinct (peak rate, weight decay, ε), with `peak_lr` beside `lr`."""
+    """Ordinary `torch.optim.AdamW` groups: one per distinct (peak rate, decay, ε), with `peak_lr` beside `lr`."""
     members: dict[tuple[float, float, float], list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         row = plan.parameters[name]

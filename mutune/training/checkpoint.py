@@ -28,7 +28,13 @@ class Checkpoint:
 
 
 def save(
-    root: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, plan: Plan, meta: dict[str, Any], keep: int
+    root: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    meta: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write `root/<step>/` atomically and drop all but the `keep` newest; a failure leaves nothing of it behind.
 
@@ -54,7 +60,7 @@ def save(
 
 
 def _write(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors = {f"model.{name}": parameter.detach().cpu() for parameter, name in names.items()}
     for parameter, state in optimizer.state.items():
         tensors |= {f"optimizer.{names[parameter]}.{key}": state[key].detach().cpu() for key in STATE_KEYS}
@@ -79,7 +85,9 @@ def newest(root: Path) -> Checkpoint | None:
         meta = json.loads((path / "meta.json").read_text())
         return Checkpoint(path, int(meta["step"]), meta)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Refusal(f"checkpoint {path} cannot be read ({error}); delete that folder to use the one before it.") from error
+        raise Refusal(
+            f"checkpoint {path} cannot be read ({error}); delete that folder to use the one before it."
+        ) from error
 
 
 def check_meta(checkpoint: Checkpoint, plan: Plan, meta: dict[str, Any]) -> None:

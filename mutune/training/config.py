@@ -86,7 +86,9 @@ class RunSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(len(self.stages) > 0, "stages=[] is empty; a run needs at least one, for example stages=[{num_steps: 240}].")
+        require(
+            len(self.stages) > 0, "stages=[] is empty; a run needs at least one, for example stages=[{num_steps: 240}]."
+        )
         require_number("seed", self.seed, at_least=0, at_most=2**31 - 1, example=0)
         self.schedule.warmup(self.num_steps)
         longest = max(stage.context_length for stage in self.stages)

@@ -59,7 +59,9 @@ def train(
         ids_BT = torch.from_numpy(batch(step)).to(device)
         loss = _backward(model, ids_BT, micro_sequences)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm, foreach=True).item()
-        diverged = not (math.isfinite(loss) and math.isfinite(grad_norm)) or (step >= warmup_steps and loss > loss_bound)
+        diverged = not (math.isfinite(loss) and math.isfinite(grad_norm)) or (
+            step >= warmup_steps and loss > loss_bound
+        )
         if not diverged:
             optimizer.step()
         optimizer.zero_grad()

@@ -92,7 +92,7 @@ def test_truncated_values_stay_within_two_deviations_and_reach_them() -> None:
 
 def test_untruncated_values_go_beyond_two_deviations() -> None:
     plan = tiny_plan(WIDE, "mup")
-    weight = tiny_decoder(WIDE, plan).h[0].attn.c_attn.weight
+    weight = tiny_decoder(WIDE, plan).get_parameter("h.0.attn.c_attn.weight")
     beyond = (weight.abs() > 2 * plan.parameters["h.0.attn.c_attn.weight"].init_std).float().mean().item()
     assert beyond == pytest.approx(0.0455, abs=0.008)  # 1 - erf(sqrt(2)), four deviations of 12,288 draws
 
@@ -161,6 +161,7 @@ PAIRS = [
     pytest.param(replace(BASE, ffn_width=40), replace(WIDE, ffn_width=160), id="ratio-4-everywhere"),
     pytest.param(BASE, WIDE, id="feed-forward-rounded-down"),  # 170 / 42, not 4
     pytest.param(replace(BASE, activation="gelu"), replace(WIDE, activation="gelu", positions="learned"), id="gelu"),
+    pytest.param(BASE, replace(WIDE, width=48), id="ratio-3"),  # 0.02 / 3 and 0.02 · (1 / 3) are different doubles
     pytest.param(BASE, BASE, id="at-the-base"),
 ]
 

@@ -1,0 +1,168 @@
+"""What a transfer is asked for (target, ladder), and what it hands on (the transfer file)."""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+
+from mutune.data.config import DataConfig, TokenizerConfig
+from mutune.errors import require, require_number
+from mutune.model.shape import BaseConfig, ModelConfig
+from mutune.parametrization.hyperparameters import BaseHyperparameters
+from mutune.parametrization.rules import get_table
+from mutune.training.config import LoopConfig, RunSpec, StageConfig
+from mutune.training.schedule import ScheduleConfig
+
+VERDICTS = ("GO", "GO WITH CARE", "NO-GO", "NOT CERTIFIED")
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """The run that the money is for.
+
+    Attributes:
+        name: names its folders.
+        model: its shape.
+        stages: context lengths, batches and steps, in order.
+        schedule, data, tokenizer: its own; None takes the study's.
+        loop: how its steps are taken.
+    """
+
+    name: str = "target"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+    schedule: ScheduleConfig | None = None
+    data: DataConfig | None = None
+    tokenizer: TokenizerConfig | None = None
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        plain_name = self.name != "" and "/" not in self.name and not self.name.startswith(".")
+        require(plain_name, f"target.name={self.name} must be a plain folder name; for example target.name=small.")
+
+
+@dataclass(frozen=True)
+class LadderConfig:
+    """The runs that tell whether the best learning rate holds at other widths.
+
+    Attributes:
+        widths: rungs besides the base width.
+        offsets: learning rates tried, in octaves from the study's best.
+        seeds: how many seeds each point has.
+        workers: single-threaded worker processes; null takes the number of cores.
+    """
+
+    widths: list[int] = field(default_factory=lambda: [48, 64, 96, 128])
+    offsets: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])
+    seeds: int = 2
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        require(len(self.widths) > 0, "ladder.widths=[] is empty; for example ladder.widths=[48,64,96,128].")
+        for width in self.widths:
+            require_number("ladder.widths", width, at_least=1, example=64)
+        require(
+            len(set(self.widths)) == len(self.widths),
+            f"ladder.widths={self.widths} repeats a width; for example ladder.widths=[48,64,96,128].",
+        )
+        require(
+            len(set(self.offsets)) == len(self.offsets) >= 3,
+            f"ladder.offsets={self.offsets} must hold at least three distinct offsets; "
+            "for example ladder.offsets=[-1,0,1].",
+        )
+        for offset in self.offsets:
+            require_number("ladder.offsets", offset, at_least=-20, at_most=20, example=1)
+        require_number("ladder.seeds", self.seeds, at_least=1, example=2)
+        if self.workers is not None:
+            require_number("ladder.workers", self.workers, at_least=1, example=2)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Base hyperparameters set by hand over the study's; None keeps the study's."""
+
+    learning_rate: float | None = None
+    init_std: float | None = None
+    embedding_multiplier: float | None = None
+    output_multiplier: float | None = None
+    attention_multiplier: float | None = None
+    weight_decay: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    adam_eps: float | None = None
+
+    def apply(self, hyperparameters: BaseHyperparameters) -> BaseHyperparameters:
+        """The study's values with these put in."""
+        return replace(hyperparameters, **self.given())
+
+    def given(self) -> dict[str, float]:
+        """Only what was set."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the hyperparameters come from.
+
+    Attributes:
+        study: the study's name.
+        source: the study's folder, or the publication.
+        trial: number of the best trial; None for published values.
+        heldout_loss: its held-out loss, nats per token.
+        data_hash: content hash of the study's corpus and tokenizer; None for published values.
+        study_commit: commit of the code that ran the study.
+        commit: commit of the code that wrote the transfer file.
+        overridden: base hyperparameters that were set by hand.
+    """
+
+    study: str
+    source: str
+    trial: int | None = None
+    heldout_loss: float | None = None
+    data_hash: str | None = None
+    study_commit: str | None = None
+    commit: str = "none"
+    overridden: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TransferFile:
+    """All that `mutune.train` needs: base hyperparameters, the shape they live at, and the target.
+
+    The schedule is kept as ratios of the run wherever the study gave it so.
+    """
+
+    provenance: Provenance
+    table: str
+    base: BaseConfig
+    hyperparameters: BaseHyperparameters
+    schedule: ScheduleConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    target: TargetConfig
+    verdict: str
+    format: int = 1
+
+    def __post_init__(self) -> None:
+        get_table(self.table)
+        require(
+            self.format == 1, f"format={self.format} of the transfer file is unknown to this version, which reads 1."
+        )
+        require(self.verdict in VERDICTS, f"verdict={self.verdict} is unknown; known verdicts: {', '.join(VERDICTS)}.")
+
+    def spec(self, seed: int) -> RunSpec:
+        """The target's run."""
+        target = self.target
+        return RunSpec(
+            model=target.model,
+            data=target.data or self.data,
+            tokenizer=target.tokenizer or self.tokenizer,
+            table=self.table,
+            base=self.base,
+            hyperparameters=self.hyperparameters,
+            schedule=target.schedule or self.schedule,
+            stages=tuple(target.stages),
+            loop=target.loop,
+            seed=seed,
+        )
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain data, as it is written."""
+        return asdict(self)

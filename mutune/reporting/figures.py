@@ -1,0 +1,175 @@
+"""The figures of a folder of results: a study, a transfer or a training run. They go to `figures/` inside it.
+
+Drawing the same records again writes the same bytes.
+"""
+
+import io
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mutune.files import fsync_directory, fsync_file
+from mutune.reporting import frames, plots
+
+DPI = 200
+PAGE_WIDTH = 8.3  # inches: 1660 pixels, shown at half of them on a page
+VALLEY_SPACE = {"width", "table", "seed", "learning_rate"}
+
+
+def draw_study(directory: Path) -> list[Path]:
+    """The figures of a study: `valley.png` and `drift.png` for a grid over width and learning rate and nothing more
+    than table and seed, else `history.png` and `slices.png`.
+
+    Raises:
+        Refusal: there is no study, or it has no run yet; the command that makes one is named.
+    """
+    space = frames.load_space(directory)
+    runs = frames.load_runs(directory)
+    if {"width", "learning_rate"} <= set(space) <= VALLEY_SPACE:
+        return _draw_valleys(directory, runs)
+    folder = directory / "figures"
+    return [
+        save(history_figure(runs), folder / "history.png"),
+        save(slices_figure(runs, space), folder / "slices.png"),
+    ]
+
+
+def draw_transfer(directory: Path) -> list[Path]:
+    """The figures of a transfer's ladder: `valley.png` and `drift.png`.
+
+    Raises:
+        Refusal: there is no ladder yet; the command that makes one is named.
+    """
+    return _draw_valleys(directory, frames.load_runs(directory / "ladder"))
+
+
+def draw_train(directory: Path) -> list[Path]:
+    """The figure of a training run, `loss.png`; it may still be running.
+
+    Raises:
+        Refusal: there is no run; the command that makes one is named.
+    """
+    curves = frames.curves(frames.load_records(directory), frames.load_runs(directory))
+    return [save(train_figure(curves), directory / "figures" / "loss.png")]
+
+
+def history_figure(runs: pd.DataFrame) -> Figure:
+    """How a search went."""
+    figure = _figure(PAGE_WIDTH, 3.6)
+    axes = figure.subplots()
+    history = frames.history(runs)
+    plots.plot_history(history, axes)
+    best = history.best.iloc[-1] if len(history) else math.nan
+    if not math.isnan(best):
+        axes.set_title(f"{len(history)} trials, best held-out loss {best:.4f} nats per token", loc="left")
+    return figure
+
+
+def slices_figure(runs: pd.DataFrame, space: dict[str, bool]) -> Figure:
+    """Each searched quantity against the held-out loss; `space` is that of `frames.load_space`."""
+    columns = min(2, len(space))
+    rows = math.ceil(len(space) / columns)
+    figure = _figure(PAGE_WIDTH, 0.5 + 2.7 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for axes, (name, log) in zip(panels, space.items(), strict=False):
+        points = plots.plot_slice(runs, name, axes, log=log)
+    for axes in panels[1::2]:
+        axes.set_ylabel("")
+    for axes in panels[len(space) :]:
+        axes.remove()
+    figure.colorbar(points, ax=list(panels[: len(space)]), label="trial", aspect=40, pad=0.02)
+    return figure
+
+
+def valley_figure(valleys: pd.DataFrame, optima: pd.DataFrame) -> Figure:
+    """A panel of valleys per table, all with the same axes; the title says how far each optimum moves."""
+    tables = [t for t in plots.TABLE_NAMES if t in set(valleys.table)]
+    tables += sorted(set(valleys.table) - set(tables))
+    window = frames.loss_window(valleys.loss, valleys.diverged)
+    means, drifts = frames.mean_optima(optima), frames.drift(optima)
+    figure = _figure(PAGE_WIDTH, 4.4)
+    panels = figure.subplots(1, len(tables), squeeze=False, sharey=True, sharex=True)[0]
+    for axes, table in zip(panels, tables, strict=True):
+        plots.plot_valleys(
+            valleys[valleys.table == table], means[means.table == table], axes, window=window, legend=False
+        )
+        axes.label_outer()
+        axes.set_title(f"{plots.table_name(table)}: {movement(drifts[drifts.table == table])}", loc="left", fontsize=12)
+    narrow, wide, seeds = valleys.width.min(), valleys.width.max(), valleys.seed.nunique()
+    mean = f" (mean of {seeds} seeds)" if seeds > 1 else ""
+    title = f"How far the best learning rate moves over widths {narrow} to {wide}{mean}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    named = plots.legend_entries(list(panels))
+    marks = {label: artist for label, artist in named.items() if label in plots.MARKS}
+    widths = {label: artist for label, artist in named.items() if label not in plots.MARKS}
+    panels[0].legend(list(widths.values()), list(widths), frameon=False, loc="best")
+    if marks:
+        style: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "handletextpad": 0.3, "frameon": False}
+        figure.legend(list(marks.values()), list(marks), **style)
+    return figure
+
+
+def drift_figure(optima: pd.DataFrame) -> Figure:
+    """How far the optimum moves with width, a line per table."""
+    figure = _figure(PAGE_WIDTH, 3.8)
+    axes = figure.subplots()
+    plots.plot_drift(frames.offsets(optima), axes)
+    drifts = frames.drift(optima).dropna(subset=["octaves_per_doubling"])
+    slopes = zip(drifts.table, drifts.octaves_per_doubling, strict=True)
+    words = [f"{plots.table_name(table)} {slope:+.2f}" for table, slope in slopes]
+    if words:
+        axes.set_title(f"{', '.join(words)} octaves per doubling of the width", loc="left")
+    return figure
+
+
+def train_figure(curves: pd.DataFrame) -> Figure:
+    """Training and held-out loss of one run over its learning rate, with its context switches."""
+    figure = _figure(PAGE_WIDTH, 4.6)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    plots.plot_loss_curves(curves, above)
+    plots.plot_learning_rate(curves, below)
+    plots.plot_context_switches(frames.context_switches(curves), [above, below])
+    above.label_outer()
+    return figure
+
+
+def movement(drift: pd.DataFrame) -> str:
+    """What was measured of one table's optimum, in words; `drift` is its row of `frames.drift`."""
+    octaves = drift["range"].item()
+    if math.isnan(octaves):
+        return "not measured at two widths"
+    return f"{octaves:.1f} octaves{' or more' if drift.edge.item() else ''}"
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write `figure` as a PNG without metadata, atomically; returns `path`."""
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image, metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(image.getvalue())
+        fsync_file(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+    return path
+
+
+def _draw_valleys(directory: Path, runs: pd.DataFrame) -> list[Path]:
+    valleys = frames.valleys(runs)
+    optima = frames.optima(valleys)
+    drawn = [save(valley_figure(valleys, optima), directory / "figures" / "valley.png")]
+    if optima.optimum.notna().any():
+        drawn.append(save(drift_figure(optima), directory / "figures" / "drift.png"))
+    return drawn
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained")

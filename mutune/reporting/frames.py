@@ -1,0 +1,342 @@
+"""Records → tidy tables. Every number that appears in a figure is made here.
+
+A run is a folder with `config.yaml` and `metrics.jsonl`. `load_runs` and `load_records` read them; every other function
+takes a frame and returns a frame. Losses are in nats per token; `log2_lr` and `optimum` are log2 of the base peak rate.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mutune.certificate.valley import fit_drift, fit_valley
+from mutune.compose import sweep_files
+from mutune.errors import Refusal
+from mutune.files import read_yaml
+from mutune.parametrization.hyperparameters import NAMES
+
+METRICS, CONFIG = "metrics.jsonl", "config.yaml"  # as mutune.training.run writes them; importing that brings in torch
+
+RUN_COLUMNS = ("run", "study", "trial", "rung", "width", "depth", "table", "seed", *NAMES)
+POINT = ["table", "width", "seed", "log2_lr"]  # what tells the runs of a valley apart
+
+
+def load_runs(directory: Path) -> pd.DataFrame:
+    """One row for each run below `directory`, in the order of its trials.
+
+    Columns: `RUN_COLUMNS`, then
+        heldout_loss, heldout_bits_per_byte: at the end of the run; NaN where it did not reach it.
+        value: what a search is told: the held-out loss, or for a diverged run the worst finite training loss and at
+            least ln(vocabulary); NaN for an unfinished run.
+        diverged: stopped because its loss left the bounds.
+        finished: reached its total steps. A row with neither is a run in progress, or one that was cut off.
+        steps: updates done; total_steps: updates asked for; tokens; seconds.
+
+    Raises:
+        Refusal: there is no run below `directory`; the command that makes one is named.
+    """
+    rows = [_run_row(path, directory) for path in _metrics(directory)]
+    frame = pd.DataFrame(rows).astype({"trial": "Int64", "adam_eps": "float64"})
+    return frame.sort_values(["trial", "run"], ignore_index=True)
+
+
+def load_records(directory: Path) -> pd.DataFrame:
+    """One row per step of each run below `directory`, named by the column `run`.
+
+    A line torn by a kill is left out; where a run was resumed and repeated a step, the later record stands.
+
+    Raises:
+        Refusal: there is no run below `directory`; the command that makes one is named.
+    """
+    frames = [pd.DataFrame(_records(path)).assign(run=_name(path, directory)) for path in _metrics(directory)]
+    frame = pd.concat([f for f in frames if "step" in f] or frames, ignore_index=True)
+    for column in ("heldout_loss", "heldout_bits_per_byte"):
+        if column not in frame:
+            frame[column] = math.nan
+    if "step" not in frame:
+        return frame
+    return frame.drop_duplicates(["run", "step"], keep="last").sort_values(["run", "step"], ignore_index=True)
+
+
+def load_space(directory: Path) -> dict[str, bool]:
+    """What the study in `directory` searches: name → whether its axis is logarithmic.
+
+    Raises:
+        Refusal: there is no study; the command that makes one is named.
+    """
+    if not (directory / CONFIG).is_file():
+        raise _nothing(directory)
+    stored = read_yaml(directory / CONFIG, "study's config")
+    try:
+        return {name: _is_log(data) for name, data in stored["study"]["search"]["space"].items()}
+    except KeyError as error:
+        raise Refusal(f"{directory / CONFIG} lacks {error}; run its sweep again with overwrite=true.") from None
+
+
+def history(runs: pd.DataFrame) -> pd.DataFrame:
+    """The course of a search: `trial`, `value`, `diverged` and `best`, the lowest held-out loss so far.
+
+    Unfinished runs are left out, and a diverged one cannot be the best; `best` is NaN until a run finished.
+    """
+    over = runs[(runs.finished | runs.diverged) & runs.trial.notna()].sort_values("trial")
+    frame = over[["trial", "value", "diverged"]].astype({"trial": int}).reset_index(drop=True)
+    frame["best"] = frame.value.where(~frame.diverged).cummin().ffill()
+    return frame
+
+
+def best_trials(runs: pd.DataFrame, count: int = 10) -> pd.DataFrame:
+    """The finished runs of lowest held-out loss, with the quantities in which the runs differ."""
+    names = ["width", "table", "seed", *NAMES]
+    varied = [name for name in names if runs[name].nunique(dropna=False) > 1]
+    columns = ["trial", "heldout_loss", "heldout_bits_per_byte", *varied]
+    return runs[runs.finished].nsmallest(count, "heldout_loss")[columns].reset_index(drop=True)
+
+
+def valleys(runs: pd.DataFrame) -> pd.DataFrame:
+    """Loss over learning rate: one row per table, width, seed and `log2_lr`, with `learning_rate`, `loss`, `diverged`.
+
+    A diverged run counts with the value it was told as; unfinished runs are left out.
+
+    Raises:
+        Refusal: the runs differ in something else too, so that a point would have two losses.
+    """
+    frame = runs[runs.finished | runs.diverged].assign(
+        log2_lr=lambda f: f.learning_rate.map(math.log2), loss=lambda f: f.value
+    )
+    twice = frame[frame.duplicated(POINT, keep=False)]
+    if len(twice):
+        raise Refusal(
+            f"runs {twice.run.iloc[0]} and {twice.run.iloc[1]} differ in neither table, width, seed nor learning rate; "
+            "give valleys() only runs of one ladder, for example runs[runs.study == 'valley']."
+        )
+    return frame[[*POINT, "learning_rate", "loss", "diverged"]].sort_values(POINT, ignore_index=True)
+
+
+def mean_valleys(valleys: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds: one row per table, width and `log2_lr`; `diverged` where any seed did."""
+    points = valleys.groupby(["table", "width", "log2_lr"], as_index=False)
+    return points.agg(
+        learning_rate=("learning_rate", "first"),
+        loss=("loss", "mean"),
+        diverged=("diverged", "any"),
+        num_seeds=("seed", "nunique"),
+    )
+
+
+def optima(valleys: pd.DataFrame) -> pd.DataFrame:
+    """The fitted bottom of each valley: one row per table, width and seed.
+
+    Columns: `optimum`, `learning_rate` (2^optimum), `loss`, `curvature`, `edge` (`low` or `high` where the optimum is
+    only a bound, else missing), `num_rates`. With fewer than three rates the numbers are NaN.
+    """
+    rows = []
+    for (table, width, seed), points in valleys.groupby(["table", "width", "seed"]):
+        row = {"table": table, "width": width, "seed": seed, "num_rates": len(points)}
+        row |= {"optimum": math.nan, "loss": math.nan, "curvature": math.nan, "edge": None}
+        if len(points) >= 3:
+            fit = fit_valley(points.log2_lr.tolist(), points.loss.tolist())
+            row |= {"optimum": fit.optimum, "loss": fit.loss, "curvature": fit.curvature, "edge": fit.edge}
+        rows.append(row)
+    columns = ["table", "width", "seed", "optimum", "loss", "curvature", "edge", "num_rates"]
+    frame = pd.DataFrame(rows, columns=columns).astype({"edge": "str"})
+    frame.insert(4, "learning_rate", 2.0**frame.optimum)
+    return frame
+
+
+def mean_optima(optima: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds of `optimum` and `loss`, the `lowest` and `highest` optimum, and the `edge` any seed lies at."""
+    groups = optima.dropna(subset=["optimum"]).groupby(["table", "width"], as_index=False)
+    frame = groups.agg(
+        optimum=("optimum", "mean"),
+        lowest=("optimum", "min"),
+        highest=("optimum", "max"),
+        loss=("loss", "mean"),
+        edge=("edge", "first"),
+        num_seeds=("seed", "nunique"),
+    )
+    frame.insert(3, "learning_rate", 2.0**frame.optimum)
+    return frame
+
+
+def offsets(optima: pd.DataFrame) -> pd.DataFrame:
+    """How far each width's optimum lies from the narrowest width's, in octaves of the learning rate.
+
+    One row per table and width: `octaves` (mean over seeds), `lowest` and `highest` over seeds, all counted from the
+    mean optimum at `base_width`, the table's narrowest; `edge` as in `optima`.
+    """
+    frame = mean_optima(optima).sort_values(["table", "width"], ignore_index=True)
+    base = frame.groupby("table").optimum.transform("first")
+    frame["base_width"] = frame.groupby("table").width.transform("first")
+    frame["octaves"] = frame.optimum - base
+    frame["lowest"] -= base
+    frame["highest"] -= base
+    return frame[["table", "width", "octaves", "lowest", "highest", "edge", "base_width", "num_seeds"]]
+
+
+def drift(optima: pd.DataFrame) -> pd.DataFrame:
+    """How far the optimum moves over the widths: one row per table, in octaves.
+
+    Columns: `octaves_per_doubling`, `spread`, `total`, `range`, `num_seeds` as in `certificate.valley.Drift`, and
+    `edge`: whether an optimum lies at the edge of its rates. Then only `range` is given, and it is a lower bound.
+    Seeds without an optimum at every width are left out; a table with fewer than two widths has NaN.
+    """
+    rows = []
+    for table, group in optima.groupby("table"):
+        seeds = group.groupby("seed")
+        by_seed: dict[Any, dict[int, float]] = {s: dict(zip(g.width, g.optimum, strict=True)) for s, g in seeds}
+        widths = set(group.width)
+        whole = {
+            s: rates
+            for s, rates in by_seed.items()
+            if set(rates) == widths and not any(map(math.isnan, rates.values()))
+        }
+        row: dict[str, Any] = {"table": table, "edge": bool(group.edge.notna().any()), "num_seeds": len(whole)}
+        row |= dict.fromkeys(("octaves_per_doubling", "spread", "total", "range"), math.nan)
+        if whole and len(widths) > 1:
+            fit = fit_drift(whole)
+            row["range"] = fit.range
+            if not row["edge"]:
+                row |= {"octaves_per_doubling": fit.octaves_per_doubling, "spread": fit.spread, "total": fit.total}
+        rows.append(row)
+    return pd.DataFrame(
+        rows, columns=["table", "octaves_per_doubling", "spread", "total", "range", "num_seeds", "edge"]
+    )
+
+
+def loss_window(losses: pd.Series, diverged: pd.Series) -> tuple[float, float]:
+    """The losses worth showing: from the lowest up to three times the median's distance above it.
+
+    Diverged runs are ignored unless there are no others. A margin of 5 % is added on both sides.
+    """
+    shown = losses[~diverged].dropna()
+    shown = losses.dropna() if shown.empty else shown
+    if shown.empty:
+        return 0.0, 1.0
+    low, middle, high = shown.min(), shown.median(), shown.max()
+    if middle > low:
+        high = min(high, low + 3 * (middle - low))
+    margin = 0.05 * (high - low) or 0.05
+    return float(low - margin), float(high + margin)
+
+
+def best_per_width(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of each table and width, the finished run of lowest held-out loss."""
+    finished = runs[runs.finished]
+    return finished.loc[finished.groupby(["table", "width"]).heldout_loss.idxmin()].reset_index(drop=True)
+
+
+def curves(records: pd.DataFrame, runs: pd.DataFrame, window: int | None = None) -> pd.DataFrame:
+    """The records of `runs` with `smooth_loss` added, and each run's table, width, seed and learning rate.
+
+    Args:
+        window: steps of the trailing mean; None takes 2 % of the longest run. Kept in the column `window`.
+    """
+    facts = runs[["run", "table", "width", "seed", "learning_rate"]]
+    frame = records.merge(facts, on="run").sort_values(["run", "step"], ignore_index=True)
+    window = window or max(1, round(0.02 * float(runs.total_steps.to_numpy().max())))
+    rolling = frame.groupby("run").loss.rolling(window, min_periods=1)
+    frame["smooth_loss"] = rolling.mean().reset_index(level=0, drop=True)
+    frame["window"] = window
+    return frame
+
+
+def context_switches(records: pd.DataFrame) -> pd.DataFrame:
+    """Where the context length of a run changes: `tokens` before the switch, the context `before` and `after` it."""
+    before, tokens = records.context_length.shift(), records.tokens.shift()
+    switched = before.notna() & (records.context_length != before)
+    rows = {"tokens": tokens, "before": before, "after": records.context_length}
+    return pd.DataFrame(rows)[switched].astype(int).reset_index(drop=True)
+
+
+def _metrics(directory: Path) -> list[Path]:
+    found = sorted(directory.rglob(METRICS)) if directory.is_dir() else []
+    if not found:
+        raise _nothing(directory)
+    return found
+
+
+def _nothing(directory: Path) -> Refusal:
+    return Refusal(f"there are no runs in {directory}; make them with: {_command(directory)}")
+
+
+def _command(directory: Path) -> str:
+    """The command whose results would lie in `directory`."""
+    parts = directory.parts
+    if "transfer" in parts:
+        study, _, target = next((part for part in parts if "--" in part), "proxy--small").partition("--")
+        return f"python -m mutune.transfer study={study} target={target}"
+    if "train" in parts:
+        return "python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml"
+    sweep = next((part for part in reversed(parts) if part in sweep_files()), "proxy")
+    return f"python -m mutune.sweep +sweep={sweep}"
+
+
+def _name(path: Path, directory: Path) -> str:
+    return path.parent.relative_to(directory).as_posix()
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    records = []
+    with path.open() as lines:
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:  # torn: the run is in progress, or was killed while it wrote
+                continue
+    return records
+
+
+def _run_row(path: Path, directory: Path) -> dict[str, Any]:
+    config, records = read_yaml(path.parent / CONFIG, "run's config"), _records(path)
+    try:
+        return _facts(config, _name(path, directory)) | _outcome(config, records)
+    except KeyError as error:
+        raise Refusal(
+            f"the run {path.parent} lacks {error} in {CONFIG} or {METRICS}; run its command again with overwrite=true."
+        ) from None
+
+
+def _facts(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the run is."""
+    run = config["run"]
+    facts = {"run": name, **{key: config.get(key) for key in ("study", "trial", "rung")}}
+    facts |= {
+        "width": run["model"]["width"],
+        "depth": run["model"]["depth"],
+        "table": run["table"],
+        "seed": run["seed"],
+    }
+    return facts | {key: run["hyperparameters"][key] for key in NAMES}
+
+
+def _outcome(config: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What became of it."""
+    total = sum(stage["num_steps"] for stage in config["run"]["stages"])
+    last = records[-1] if records else {"step": 0, "tokens": 0, "seconds": 0.0, "diverged": False}
+    diverged = last["diverged"]
+    steps = last["step"] - diverged  # the last record of a diverged run made no update
+    finished = not diverged and steps == total
+    loss = last["heldout_loss"] if finished else math.nan
+    losses = [record["loss"] for record in records if math.isfinite(record["loss"])]
+    return {
+        "heldout_loss": loss,
+        "heldout_bits_per_byte": last["heldout_bits_per_byte"] if finished else math.nan,
+        "value": max([math.log(config["vocab_size"]), *losses]) if diverged else loss,
+        "diverged": diverged,
+        "finished": finished,
+        "steps": steps,
+        "total_steps": total,
+        "tokens": last["tokens"],
+        "seconds": last["seconds"],
+    }
+
+
+def _is_log(data: dict[str, Any]) -> bool:
+    """A range says it; listed values are on a log scale where they are positive numbers spanning two octaves."""
+    if "values" not in data:
+        return bool(data.get("log", True))
+    values = data["values"]
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    return numbers and min(values) > 0 and max(values) >= 4 * min(values)

@@ -1,0 +1,297 @@
+"""Frames → pictures. Each function draws one frame of `mutune.reporting.frames` into an `Axes` it is given.
+
+They read no file, fit nothing and set no global style. Colours: widths on viridis without its pale end, tables from the
+Okabe-Ito palette; both are told apart by colour-blind readers and differ in brightness too.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from mutune.reporting.frames import loss_window, mean_valleys
+
+HELDOUT_LABEL = "held-out loss (nats per token)"
+TABLE_NAMES = {"mup": "μP", "sp": "SP", "btlm": "BTLM", "completep": "CompleteP"}
+TABLE_COLOURS = {"mup": "#0072B2", "sp": "#D55E00", "btlm": "#009E73", "completep": "#CC79A7"}
+TABLE_MARKERS = {"mup": "o", "sp": "s", "btlm": "^", "completep": "D"}
+RED, GREY, DARK = "#B2182B", "0.55", "0.25"
+_EDGE_MARKERS = {"low": "<", "high": ">"}
+_DODGE = 0.11  # octaves between the marks of neighbouring widths at the top of a valley plot
+
+
+def plot_history(history: pd.DataFrame, axes: Axes) -> None:
+    """Every trial's held-out loss in the order of the trials, and the best so far; diverged ones at the top edge."""
+    low, high = loss_window(history.value, history.diverged)
+    fine = history[~history.diverged & (history.value <= high)]
+    axes.plot(fine.trial, fine.value, "o", color=GREY, markersize=4, label="trial")
+    best: dict[str, Any] = {"drawstyle": "steps-post", "color": TABLE_COLOURS["mup"], "linewidth": 2}
+    axes.plot(history.trial, history.best, label="best so far", **best)
+    _mark_above(axes, history, "trial", high)
+    axes.set_ylim(low, high)
+    axes.set_xlabel("trial")
+    axes.set_ylabel(HELDOUT_LABEL)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.legend(frameon=False, loc="best")
+    _tidy(axes)
+
+
+def plot_slice(runs: pd.DataFrame, name: str, axes: Axes, *, log: bool) -> PathCollection:
+    """One searched quantity against the held-out loss, coloured by trial; the best finished run is ringed.
+
+    Args:
+        runs: rows of `load_runs`; unfinished ones are not drawn.
+        name: the column on the x axis.
+        log: a logarithmic axis.
+
+    Returns:
+        The points, for a colour bar.
+    """
+    over = runs[runs.finished | runs.diverged].sort_values("trial")
+    low, high = loss_window(over.value, over.diverged)
+    fine = over[~over.diverged & (over.value <= high)]
+    if name == "learning_rate" and log:
+        _octave_axis(axes, math.log2(over[name].min()), math.log2(over[name].max()))
+    elif log:
+        _log_axis(axes)
+    points = axes.scatter(fine[name], fine.value, c=fine.trial.astype(float), cmap="cividis_r", s=22)
+    best = fine.nsmallest(1, "value")
+    axes.plot(best[name], best.value, "o", color=RED, fillstyle="none", markersize=10, markeredgewidth=1.6)
+    _mark_above(axes, over, name, high)
+    axes.set_ylim(low, high)
+    axes.set_xlabel(name.replace("_", " "))
+    axes.set_ylabel(HELDOUT_LABEL)
+    _tidy(axes)
+    return points
+
+
+def plot_valleys(
+    valleys: pd.DataFrame,
+    optima: pd.DataFrame,
+    axes: Axes,
+    *,
+    window: tuple[float, float] | None = None,
+    legend: bool = True,
+) -> None:
+    """Loss over learning rate, a colour per width: seeds as faint points, their mean as a line, optima as stars.
+
+    What lies above the window is marked at its top edge: a cross where a run diverged, else a triangle.
+
+    Args:
+        valleys: rows of one table.
+        optima: rows of `mean_optima` for the same table. One at the edge of the rates is a hollow triangle that
+            points to where the optimum lies.
+        window: lowest and highest loss shown; None chooses them with `loss_window`.
+    """
+    low, high = window or loss_window(valleys.loss, valleys.diverged)
+    means = mean_valleys(valleys)
+    widths = sorted(valleys.width.unique())
+    for index, (width, colour) in enumerate(zip(widths, width_colours(widths), strict=True)):
+        line, points = means[means.width == width], valleys[valleys.width == width]
+        axes.plot(line.learning_rate, line.loss, color=colour, linewidth=2, label=f"width {width}", zorder=3)
+        seen = points[~points.diverged]
+        axes.plot(seen.learning_rate, seen.loss, "o", color=colour, markersize=4.5, alpha=0.45, markeredgewidth=0)
+        dodge = 2.0 ** (_DODGE * (index - (len(widths) - 1) / 2))
+        shifted = line.assign(learning_rate=line.learning_rate * dodge, value=line.loss)
+        _mark_above(axes, shifted, "learning_rate", high, colour)
+        for optimum in optima[optima.width == width].to_dict("records"):
+            _mark_optimum(axes, optimum["learning_rate"], optimum["loss"], optimum["edge"], colour)
+    axes.set_ylim(low, high)
+    _octave_axis(axes, valleys.log2_lr.min(), valleys.log2_lr.max())
+    axes.set_xlabel("base learning rate (log scale, in octaves)")
+    axes.set_ylabel(HELDOUT_LABEL)
+    _tidy(axes)
+    if legend:
+        named = legend_entries([axes])
+        axes.legend(list(named.values()), list(named), frameon=False, loc="best", fontsize="small")
+
+
+def legend_entries(panels: Sequence[Axes]) -> dict[str, Artist]:
+    """Label → artist of valley plots that share their colours: the widths, then the marks that occur in any panel."""
+    lines = {str(line.get_label()): line for axes in panels for line in axes.get_lines()}
+    widths = sorted((label for label in lines if label.startswith("width ")), key=lambda label: int(label.split()[1]))
+    return {label: lines[label] for label in [*widths, *MARKS] if label in lines}
+
+
+def plot_drift(offsets: pd.DataFrame, axes: Axes) -> None:
+    """The optimum's distance from that of the narrowest width, over widths: a line per table, bars over seeds.
+
+    The band of half an octave either way is what a practical search cannot tell apart. Hollow triangles are bounds.
+    """
+    axes.axhspan(-0.5, 0.5, facecolor="0.92", zorder=0, label="±½ octave")
+    axes.axhline(0.0, color=GREY, linewidth=0.8, zorder=1)
+    axes.set_xscale("log", base=2)
+    for table, rows in offsets.groupby("table"):
+        colour = TABLE_COLOURS.get(str(table), "black")
+        style: dict[str, Any] = {"color": colour, "marker": TABLE_MARKERS.get(str(table), "o"), "markersize": 8}
+        axes.plot(rows.width, rows.octaves, linewidth=2, label=table_name(str(table)), zorder=3, **style)
+        axes.vlines(rows.width, rows.lowest, rows.highest, color=colour, linewidth=6, alpha=0.35)
+        for edge, marker in (("low", "v"), ("high", "^")):
+            bound = rows[rows.edge == edge]
+            style |= {"marker": marker, "markerfacecolor": "white", "markersize": 9}
+            axes.plot(bound.width, bound.octaves, linestyle="none", zorder=4, **style)
+    if (offsets.num_seeds > 1).any():
+        axes.plot([], [], color=DARK, linewidth=5, alpha=0.35, label="lowest to highest seed")
+    if offsets.edge.notna().any():
+        axes.plot([], [], "v", color=DARK, markerfacecolor="white", markersize=8, label=_EDGE)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, -1.0), max(high, 1.0))
+    _width_axis(axes, sorted(offsets.width.unique()))
+    axes.set_xlabel("width")
+    base = " or ".join(map(str, sorted(offsets.base_width.unique())))
+    axes.set_ylabel(f"optimum relative to width {base}\n(octaves of learning rate)")
+    axes.legend(frameon=False, loc="best")
+    _tidy(axes)
+
+
+def plot_loss_curves(curves: pd.DataFrame, axes: Axes, *, by: str = "width", log: bool = False) -> None:
+    """Smoothed training loss over tokens, one line per run and one colour per value of `by`; held-out loss as dots.
+
+    Args:
+        curves: rows of `frames.curves`.
+        by: the column that colours and names the lines.
+        log: a logarithmic token axis.
+    """
+    values, window = sorted(curves[by].unique()), int(curves.window.iloc[0])
+    smoothing = f"training loss, mean of {window} steps" if window > 1 else "training loss"
+    single = curves.run.nunique() == 1
+    colours = [TABLE_COLOURS["mup"]] if single else width_colours(values)
+    for value, colour in zip(values, colours, strict=True):
+        label = smoothing if single else f"{by.replace('_', ' ')} {value:.4g}"
+        dots = TABLE_COLOURS["sp"] if single else colour
+        for _, run in curves[curves[by] == value].groupby("run"):
+            axes.plot(run.tokens, run.smooth_loss, color=colour, linewidth=1.4, label=label)
+            label = "_nolegend_"
+            told = run[run.heldout_loss.notna()]
+            axes.plot(told.tokens, told.heldout_loss, "o", color=dots, markeredgecolor="white", markersize=6, zorder=4)
+    if curves.heldout_loss.notna().any():
+        axes.plot([], [], "o", color=TABLE_COLOURS["sp"] if single else DARK, label="held-out loss")
+    if log:
+        axes.set_xscale("log")
+    else:
+        _token_axis(axes)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss (nats per token)" if single else f"{smoothing}\n(nats per token)")
+    axes.legend(frameon=False, loc="best")
+    _tidy(axes)
+
+
+def plot_learning_rate(records: pd.DataFrame, axes: Axes) -> None:
+    """The base learning rate of one run over tokens."""
+    axes.plot(records.tokens, records.lr, color=DARK, linewidth=1.4)
+    axes.set_ylim(bottom=0.0)
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+    _token_axis(axes)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("base\nlearning rate")
+    _tidy(axes)
+
+
+def plot_context_switches(switches: pd.DataFrame, panels: Sequence[Axes]) -> None:
+    """A dashed line through the panels where the context length changes, named in the first one."""
+    for row in switches.to_dict("records"):
+        for axes in panels:
+            axes.axvline(row["tokens"], color=GREY, linestyle="--", linewidth=1)
+        panels[0].text(
+            row["tokens"], 0.98, f" context {row['before']} → {row['after']} ", color=DARK, fontsize="small",
+            transform=panels[0].get_xaxis_transform(), ha="right", va="top",
+        )  # fmt: skip
+
+
+def table_name(table: str) -> str:
+    """How a parametrization is written: μP for `mup`."""
+    return TABLE_NAMES.get(table, table)
+
+
+def width_colours(widths: Sequence[Any]) -> list[tuple[float, ...]]:
+    """One colour per width, dark to light, without viridis's pale end."""
+    top = 0.82
+    return [colormaps["viridis"](top * i / max(1, len(widths) - 1)) for i in range(len(widths))]
+
+
+_OPTIMUM, _EDGE = "fitted optimum", "optimum at the edge or beyond"
+_DIVERGED, _ABOVE = "diverged", "above the plot"
+MARKS = (_OPTIMUM, _EDGE, _ABOVE, _DIVERGED)
+
+
+def _mark_optimum(axes: Axes, rate: float, loss: float, edge: Any, colour: Any) -> None:
+    style: dict[str, Any] = {"marker": "*", "markersize": 15, "markeredgecolor": "white", "markeredgewidth": 0.7}
+    if isinstance(edge, str):
+        style = {"marker": _EDGE_MARKERS[edge], "markersize": 10, "markerfacecolor": "white", "markeredgewidth": 1.8}
+    axes.plot([rate], [loss], color=colour, zorder=6, **style)
+    _sample(axes, _EDGE if isinstance(edge, str) else _OPTIMUM, **style)
+
+
+def _mark_above(axes: Axes, points: pd.DataFrame, x: str, high: float, colour: Any = None) -> None:
+    """Mark points above `high`, and every diverged one, at the top edge."""
+    for label, marker, default, rows in (
+        (_DIVERGED, "x", RED, points[points.diverged]),
+        (_ABOVE, "^", GREY, points[~points.diverged & (points.value > high)]),
+    ):
+        if rows.empty:
+            continue
+        style: dict[str, Any] = {"marker": marker, "markersize": 7, "markeredgewidth": 2 if marker == "x" else 0}
+        style |= {"linestyle": "none", "transform": axes.get_xaxis_transform(), "zorder": 5 + (marker == "x")}
+        axes.plot(rows[x], [0.97] * len(rows), color=colour or default, **style)
+        _sample(
+            axes,
+            label,
+            color=DARK if colour else default,
+            marker=marker,
+            markersize=7,
+            markeredgewidth=style["markeredgewidth"],
+        )
+
+
+def _sample(axes: Axes, label: str, **style: Any) -> None:
+    """An entry of the legend for a kind of mark, once."""
+    if label not in [line.get_label() for line in axes.get_lines()]:
+        axes.plot([], [], label=label, **{"linestyle": "none", "color": DARK, **style})
+
+
+def _octave_axis(axes: Axes, lowest: float, highest: float) -> None:
+    """A log2 axis with a tick at each power of two, or each second one where they are many."""
+    axes.set_xscale("log", base=2)
+    first, last = math.ceil(lowest - 1e-6), math.floor(highest + 1e-6)
+    step = 1 if last - first <= 8 else 2
+    axes.xaxis.set_major_locator(FixedLocator([2.0**k for k in range(first, last + 1, step)]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: rf"$2^{{{math.log2(rate):.0f}}}$"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _log_axis(axes: Axes) -> None:
+    """A log10 axis with plain numbers at 1, 2 and 5."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _width_axis(axes: Axes, widths: Sequence[int]) -> None:
+    axes.xaxis.set_major_locator(FixedLocator(list(map(float, widths))))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda width, _: f"{width:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _token_axis(axes: Axes) -> None:
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _count(tokens)))
+
+
+def _count(number: float) -> str:
+    """120000 → 120K."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.9", linewidth=0.7)
+    axes.set_axisbelow(True)
