@@ -49,7 +49,11 @@ def build(cls: type[T], data: Any, key: str = "") -> T:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in data:
             raise Refusal(f"{_join(key, field.name)} is missing; write it again with the command that made the file.")
-    return cls(**{name: _convert(hints[name], value, _join(key, name)) for name, value in data.items()})
+    values = {name: _convert(hints[name], value, _join(key, name)) for name, value in data.items()}
+    try:
+        return cls(**values)
+    except Refusal as refusal:
+        raise Refusal(_located(str(refusal), key)) from refusal
 
 
 def plain(config: Any) -> dict[str, Any]:
@@ -113,6 +117,12 @@ def _load_sweep(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise Refusal(f"the sweep file {path} holds no keys; write at least `study: {path.stem}` into it.")
     return data
+
+
+def _located(message: str, key: str) -> str:
+    """A room's message names its keys below the room's own name; put the key in this tree in its place."""
+    room, dot, _ = message.partition(".")
+    return message.replace(f"{room}.", f"{key}.") if key and dot and room.isidentifier() else message
 
 
 def _sentence(error: Exception, schema: type) -> str:

@@ -70,7 +70,8 @@ def load_space(directory: Path) -> dict[str, bool]:
         raise _nothing(directory)
     stored = read_yaml(directory / CONFIG, "study's config")
     try:
-        return {name: _is_log(data) for name, data in stored["study"]["search"]["space"].items()}
+        space = stored["inputs"]["config"]["search"]["space"]
+        return {name: _is_log(data) for name, data in space.items()}
     except KeyError as error:
         raise Refusal(f"{directory / CONFIG} lacks {error}; run its sweep again with overwrite=true.") from None
 
@@ -206,7 +207,7 @@ def drift(optima: pd.DataFrame) -> pd.DataFrame:
 
 
 def loss_window(losses: pd.Series, diverged: pd.Series) -> tuple[float, float]:
-    """The losses worth showing: from the lowest up to three times the median's distance above it.
+    """The losses worth showing: from the lowest up to twice the third quartile's distance above it.
 
     Diverged runs are ignored unless there are no others. A margin of 5 % is added on both sides.
     """
@@ -214,9 +215,9 @@ def loss_window(losses: pd.Series, diverged: pd.Series) -> tuple[float, float]:
     shown = losses.dropna() if shown.empty else shown
     if shown.empty:
         return 0.0, 1.0
-    low, middle, high = shown.min(), shown.median(), shown.max()
-    if middle > low:
-        high = min(high, low + 3 * (middle - low))
+    low, quartile, high = shown.min(), shown.quantile(0.75), shown.max()
+    if quartile > low:
+        high = min(high, low + 2 * (quartile - low))
     margin = 0.05 * (high - low) or 0.05
     return float(low - margin), float(high + margin)
 

@@ -1,0 +1,172 @@
+"""Plots draw what the frames hold; figures are files that can be drawn again to the same bytes."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from matplotlib.lines import Line2D
+
+from mutune.errors import Refusal
+from mutune.reporting import figures, frames, plots
+from tests.reporting.runs import cut, diverge, write_run, write_search, write_valleys
+
+KNOWN = {"mup": {32: -7.0, 64: -7.0, 128: -6.75}, "sp": {32: -6.0, 64: -7.0, 128: -11.0}}
+
+
+@pytest.fixture
+def axes() -> Axes:
+    return Figure().subplots()
+
+
+@pytest.fixture(autouse=True)
+def _style_is_left_alone() -> Iterator[None]:
+    before = dict(matplotlib.rcParams)
+    yield
+    assert dict(matplotlib.rcParams) == before
+
+
+def _labelled(axes: Axes) -> list[str]:
+    return [str(line.get_label()) for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+
+
+def _x(line: Line2D) -> list[float]:
+    return np.asarray(line.get_xdata()).tolist()
+
+
+def _y(line: Line2D) -> list[float]:
+    return np.asarray(line.get_ydata()).tolist()
+
+
+def test_a_history_has_units_and_the_best_so_far(tmp_path: Path, axes: Axes) -> None:
+    history = frames.history(frames.load_runs(write_search(tmp_path)))
+    plots.plot_history(history, axes)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("trial", "held-out loss (nats per token)")
+    assert _labelled(axes) == ["trial", "best so far"]
+    assert _y(axes.get_lines()[1]) == history.best.tolist()
+
+
+@pytest.mark.parametrize(("name", "log", "scale"), [("learning_rate", True, "log"), ("init_std", False, "linear")])
+def test_a_slice_has_the_scale_of_its_search(tmp_path: Path, axes: Axes, name: str, log: bool, scale: str) -> None:
+    runs = frames.load_runs(write_search(tmp_path))
+    points = plots.plot_slice(runs, name, axes, log=log)
+    assert axes.get_xscale() == scale
+    assert len(np.asarray(points.get_offsets())) == len(runs)
+    assert axes.get_xlabel() == name.replace("_", " ")
+    ring = axes.get_lines()[0]
+    assert (_x(ring)[0], _y(ring)[0]) == (runs[name].iloc[3], 4.2)
+
+
+def test_valleys_are_a_line_per_width_with_a_star_at_each_fitted_optimum(tmp_path: Path, axes: Axes) -> None:
+    valleys = frames.valleys(frames.load_runs(write_valleys(tmp_path, {"mup": KNOWN["mup"]}, seeds=(0, 1))))
+    optima = frames.mean_optima(frames.optima(valleys))
+    plots.plot_valleys(valleys, optima, axes)
+    assert _labelled(axes) == ["width 32", "fitted optimum", "width 64", "width 128"]
+    stars = [line for line in axes.get_lines() if line.get_marker() == "*" and len(_x(line))]
+    assert [_x(star)[0] for star in stars] == pytest.approx(optima.learning_rate.tolist())
+    assert [_y(star)[0] for star in stars] == pytest.approx(optima.loss.tolist())
+    assert "learning rate" in axes.get_xlabel()
+    assert "nats per token" in axes.get_ylabel()
+
+
+def test_ticks_of_the_learning_rate_are_written_as_powers_of_two(tmp_path: Path, axes: Axes) -> None:
+    valleys = frames.valleys(frames.load_runs(write_valleys(tmp_path, {"mup": KNOWN["mup"]})))
+    plots.plot_valleys(valleys, frames.mean_optima(frames.optima(valleys)), axes)
+    axes.figure.canvas.draw()
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"$2^{{{k}}}$" for k in range(-9, -4)]
+
+
+def test_a_diverged_run_is_marked_and_does_not_squash_the_valleys(tmp_path: Path, axes: Axes) -> None:
+    write_valleys(tmp_path, {"sp": KNOWN["sp"]})
+    diverge(tmp_path / "trials" / "14", 7.0, 60.0)
+    valleys = frames.valleys(frames.load_runs(tmp_path))
+    plots.plot_valleys(valleys, frames.mean_optima(frames.optima(valleys)), axes)
+    assert axes.get_ylim()[1] < 10.0
+    assert "diverged" in _labelled(axes)
+    assert "optimum at the edge or beyond" in _labelled(axes)
+
+
+def test_drift_is_in_octaves_from_the_base_width(tmp_path: Path, axes: Axes) -> None:
+    valleys = frames.valleys(frames.load_runs(write_valleys(tmp_path, KNOWN, seeds=(0, 1))))
+    plots.plot_drift(frames.offsets(frames.optima(valleys)), axes)
+    assert axes.get_ylabel() == "optimum relative to width 32\n(octaves of learning rate)"
+    assert _labelled(axes) == ["μP", "SP", "lowest to highest seed", "optimum at the edge or beyond"]
+    lines = {str(line.get_label()): _y(line) for line in axes.get_lines()}
+    assert lines["μP"] == pytest.approx([0.0, 0.0, 0.25])
+    assert lines["SP"] == pytest.approx([0.0, -1.0, -3.0])
+
+
+def test_loss_curves_are_a_line_per_run_and_say_how_they_were_smoothed(tmp_path: Path, axes: Axes) -> None:
+    for width in (32, 64):
+        for seed in (0, 1):
+            write_run(tmp_path / f"{width}-{seed}", width=width, seed=seed)
+    curves = frames.curves(frames.load_records(tmp_path), frames.load_runs(tmp_path), window=4)
+    plots.plot_loss_curves(curves, axes)
+    assert sum(len(_x(line)) > 1 for line in axes.get_lines()) == 4
+    assert _labelled(axes) == ["width 32", "width 64", "held-out loss"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens", "training loss, mean of 4 steps\n(nats per token)")
+
+
+def test_a_search_has_a_history_and_slices(tmp_path: Path) -> None:
+    drawn = figures.draw_study(write_search(tmp_path / "proxy"))
+    assert [path.name for path in drawn] == ["history.png", "slices.png"]
+    assert [path.parent for path in drawn] == [tmp_path / "proxy" / "figures"] * 2
+
+
+def test_a_grid_over_width_and_learning_rate_has_valleys_of_the_readmes_size(tmp_path: Path) -> None:
+    drawn = figures.draw_study(write_valleys(tmp_path / "valley", KNOWN))
+    assert [path.name for path in drawn] == ["valley.png", "drift.png"]
+    assert imread(drawn[0]).shape[1] == 1660
+
+
+def test_the_valley_says_how_far_the_optimum_moves(tmp_path: Path) -> None:
+    valleys = frames.valleys(frames.load_runs(write_valleys(tmp_path, KNOWN)))
+    left, right = figures.valley_figure(valleys, frames.optima(valleys)).axes
+    assert left.get_title(loc="left") == "μP: 0.2 octaves"
+    assert right.get_title(loc="left") == "SP: 3.0 octaves or more"
+    assert left.get_ylim() == right.get_ylim()
+
+
+def test_a_grid_that_cannot_be_fitted_is_still_drawn(tmp_path: Path) -> None:
+    write_valleys(tmp_path, {"mup": {32: -8.0}}, exponents=(-9, -8))
+    assert [path.name for path in figures.draw_study(tmp_path)] == ["valley.png"]
+
+
+def test_a_transfer_has_the_valleys_and_the_drift_of_its_ladder(tmp_path: Path) -> None:
+    write_valleys(tmp_path, {"mup": KNOWN["mup"]}, seeds=(0, 1), folder="ladder")
+    assert [path.name for path in figures.draw_transfer(tmp_path)] == ["valley.png", "drift.png"]
+
+
+def test_a_training_run_is_drawn_while_it_runs_with_its_context_switch(tmp_path: Path) -> None:
+    cut(write_run(tmp_path / "small", contexts=(128, 512)), 30, torn='{"step"')
+    assert [path.name for path in figures.draw_train(tmp_path / "small")] == ["loss.png"]
+    curves = frames.curves(frames.load_records(tmp_path), frames.load_runs(tmp_path))
+    above, below = figures.train_figure(curves).axes
+    assert [text.get_text().strip() for text in above.texts] == ["context 128 → 512"]
+    assert re.search("learning rate", below.get_ylabel())
+
+
+def test_drawing_again_gives_the_same_bytes_and_leaves_nothing_else(tmp_path: Path) -> None:
+    study = write_search(tmp_path)
+    first = {path.name: path.read_bytes() for path in figures.draw_study(study)}
+    again = {path.name: path.read_bytes() for path in figures.draw_study(study)}
+    assert first == again
+    assert sorted(path.name for path in (study / "figures").iterdir()) == sorted(first)
+
+
+def test_a_study_in_which_everything_diverged_is_drawn(tmp_path: Path) -> None:
+    study = write_search(tmp_path, losses=(5.0, 5.0))
+    for trial in ("0", "1"):
+        diverge(study / "trials" / trial, 7.0, math.nan)
+    assert len(figures.draw_study(study)) == 2
+
+
+def test_a_missing_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match="make them with: python -m mutune"):
+        figures.draw_study(tmp_path / "sweeps" / "proxy")

@@ -1,0 +1,89 @@
+"""The house: a room imports rooms above it, never below, and a few libraries have one room each."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "mutune"
+ROOMS = ["parametrization", "scaling", "model", "data", "training", "search", "certificate", "reporting"]
+DOORS = ["sweep", "transfer", "train"]
+#: Modules beside the rooms, and the rooms that they may know: all of them, or none.
+HALL_KNOWS_ROOMS = ["config", "door", *DOORS]
+HALL_KNOWS_NONE = ["errors", "files", "folders", "progress", "versions", "compose", "__init__"]
+ONLY_IN = {
+    "hydra": ["compose"],
+    "omegaconf": ["compose"],
+    "optuna": ["search"],
+    "matplotlib": ["reporting"],
+}
+WITHOUT_TORCH = [
+    "parametrization/rules.py",
+    "parametrization/plan.py",
+    "parametrization/hyperparameters.py",
+    "scaling",
+    "data",
+    "model/shape.py",
+    "training/config.py",
+    "training/schedule.py",
+    "training/price.py",
+    "search/config.py",
+    "certificate/config.py",
+    "compose.py",
+    "config.py",
+    "door.py",
+]
+
+
+def imports(file: Path, top_level_only: bool = False) -> Iterator[str]:
+    tree = ast.parse(file.read_text())
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            yield str(node.module)
+
+
+def files_of(place: str) -> list[Path]:
+    path = PACKAGE / place
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_rooms_above_it(room: str) -> None:
+    below = ROOMS[ROOMS.index(room) + 1 :]
+    for file in files_of(room):
+        for name in imports(file):
+            parts = name.split(".")
+            if parts[0] != "mutune" or len(parts) < 2:
+                continue
+            assert parts[1] not in below, f"{file} imports {name}, which lies below {room}"
+            assert parts[1] not in HALL_KNOWS_ROOMS, f"{file} imports {name}, which is a door's"
+
+
+@pytest.mark.parametrize("module", HALL_KNOWS_NONE)
+def test_the_hall_below_the_doors_knows_no_room(module: str) -> None:
+    for name in imports(PACKAGE / f"{module}.py"):
+        assert not any(name.startswith(f"mutune.{room}") for room in ROOMS), f"{module} imports {name}"
+
+
+def test_every_module_is_listed_here() -> None:
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    assert modules == {*HALL_KNOWS_ROOMS, *HALL_KNOWS_NONE}
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_library_has_one_room(library: str) -> None:
+    for file in sorted(PACKAGE.rglob("*.py")):
+        place = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if any(name.split(".")[0] == library for name in imports(file)):
+            assert place in ONLY_IN[library], f"{file} imports {library}"
+
+
+@pytest.mark.parametrize("place", WITHOUT_TORCH)
+def test_the_theory_and_the_doors_start_without_torch(place: str) -> None:
+    for file in files_of(place):
+        assert not any(name.split(".")[0] == "torch" for name in imports(file, top_level_only=place == "door.py")), file
