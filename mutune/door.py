@@ -118,6 +118,8 @@ def _help(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence
             "",
             "keys and their defaults:",
             _indent(yaml.safe_dump(plain(schema()), sort_keys=False, allow_unicode=True)),
+            "",
+            "exit codes: 0 done, 1 failed while working, 2 refused, 3 not GO (require_go=true), 130/143 after a signal",
         ]
     )
 

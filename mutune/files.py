@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,16 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
 
 
 def require_writable(directory: Path) -> None:
-    """Refuse an output folder in which nothing can be created; creates nothing itself."""
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    """Refuse an output folder in which nothing can be created; leaves nothing behind itself."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise Refusal(f"out={directory} cannot be used because {existing} is a file; for example out=runs.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise Refusal(f"out={directory} cannot be used because {existing} is not writable; for example out=runs.")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        why = f"{existing} is not writable ({error.strerror})"
+        raise Refusal(f"out={directory} cannot be used because {why}; for example out=runs.") from error
 
 
 def fsync_file(path: Path) -> None:

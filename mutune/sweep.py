@@ -28,6 +28,7 @@ def work(config: SweepConfig) -> int:
     from mutune.data.prepare import prepare
     from mutune.search.study import check_space
     from mutune.search.workers import WorkError
+    from mutune.training.run import check_data
 
     if not config.study:
         raise Refusal("no sweep was chosen; write for example +sweep=proxy (or study=NAME with a search.space).")
@@ -37,6 +38,7 @@ def work(config: SweepConfig) -> int:
     space = check_space(spec, config.search)
     require_writable(Path(config.out))
     corpus = prepare(config.data, config.tokenizer)
+    check_data(spec, corpus)
     if config.dry_run:
         print(describe(config, space))
         return OK

@@ -77,8 +77,11 @@ def _require_memory(spec: RunSpec, device: str) -> None:
 def _check_data(transfer: TransferFile, spec: RunSpec) -> str:
     """The hash of the run's data; where it is the study's data, it must not have changed."""
     from mutune.data.prepare import prepare
+    from mutune.training.run import check_data
 
-    data_hash = prepare(spec.data, spec.tokenizer).content_hash
+    corpus = prepare(spec.data, spec.tokenizer)
+    check_data(spec, corpus)
+    data_hash = corpus.content_hash
     same = (spec.data, spec.tokenizer) == (transfer.data, transfer.tokenizer)
     known = transfer.provenance.data_hash
     require(

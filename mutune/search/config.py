@@ -104,7 +104,8 @@ def _dimension(name: str, data: Any) -> Dimension:
 
 def _listed(name: str, key: str, data: dict[str, Any]) -> Dimension:
     values = data["values"]
-    require(len(data) == 1, f"{key} has both values and a range; keep one of them.")
+    others = " ".join(f"~{key}.{part}" for part in data if part != "values")
+    require(len(data) == 1, f"{key} has both values and a range; take the range out with {others}.")
     require(isinstance(values, list) and len(values) > 0, f"{key}.values={values} is empty; list at least one value.")
     if name in NAMES:
         values = [_checked(name, key, value) for value in values]

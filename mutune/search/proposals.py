@@ -14,6 +14,8 @@ from optuna.trial import FrozenTrial
 
 from mutune.search.config import Dimension, SearchConfig, grid
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # the sweep has its own progress line
+
 
 def distributions(space: Sequence[Dimension]) -> dict[str, BaseDistribution]:
     """The space in Optuna's terms."""

@@ -26,7 +26,6 @@ from mutune.training.config import RunSpec
 from mutune.training.run import RunResult, run_to_end
 
 STORAGE = "study.db"
-optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mutune.data.prepare import prepare
+from mutune.data.prepare import TokenizedCorpus, prepare
 from mutune.data.windows import Stage, WindowLoader, heldout_windows
 from mutune.files import write_text, write_yaml
 from mutune.model.decoder import Decoder
@@ -42,6 +42,19 @@ def plan_of(spec: RunSpec, vocab_size: int) -> Plan:
     )
 
 
+def check_data(spec: RunSpec, corpus: TokenizedCorpus) -> None:
+    """Refuse a run whose windows the text cannot give, before anything is written."""
+    window_loader(spec, corpus)
+    for stage in spec.stages:
+        heldout_windows(corpus.heldout, stage.context_length, spec.loop.heldout_windows)
+
+
+def window_loader(spec: RunSpec, corpus: TokenizedCorpus) -> WindowLoader:
+    """The run's batches."""
+    stages = [Stage(s.context_length, s.num_steps, s.batch_sequences) for s in spec.stages]
+    return WindowLoader(corpus.train, stages, spec.seed)
+
+
 def write_plan(directory: Path, plan: Plan) -> None:
     """Write the plan's two tables beside a run."""
     write_text(directory / "parametrization.csv", plan.parameters_csv())
@@ -65,8 +78,7 @@ class Run:
         initialise(self.model, self.plan, spec.seed)
         hyper = spec.hyperparameters
         self.optimizer = make_optimizer(self.model, self.plan, betas=(hyper.beta1, hyper.beta2))
-        stages = [Stage(s.context_length, s.num_steps, s.batch_sequences) for s in spec.stages]
-        self.loader = WindowLoader(self.corpus.train, stages, spec.seed)
+        self.loader = window_loader(spec, self.corpus)
 
     def records(self, start_step: int = 0) -> Iterator[Record]:
         """Train and evaluate from `start_step`; one record per step, with the held-out loss where it was measured.

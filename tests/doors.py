@@ -1,0 +1,52 @@
+"""Helpers for tests that run the commands as a user does."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def start(door: str, *arguments: str, cwd: Path | None = None) -> "subprocess.Popen[str]":
+    """Start a command in its own process group."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"mutune.{door}", *arguments],
+        cwd=cwd or ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(door: str, *arguments: str, cwd: Path | None = None, expect: int = 0) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end and check its exit code."""
+    process = start(door, *arguments, cwd=cwd)
+    stdout, stderr = process.communicate(timeout=600)
+    assert process.returncode == expect, f"exit code {process.returncode}\n{stdout}\n{stderr}"
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", timeout: float = 300.0) -> None:
+    """Wait for `condition` while `process` runs."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, f"the process ended first: {process.communicate()}"
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+def edit_yaml(path: Path, *keys: str, value: object) -> None:
+    """Set one value in a YAML file."""
+    data = yaml.safe_load(path.read_text())
+    inner = data
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path.write_text(yaml.safe_dump(data, sort_keys=False))

@@ -1,0 +1,172 @@
+"""A study survives: kill -9 of everything, SIGTERM, a rerun, a larger total; and equals an undisturbed one."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+import yaml
+
+from tests import doors, soak
+
+#: A quick study: TPE takes over after the first cohort, so later parameters depend on earlier losses.
+QUICK = [
+    "+sweep=smoke",
+    "study=kill",
+    "model.width=32",
+    "search.sampler=tpe",
+    "search.n_startup_trials=4",
+    "search.cohort=4",
+    "search.workers=2",
+]
+
+
+def finished(out: Path) -> dict[int, tuple[dict[str, Any], float]]:
+    """Trial number → (parameters, value) of every finished trial."""
+    path = out / "sweeps" / "kill" / "study.db"
+    if not path.exists():
+        return {}
+    study = optuna.load_study(study_name="kill", storage=f"sqlite:///{path}")
+    return {t.number: (t.params, t.value) for t in study.trials if t.state.is_finished() and t.value is not None}
+
+
+def mid_step(out: Path, done: int) -> bool:
+    """Whether at least `done` trials are finished and one more is somewhere between its first and its last step."""
+    records = [path.read_text().count("\n") for path in out.glob("sweeps/kill/trials/*/metrics.jsonl")]
+    return sum(count >= 2 for count in records) > done and len(finished(out)) >= done
+
+
+def workers_of(parent: int) -> list[int]:
+    """Processes whose parent is `parent`."""
+    return [child.pid for child in psutil.Process(parent).children(recursive=True)]
+
+
+def kill_and_compare(tmp_path: Path, arguments: list[str], done_before_kill: int, whole_group: bool) -> dict[str, Any]:
+    """Kill a study in mid-step, run it again, and compare it with an undisturbed one; returns the counts."""
+    calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
+    process = doors.start("sweep", *arguments, f"out={disturbed}")
+    doors.wait_until(lambda: mid_step(disturbed, done_before_kill), process)
+    children = workers_of(process.pid)
+    if whole_group:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = finished(disturbed)
+    written = {n: (disturbed / f"sweeps/kill/trials/{n}/metrics.jsonl").stat().st_mtime_ns for n in before}
+    time.sleep(1.0)
+    alive = [pid for pid in children if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+    assert not alive, f"workers outlived their parent: {alive}"
+
+    doors.run("sweep", *arguments, f"out={disturbed}")
+    doors.run("sweep", *arguments, f"out={calm}")
+    for number, stamp in written.items():
+        again = (disturbed / f"sweeps/kill/trials/{number}/metrics.jsonl").stat().st_mtime_ns
+        assert again == stamp, f"trial {number} was finished and ran again"
+    assert finished(disturbed) == finished(calm)
+    best = [yaml.safe_load((out / "sweeps/kill/best.yaml").read_text()) for out in (calm, disturbed)]
+    assert best[0] == best[1]
+    return {"trials": len(finished(calm)), "finished before the kill": len(before), "equal": True}
+
+
+@pytest.mark.parametrize("whole_group", [True, False], ids=["everything", "parent-only"])
+def test_a_killed_study_ends_with_the_trials_of_an_undisturbed_one(tmp_path: Path, whole_group: bool) -> None:
+    arguments = [*QUICK, "search.n_trials=9", "run.num_steps=90"]
+    counts = kill_and_compare(tmp_path, arguments, done_before_kill=4, whole_group=whole_group)
+    assert counts["trials"] == 9
+
+
+@pytest.mark.soak
+def test_soak_kill_nine_with_trials_of_ten_seconds(tmp_path: Path) -> None:
+    arguments = [*QUICK, "model.width=64", "model.depth=4", "search.n_trials=12", "run.num_steps=500"]
+    rows = []
+    for i, done in enumerate((0, 3, 6, 9)):
+        counts = kill_and_compare(tmp_path / str(i), arguments, done, whole_group=i % 2 == 0)
+        seconds = [
+            float(yaml.safe_load(line)["seconds"])
+            for path in (tmp_path / str(i)).glob("calm/sweeps/kill/trials/*/metrics.jsonl")
+            for line in path.read_text().splitlines()[-1:]
+        ]
+        assert min(seconds) > 10
+        rows.append(
+            {"killed": "whole group" if i % 2 == 0 else "parent only", **counts, "shortest trial, s": min(seconds)}
+        )
+    soak.record("sweep_kill", "kill -9 of a sweep in mid-step, then a rerun, against an undisturbed study", rows)
+
+
+def test_sigterm_ends_a_sweep_with_143_and_a_rerun_continues(tmp_path: Path) -> None:
+    arguments = [*QUICK, "search.n_trials=4", "run.num_steps=200", f"out={tmp_path}"]
+    process = doors.start("sweep", *arguments)
+    doors.wait_until(lambda: mid_step(tmp_path, 0), process)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert "terminated; the same command continues" in stderr
+    assert "Traceback" not in stderr
+    doors.run("sweep", *arguments)
+    assert sorted(finished(tmp_path)) == [0, 1, 2, 3]
+
+
+def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
+    arguments = [*QUICK, "search.n_trials=4", "run.num_steps=200", f"out={tmp_path}"]
+    process = doors.start("sweep", *arguments)
+    doors.wait_until(lambda: mid_step(tmp_path, 0), process)
+    victim = next(pid for pid in workers_of(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(victim, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert sorted(finished(tmp_path)) == [0, 1, 2, 3]
+
+
+def test_a_finished_study_returns_at_once_and_a_larger_total_continues_it(tmp_path: Path) -> None:
+    arguments = [*QUICK, "run.num_steps=5", f"out={tmp_path}"]
+    doors.run("sweep", *arguments, "search.n_trials=3")
+    first = finished(tmp_path)
+    started = time.monotonic()
+    again = doors.run("sweep", *arguments, "search.n_trials=3")
+    assert time.monotonic() - started < 15  # interpreter and figures; no worker is started
+    assert "best       trial" in again.stdout
+    assert finished(tmp_path) == first
+    doors.run("sweep", *arguments, "search.n_trials=5")
+    assert {number: finished(tmp_path)[number] for number in first} == first
+    assert len(finished(tmp_path)) == 5
+
+
+def test_a_changed_search_space_is_refused_with_the_difference(tmp_path: Path) -> None:
+    arguments = [*QUICK, "run.num_steps=5", "search.n_trials=2", f"out={tmp_path}"]
+    doors.run("sweep", *arguments)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused = doors.run("sweep", *arguments, "search.space.learning_rate.high=0.5", expect=2)
+    assert "config.search.space.learning_rate.high: 0.25 → 0.5" in refused.stderr
+    assert "overwrite=true" in refused.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    doors.run("sweep", *arguments, "search.space.learning_rate.high=0.5", "overwrite=true")
+
+
+def test_a_diverged_trial_is_an_observation_and_cannot_win(tmp_path: Path) -> None:
+    arguments = [*QUICK, "run.num_steps=20", "search.n_trials=3", "search.sampler=random", f"out={tmp_path}"]
+    space = ["~search.space.learning_rate.low", "~search.space.learning_rate.high"]
+    space.append("+search.space.learning_rate.values=[1.0e+4, 1.0e-2, 1.0e-3]")
+    doors.run("sweep", *arguments, "search.sampler=grid", "search.n_trials=null", *space, "search.initial=[]")
+    study = optuna.load_study(study_name="kill", storage=f"sqlite:///{tmp_path}/sweeps/kill/study.db")
+    wild = study.trials[0]
+    assert wild.user_attrs["diverged"]
+    assert wild.value is not None
+    assert wild.value >= 6.93  # ln(1024)
+    assert yaml.safe_load((tmp_path / "sweeps/kill/best.yaml").read_text())["trial"] == 1
+
+
+def test_two_sweeps_of_one_study_at_once_are_refused(tmp_path: Path) -> None:
+    arguments = [*QUICK, "search.n_trials=4", "run.num_steps=200", f"out={tmp_path}"]
+    process = doors.start("sweep", *arguments)
+    try:
+        doors.wait_until(lambda: mid_step(tmp_path, 0), process)
+        refused = doors.run("sweep", *arguments, expect=2)
+        assert "in use by another mutune process" in refused.stderr
+    finally:
+        process.kill()
+        process.communicate()

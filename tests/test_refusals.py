@@ -1,0 +1,208 @@
+"""The refusal contract: one sentence on stderr, exit code 2, nothing written."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import doors
+
+
+def refuse(door: str, arguments: list[str], out: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command in this process; it must refuse, and leave nothing. Returns its sentence."""
+    main: Callable[[list[str]], int] = importlib.import_module(f"mutune.{door}").main
+    assert main([*arguments, f"out={out}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"mutune.{door}: ")
+    assert captured.err.count("\n") == 1, captured.err
+    assert "Traceback" not in captured.err
+    assert not out.exists()
+    return captured.err
+
+
+SWEEP = [
+    (["+sweep=smoke", "model.widht=3"], "unknown key model.widht; did you mean model.width?"),
+    (["+sweep=smoke", "+model.widht=3"], "unknown key model.widht; did you mean model.width?"),
+    (["+sweep=smoke", "+foo=3"], "unknown key foo;"),
+    (["+sweep=smoke", "model.width=abc"], "model.width=abc must be a whole number; for example model.width=32."),
+    (["+sweep=smoke", "model.width=1.5"], "model.width=1.5 must be a whole number"),
+    (["+sweep=smoke", "dry_run=maybe"], "dry_run=maybe must be true or false"),
+    (["+sweep=smoke", "model=3"], "model=3 must be a group of keys"),
+    (["+sweep=smoke", "model.head_size=24"], "the nearest that do are model.head_size="),
+    (["+sweep=proxy", "model.num_heads=7"], "the nearest that do are model.num_heads=4 and model.num_heads=8"),
+    (
+        ["+sweep=smoke", "hyperparameters.learning_rate=-1"],
+        "hyperparameters.learning_rate=-1.0 must be a finite number",
+    ),
+    (
+        ["+sweep=smoke", "hyperparameters.learning_rate=nan"],
+        "hyperparameters.learning_rate=nan must be a finite number",
+    ),
+    (["+sweep=smoke", "search.space.learning_rate.low=-0.1"], "learning_rate=-0.1 must be a finite number above 0"),
+    (["+sweep=smoke", "search.space.learning_rate.low=1"], "search.space.learning_rate is empty"),
+    (["+sweep=smoke", "search.n_trials=0"], "search.n_trials=0 must be"),
+    (["+sweep=smoke", "run.num_steps=0"], "run.num_steps=0 must be"),
+    (["+sweep=smoke", "schedule.warmup_steps=60"], "schedule.warmup_steps=60 must be shorter"),
+    (["+sweep=smoke", "schedule=spiral"], "unknown schedule 'spiral'; known: constant, cosine, linear, wsd."),
+    (["+sweep=nope"], "unknown sweep 'nope'; known: proxy, smoke, valley."),
+    (["sweep=smoke"], "write +sweep=..."),
+    ([], "no sweep was chosen; write for example +sweep=proxy"),
+    (["+sweep=smoke", "study=../x"], "study=../x must be a plain folder name"),
+    (["+sweep=smoke", "parametrization=mupp"], "unknown parametrization 'mupp'; known: btlm, mup, sp."),
+    (
+        ["+sweep=smoke", "parametrization.table=mupp"],
+        "parametrization.table=mupp is unknown; known tables: btlm, mup, sp.",
+    ),
+    (["+sweep=smoke", "device=tpu"], "device=tpu is unknown; known devices: auto, cpu, cuda."),
+    (["+sweep=smoke", "seed=-1"], "seed=-1 must be"),
+    (["+sweep=smoke", "data=text"], "data=text needs data.path=..."),
+    (["+sweep=smoke", "data=text", "data.path=no/such.txt"], "no/such.txt"),
+    (["+sweep=smoke", "tokenizer.vocab_size=3"], "tokenizer.vocab_size=3 must be"),
+    (["+sweep=valley", "search.space.width.values=[24]"], "does not divide model.width=24"),
+    (["+sweep=valley", "search.space.table.values=[mup,mop]"], "parametrization.table=mop is unknown"),
+    (["+sweep=smoke", "run.context_length=999999999"], "999999999"),
+    (["seed=["], "the command line cannot be read"),
+    (["seed"], "the command line cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), SWEEP, ids=[" ".join(a)[:60] or "nothing" for a, _ in SWEEP])
+def test_the_sweep_refuses(arguments: list[str], sentence: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sentence in refuse("sweep", arguments, out, capsys)
+
+
+TRANSFER = [
+    ([], "study=proxy does not exist in"),
+    (["study=nope"], "run python -m mutune.sweep +sweep=proxy first"),
+    (["study=published", "target=nope"], "unknown target 'nope'; known: btlm_3b, btlm_3b_clean, small."),
+    (["study=published", "target.stages=[]"], "target.stages=[] is empty"),
+    (["study=published", "target.model.num_heads=7"], "the nearest that do are target.model.num_heads=5 and"),
+    (["study=published", "target.stages=[{num_step: 3}]"], "unknown key target.stages[0].num_step; did you mean"),
+    (["study=published", "hyperparameters.learning_rate=0"], "hyperparameters.learning_rate=0.0 must be"),
+    (["study=published", "hyperparameters.lr=0.1"], "unknown key hyperparameters.lr"),
+    (["study=published", "ladder.offsets=[0,1]"], "ladder.offsets=[0.0, 1.0] must hold at least three"),
+    (["study=published", "ladder.widths=[64,64]"], "repeats a width"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), TRANSFER, ids=[" ".join(a)[:60] or "nothing" for a, _ in TRANSFER])
+def test_the_transfer_refuses(
+    arguments: list[str], sentence: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in refuse("transfer", arguments, out, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "transfer= is missing"),
+        (["transfer=no/such.yaml"], "the transfer file no/such.yaml cannot be read"),
+        (["transfer=LICENSE", "threads=0"], "threads=0 must be"),
+    ],
+)
+def test_train_refuses(arguments: list[str], sentence: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sentence in refuse("train", arguments, out, capsys)
+
+
+NONSENSE = [
+    ("{", "is not valid YAML"),
+    ("", "holds no keys"),
+    ("- 1\n- 2\n", "holds no keys"),
+    ("table: mup\n", "is missing"),
+    ("{hello: 1}\n", "unknown key hello"),
+]
+
+
+@pytest.mark.parametrize(("text", "sentence"), NONSENSE)
+def test_a_transfer_file_of_nonsense_is_refused(
+    text: str, sentence: str, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "transfer.yaml"
+    path.write_text(text)
+    assert sentence in refuse("train", [f"transfer={path}"], out, capsys)
+
+
+EDITS: list[tuple[list[str], object, str]] = [
+    (["target", "model", "width"], "wide", "target.model.width=wide must be a whole number"),
+    (["target", "model", "num_heads"], 7, "does not divide target.model.width=2560"),
+    (["hyperparameters", "learning_rate"], -0.1, "hyperparameters.learning_rate=-0.1 must be"),
+    (["hyperparameters", "lr"], 0.1, "unknown key hyperparameters.lr"),
+    (["table"], "mop", "parametrization.table=mop is unknown"),
+    (["verdict"], "FINE", "verdict=FINE is unknown; known verdicts: GO, GO WITH CARE, NO-GO, NOT CERTIFIED."),
+    (["target", "stages"], [], "stages=[] is empty"),
+    (["target", "stages"], 3, "target.stages=3 must be a list"),
+    (["base", "width"], 0, "base.width=0.0 must be"),
+    (["format"], 9, "format=9 of the transfer file is unknown"),
+    (["schedule", "kind"], "spiral", "schedule.kind=spiral is unknown"),
+]
+
+
+@pytest.mark.parametrize(("keys", "value", "sentence"), EDITS, ids=[".".join(keys) for keys, _, _ in EDITS])
+def test_an_edited_transfer_file_is_refused(
+    keys: list[str], value: object, sentence: str, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mutune.transfer import main
+
+    assert main(["study=published", f"out={tmp_path / 'made'}"]) == 0
+    path = tmp_path / "made/transfer/published--btlm_3b/transfer.yaml"
+    doors.edit_yaml(path, *keys, value=value)
+    capsys.readouterr()
+    assert sentence in refuse("train", [f"transfer={path}", "dry_run=true"], out, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("empty.txt", b"", "empty"),
+        ("binary.txt", b"\x00\x01\xff" * 9999, "binary.txt"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text"\n', "line 2"),
+        ("wrong.csv", b"a,b\n", "wrong.csv"),
+    ],
+)
+def test_a_corpus_that_cannot_be_used_is_refused(
+    name: str, content: bytes, sentence: str, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    arguments = ["+sweep=smoke", "data=text", f"data.path={tmp_path / name}"]
+    assert sentence in refuse("sweep", arguments, out, capsys)
+
+
+@pytest.mark.parametrize("where", ["file", "unwritable"])
+def test_an_output_folder_that_cannot_be_written_is_refused(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mutune.sweep import main
+
+    (tmp_path / "file").write_text("not a folder")
+    place = tmp_path / "file" if where == "file" else Path("/proc/runs")
+    assert main(["+sweep=smoke", f"out={place}"]) == 2
+    assert f"out={place} cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("door", ["sweep", "transfer", "train"])
+def test_help_lists_keys_and_choices(door: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main: Callable[[list[str]], int] = importlib.import_module(f"mutune.{door}").main
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert f"python -m mutune.{door} [key=value ...]" in printed
+    assert "out: runs" in printed
+    assert "Exit codes" in printed or "exit codes" in printed
+
+
+def test_a_refusal_is_the_same_in_a_process_of_its_own(tmp_path: Path) -> None:
+    result = doors.run("sweep", "+sweep=smoke", "+model.widht=3", cwd=tmp_path, expect=2)
+    assert result.stderr == "mutune.sweep: unknown key model.widht; did you mean model.width?\n"
+    assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_writes_nothing(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mutune.sweep import main
+
+    assert main(["+sweep=proxy", f"out={out}", "dry_run=true"]) == 0
+    printed = capsys.readouterr().out
+    assert "48 trials by tpe" in printed
+    assert "240 steps × 512 tokens = 122,880 tokens" in printed
+    assert not out.exists()

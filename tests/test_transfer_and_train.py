@@ -1,0 +1,255 @@
+"""From a study to a trained target: published values, a real ladder, a target with two contexts, kill and resume."""
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests import doors
+
+TINY_SWEEP = ["+sweep=smoke", "study=proxy", "model.width=16", "run.num_steps=20", "search.n_trials=2"]
+TINY_TARGET = [
+    "target=small",
+    "target.name=tiny",
+    "target.model.width=32",
+    "target.model.depth=2",
+    "target.stages=[{context_length: 64, batch_sequences: 8, num_steps: 30},"
+    "{context_length: 256, batch_sequences: 2, num_steps: 10}]",
+    "target.loop.heldout_windows=8",
+    "target.loop.eval_every=10",
+]
+TINY_LADDER = ["ladder.widths=[32]", "ladder.offsets=[-1,0,1]", "ladder.seeds=2"]
+
+
+def rows(path: Path) -> dict[str, dict[str, str]]:
+    """A CSV keyed by its first column."""
+    with path.open() as lines:
+        table = list(csv.DictReader(lines))
+    return {next(iter(row.values())): row for row in table}
+
+
+def published(tmp_path: Path, *arguments: str) -> Path:
+    """Run the transfer of published values; returns its folder."""
+    from mutune.transfer import main
+
+    assert main(["study=published", f"out={tmp_path}", *arguments]) == 0
+    return tmp_path / "transfer/published--btlm_3b"
+
+
+def test_published_values_give_btlm_s_own_table(tmp_path: Path) -> None:
+    folder = published(tmp_path)
+    table, sites = rows(folder / "parametrization.csv"), rows(folder / "multipliers.csv")
+    assert len(table) == 451
+    for name, std, rate, decay in [
+        ("wte.weight", 0.073, 0.012, 0.1),
+        ("h.31.attn.c_attn.weight", 0.023084626919229165, 0.0012, 0.1),
+        ("h.0.mlp.c_fc2.weight", 0.023084626919229165, 0.0012, 0.1),
+        ("h.7.attn.c_proj.weight", 0.0028855783649036457, 0.0012, 0.1),
+        ("h.7.mlp.c_proj.weight", 0.0028855783649036457, 0.0012, 0.1),
+        ("ln_f.bias", 0.0, 0.012, 0.0),
+    ]:
+        assert float(table[name]["init_std"]) == std
+        assert float(table[name]["peak_lr"]) == pytest.approx(rate, rel=1e-15)
+        assert float(table[name]["weight_decay"]) == decay
+        assert float(table[name]["adam_eps"]) == 1e-8
+    assert float(sites["embedding"]["value"]) == 14.6
+    assert float(sites["output"]["value"]) == pytest.approx(0.222, rel=1e-15)
+    assert float(sites["attention_logits"]["value"]) == 0.0125
+    assert json.loads((folder / "certificate.json").read_text())["verdict"] == "NOT CERTIFIED"
+
+
+def test_another_value_or_another_width_moves_the_published_table_as_the_theory_says(tmp_path: Path) -> None:
+    wide = rows(
+        published(
+            tmp_path, "target.model.width=4096", "target.model.ffn_width=null", "hyperparameters.learning_rate=0.006"
+        )
+        / "parametrization.csv"
+    )
+    assert float(wide["h.0.attn.c_attn.weight"]["init_std"]) == 0.01825
+    assert float(wide["h.0.attn.c_proj.weight"]["init_std"]) == 0.00228125
+    assert float(wide["h.0.attn.c_attn.weight"]["peak_lr"]) == pytest.approx(0.006 / 16, rel=1e-15)
+    assert float(wide["wte.weight"]["peak_lr"]) == 0.006
+
+
+def test_the_dry_run_of_the_3b_target_prices_it_without_allocating_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mutune.train import main
+
+    folder = published(tmp_path)
+    capsys.readouterr()
+    assert main([f"transfer={folder / 'transfer.yaml'}", "dry_run=true", f"out={tmp_path / 'none'}"]) == 0
+    printed = capsys.readouterr().out
+    for fact in ("2,646,255,744 in 451 tensors", "119,727 steps", "39,909 steps", "627,714,293,760 tokens"):
+        assert fact in printed
+    assert "1.217e+22 FLOPs" in printed
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_3b_target_is_not_started_where_it_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mutune.train import main
+
+    folder = published(tmp_path)
+    capsys.readouterr()
+    assert main([f"transfer={folder / 'transfer.yaml'}", "device=cpu", f"out={tmp_path / 'none'}"]) == 2
+    assert "dry_run=true" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_second_different_transfer_to_the_same_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mutune.transfer import main
+
+    folder = published(tmp_path)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert published(tmp_path) == folder  # the same again is no conflict
+    capsys.readouterr()
+    assert main(["study=published", f"out={tmp_path}", "hyperparameters.learning_rate=0.006"]) == 2
+    sentence = capsys.readouterr().err
+    assert "transfer.hyperparameters.learning_rate: 0.012 → 0.006" in sentence
+    assert "overwrite=true" in sentence
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert main(["study=published", f"out={tmp_path}", "hyperparameters.learning_rate=0.006", "overwrite=true"]) == 0
+
+
+def test_require_go_exits_with_3(tmp_path: Path) -> None:
+    from mutune.transfer import main
+
+    assert main(["study=published", f"out={tmp_path}", "require_go=true"]) == 3
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A swept study and its transfer to a tiny target, made by the commands."""
+    out = tmp_path_factory.mktemp("house")
+    doors.run("sweep", *TINY_SWEEP, f"out={out}")
+    doors.run("transfer", *TINY_TARGET, *TINY_LADDER, f"out={out}")
+    return out
+
+
+def test_a_transfer_leaves_every_file_of_the_contract(house: Path) -> None:
+    folder = house / "transfer/proxy--tiny"
+    for name in ("transfer.yaml", "certificate.json", "certificate.md", "parametrization.csv", "multipliers.csv"):
+        assert (folder / name).stat().st_size > 0
+    certificate = json.loads((folder / "certificate.json").read_text())
+    keys = {"verdict", "reasons", "target", "rungs", "drift", "prediction", "regret", "differences"}
+    assert keys <= certificate.keys()
+    assert [rung["width"] for rung in certificate["rungs"]] == [16, 32]
+    assert all(len(rung["points"]) == 6 for rung in certificate["rungs"])
+    assert {path.name for path in (folder / "figures").iterdir()} == {"valley.png", "drift.png"}
+
+
+def test_the_transfer_file_carries_the_best_trial(house: Path) -> None:
+    transfer = yaml.safe_load((house / "transfer/proxy--tiny/transfer.yaml").read_text())
+    best = yaml.safe_load((house / "sweeps/proxy/best.yaml").read_text())
+    assert transfer["hyperparameters"] == best["hyperparameters"]
+    assert transfer["provenance"]["trial"] == best["trial"]
+    assert transfer["base"] == {"width": 16.0, "depth": 2, "ffn_width": 42.0}
+    assert transfer["provenance"]["data_hash"]
+
+
+def test_a_ladder_continues_where_it_was_killed(house: Path, tmp_path: Path) -> None:
+    doors.run("sweep", *TINY_SWEEP, f"out={tmp_path}")
+    arguments = [*TINY_TARGET, *TINY_LADDER, f"out={tmp_path}"]
+    process = doors.start("transfer", *arguments)
+    ladder = tmp_path / "transfer/proxy--tiny/ladder"
+    doors.wait_until(lambda: len(list(ladder.glob("*/result.json"))) >= 3, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = {path: path.stat().st_mtime_ns for path in ladder.glob("*/result.json")}
+    doors.run("transfer", *arguments)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    ours, theirs = (
+        json.loads((out / "transfer/proxy--tiny/certificate.json").read_text())["rungs"] for out in (tmp_path, house)
+    )
+    assert ours == theirs
+
+
+def train_arguments(house: Path, out: Path) -> list[str]:
+    return [f"transfer={house / 'transfer/proxy--tiny/transfer.yaml'}", f"out={out}", "checkpoint_every=4"]
+
+
+def state(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "train/tiny/checkpoints/40/state.safetensors")
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "train/tiny/metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The target trained without interruption."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    doors.run("train", *train_arguments(house, out))
+    return out
+
+
+def test_the_target_trains_through_both_contexts(undisturbed: Path) -> None:
+    history = records(undisturbed)
+    assert [record["step"] for record in history] == list(range(1, 41))
+    assert [record["context_length"] for record in history] == [64] * 30 + [256] * 10
+    assert history[-1]["tokens"] == 40 * 512
+    assert history[-1]["heldout_loss"] < history[0]["loss"]
+    assert (undisturbed / "train/tiny/figures/loss.png").stat().st_size > 0
+    kept = sorted(path.name for path in (undisturbed / "train/tiny/checkpoints").iterdir())
+    assert kept == ["36", "40"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_target_resumes_to_the_same_weights(
+    signum: signal.Signals, house: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    arguments = train_arguments(house, tmp_path)
+    metrics = tmp_path / "train/tiny/metrics.jsonl"
+    process = doors.start("train", *arguments)
+    doors.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 10, process)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[signum]
+    if signum != signal.SIGKILL:
+        assert "the same command continues" in stderr
+        assert "Traceback" not in stderr
+    resumed = doors.run("train", *arguments)
+    assert "resuming" in resumed.stderr
+    ours, theirs = state(tmp_path), state(undisturbed)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert records(tmp_path) == records(undisturbed)
+
+
+def test_a_finished_target_is_not_trained_again(house: Path, undisturbed: Path) -> None:
+    before = records(undisturbed)
+    again = doors.run("train", *train_arguments(house, undisturbed))
+    assert "finished   step 40" in again.stdout
+    assert records(undisturbed) == before
+
+
+def test_a_run_of_another_shape_in_the_same_folder_is_refused(house: Path, undisturbed: Path, tmp_path: Path) -> None:
+    path = tmp_path / "transfer.yaml"
+    path.write_text((house / "transfer/proxy--tiny/transfer.yaml").read_text())
+    doors.edit_yaml(path, "target", "model", "width", value=48)
+    refused = doors.run("train", f"transfer={path}", f"out={undisturbed}", expect=2)
+    assert "run.model.width: 32 → 48" in refused.stderr
+
+
+def test_a_checkpoint_of_another_plan_is_refused(house: Path, undisturbed: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(undisturbed / "train", tmp_path / "train")
+    meta = tmp_path / "train/tiny/checkpoints/40/meta.json"
+    data = json.loads(meta.read_text())
+    data["plan"]["parameters"]["wte.weight"]["lr_mult"] = 0.5
+    meta.write_text(json.dumps(data))
+    refused = doors.run("train", *train_arguments(house, tmp_path), expect=2)
+    assert "plan.parameters.wte.weight.lr_mult" in refused.stderr
+    assert "Traceback" not in refused.stderr
