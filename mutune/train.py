@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mutune.certificate.config import TransferFile
 from mutune.compose import build, plain
@@ -54,7 +54,7 @@ def work(config: TrainConfig) -> int:
     check_claim(directory, inputs, "name", config.overwrite)
     with locked(directory, "name"):
         claim(directory, inputs, "name", config.overwrite)
-        _train(config, spec, directory)
+        _train(config, spec, directory, {"inputs": inputs})
     return OK
 
 
@@ -92,7 +92,7 @@ def _check_data(transfer: TransferFile, spec: RunSpec) -> str:
     return data_hash
 
 
-def _train(config: TrainConfig, spec: RunSpec, directory: Path) -> None:
+def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, Any]) -> None:
     import torch
 
     from mutune.reporting.figures import draw_train
@@ -109,7 +109,7 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path) -> None:
         check_meta(checkpoint, run.plan, meta)
         restore(checkpoint, run.model, run.optimizer)
         start = checkpoint.step
-    describe(directory, run, {})
+    describe(directory, run, note)
     _cut_metrics(directory / METRICS, start)
     if start:
         print(f"resuming   {directory.name} at step {start:,} of {spec.num_steps:,}", file=sys.stderr)

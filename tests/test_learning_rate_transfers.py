@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -37,11 +38,10 @@ def test_soak_the_whole_valley(tmp_path: Path) -> None:
     doors.run("sweep", "+sweep=valley", f"out={tmp_path}")
     seconds = time.monotonic() - started
     frame = fitted(tmp_path)
-    table = frame.pivot_table(index=["table", "seed"], columns="width", values="optimum").round(2)
-    rows = [
-        {**dict(zip(("table", "seed"), key, strict=True)), **{f"optimum at {w}, log2": v for w, v in row.items()}}
-        for key, row in table.to_dict(orient="index").items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for (table, seed), part in frame.sort_values("width").groupby(["table", "seed"]):
+        by_width = zip(part.width.tolist(), part.optimum.round(2).tolist(), strict=True)
+        rows.append({"table": table, "seed": seed, **{f"optimum at {w}, log2": x for w, x in by_width}})
     ranges = drift(frame).set_index("table")["range"]
     for row in rows:
         row["range of the means, octaves"] = round(float(ranges[row["table"]]), 2)
