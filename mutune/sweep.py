@@ -107,7 +107,10 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path) -> None:
     for key, value in best.params.items():
         print(f"           {key} = {value if isinstance(value, (str, int)) else format(value, '.5g')}")
     print(f"written    {directory / 'best.yaml'}, {', '.join(map(str, figures))}")
-    print(f"next       python -m mutune.transfer study={config.study}")
+    if "width" in best.params:
+        print(f"next       look at {figures[0]}; a transfer wants a study at one width, such as +sweep=proxy")
+    else:
+        print(f"next       python -m mutune.transfer study={config.study}")
 
 
 if __name__ == "__main__":
