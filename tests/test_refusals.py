@@ -43,6 +43,7 @@ SWEEP = [
     (["+sweep=smoke", "search.space.learning_rate.low=-0.1"], "learning_rate=-0.1 must be a finite number above 0"),
     (["+sweep=smoke", "search.space.learning_rate.low=1"], "search.space.learning_rate is empty"),
     (["+sweep=smoke", "search.n_trials=0"], "search.n_trials=0 must be"),
+    (["+sweep=smoke", "search.n_trials=null"], "search.n_trials=null is for search.sampler=grid only"),
     (["+sweep=smoke", "run.num_steps=0"], "run.num_steps=0 must be"),
     (["+sweep=smoke", "schedule.warmup_steps=60"], "schedule.warmup_steps=60 must be shorter"),
     (["+sweep=smoke", "schedule=spiral"], "unknown schedule 'spiral'; known: constant, cosine, linear, wsd."),

@@ -12,6 +12,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial
 
+from mutune.errors import Refusal
 from mutune.search.config import Dimension, SearchConfig, grid
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # the sweep has its own progress line
@@ -29,7 +30,9 @@ def total_trials(search: SearchConfig, space: Sequence[Dimension]) -> int:
     """Number of trials of the whole study."""
     if search.sampler == "grid":
         return len(grid(list(space)))
-    return search.n_trials or 32
+    if search.n_trials is None:
+        raise Refusal("search.n_trials=null is for search.sampler=grid only; for example search.n_trials=32.")
+    return search.n_trials
 
 
 def propose(
