@@ -45,9 +45,10 @@ def workers_of(parent: int) -> list[int]:
     return [child.pid for child in psutil.Process(parent).children(recursive=True)]
 
 
-def kill_and_compare(tmp_path: Path, arguments: list[str], done_before_kill: int, whole_group: bool) -> dict[str, Any]:
-    """Kill a study in mid-step, run it again, and compare it with an undisturbed one; returns the counts."""
-    calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
+def kill_and_compare(
+    calm: Path, disturbed: Path, arguments: list[str], done_before_kill: int, whole_group: bool
+) -> dict[str, Any]:
+    """Kill a study in mid-step, run it again, and compare it with the undisturbed one of `calm`; returns the counts."""
     process = doors.start("sweep", *arguments, f"out={disturbed}")
     doors.wait_until(lambda: mid_step(disturbed, done_before_kill), process)
     children = workers_of(process.pid)
@@ -63,7 +64,6 @@ def kill_and_compare(tmp_path: Path, arguments: list[str], done_before_kill: int
     assert not alive, f"workers outlived their parent: {alive}"
 
     doors.run("sweep", *arguments, f"out={disturbed}")
-    doors.run("sweep", *arguments, f"out={calm}")
     for number, stamp in written.items():
         again = (disturbed / f"sweeps/kill/trials/{number}/metrics.jsonl").stat().st_mtime_ns
         assert again == stamp, f"trial {number} was finished and ran again"
@@ -76,25 +76,23 @@ def kill_and_compare(tmp_path: Path, arguments: list[str], done_before_kill: int
 @pytest.mark.parametrize("whole_group", [True, False], ids=["everything", "parent-only"])
 def test_a_killed_study_ends_with_the_trials_of_an_undisturbed_one(tmp_path: Path, whole_group: bool) -> None:
     arguments = [*QUICK, "search.n_trials=9", "run.num_steps=90"]
-    counts = kill_and_compare(tmp_path, arguments, done_before_kill=4, whole_group=whole_group)
+    doors.run("sweep", *arguments, f"out={tmp_path / 'calm'}")
+    counts = kill_and_compare(tmp_path / "calm", tmp_path / "disturbed", arguments, 4, whole_group)
     assert counts["trials"] == 9
 
 
 @pytest.mark.soak
 def test_soak_kill_nine_with_trials_of_ten_seconds(tmp_path: Path) -> None:
-    arguments = [*QUICK, "model.width=64", "model.depth=4", "search.n_trials=12", "run.num_steps=500"]
-    rows = []
+    arguments = [*QUICK, "model.width=64", "model.depth=4", "search.n_trials=12", "run.num_steps=2000"]
+    calm, rows = tmp_path / "calm", []
+    doors.run("sweep", *arguments, f"out={calm}")
     for i, done in enumerate((0, 3, 6, 9)):
-        counts = kill_and_compare(tmp_path / str(i), arguments, done, whole_group=i % 2 == 0)
-        seconds = [
-            float(yaml.safe_load(line)["seconds"])
-            for path in (tmp_path / str(i)).glob("calm/sweeps/kill/trials/*/metrics.jsonl")
-            for line in path.read_text().splitlines()[-1:]
-        ]
-        assert min(seconds) > 10
-        rows.append(
-            {"killed": "whole group" if i % 2 == 0 else "parent only", **counts, "shortest trial, s": min(seconds)}
-        )
+        disturbed = tmp_path / str(i)
+        counts = kill_and_compare(calm, disturbed, arguments, done, whole_group=i % 2 == 0)
+        records = [path.read_text().splitlines() for path in disturbed.glob("sweeps/kill/trials/*/metrics.jsonl")]
+        shortest = min(float(yaml.safe_load(lines[-1])["seconds"]) for lines in records)
+        assert shortest > 10
+        rows.append({"killed": "whole group" if i % 2 == 0 else "parent only", **counts, "shortest trial, s": shortest})
     soak.record("sweep_kill", "kill -9 of a sweep in mid-step, then a rerun, against an undisturbed study", rows)
 
 
