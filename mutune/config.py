@@ -66,7 +66,7 @@ class SweepConfig(DoorConfig):
             model=self.model,
             data=self.data,
             tokenizer=self.tokenizer,
-            table=self.parametrization.table,
+            parametrization=self.parametrization,
             base=base_config(self.model),
             hyperparameters=self.hyperparameters,
             schedule=self.schedule,

@@ -18,6 +18,7 @@ from mutune.files import read_yaml, require_writable, write_yaml
 from mutune.folders import check_claim, claim, locked
 from mutune.model.shape import BaseConfig, base_config
 from mutune.parametrization.hyperparameters import BaseHyperparameters
+from mutune.parametrization.rules import ParametrizationConfig
 from mutune.training.config import RunSpec
 from mutune.training.price import price, price_table
 from mutune.training.schedule import ScheduleConfig
@@ -31,7 +32,7 @@ class PublishedValues:
     """`conf/published.yaml`: base hyperparameters that were published, with their source."""
 
     source: str
-    table: str
+    parametrization: ParametrizationConfig
     base: BaseConfig
     hyperparameters: BaseHyperparameters
     schedule: ScheduleConfig
@@ -99,7 +100,9 @@ def _from_study(config: TransferConfig) -> Source:
         commit=versions()["commit"],
         overridden=sorted(config.hyperparameters.given()),
     )
-    return Source(_transfer_file(config, provenance, proxy.table, base_config(proxy.model), hyper, proxy), proxy)
+    return Source(
+        _transfer_file(config, provenance, proxy.parametrization, base_config(proxy.model), hyper, proxy), proxy
+    )
 
 
 def _published(config: TransferConfig) -> Source:
@@ -112,13 +115,13 @@ def _published(config: TransferConfig) -> Source:
     )
     hyper = config.hyperparameters.apply(values.hyperparameters)
     defaults = replace(SweepConfig().spec(), schedule=values.schedule)
-    return Source(_transfer_file(config, provenance, values.table, values.base, hyper, defaults), None)
+    return Source(_transfer_file(config, provenance, values.parametrization, values.base, hyper, defaults), None)
 
 
 def _transfer_file(
     config: TransferConfig,
     provenance: Provenance,
-    table: str,
+    parametrization: ParametrizationConfig,
     base: BaseConfig,
     hyper: BaseHyperparameters,
     study: RunSpec,
@@ -127,7 +130,7 @@ def _transfer_file(
         raise Refusal("target.stages=[] is empty; choose a target, for example target=small.")
     return TransferFile(
         provenance=provenance,
-        table=table,
+        parametrization=parametrization,
         base=base,
         hyperparameters=hyper,
         schedule=study.schedule,
@@ -161,7 +164,7 @@ def _certify(config: TransferConfig, source: Source, target: RunSpec, directory:
     from mutune.certificate.ladder import Rung
     from mutune.certificate.valley import Drift
     from mutune.certificate.verdict import published_differences, published_verdict
-    from mutune.training.run import plan_of, write_plan
+    from mutune.training.run import write_plan
 
     rungs: list[Rung] = []
     drift: Drift | None = None
@@ -177,7 +180,7 @@ def _certify(config: TransferConfig, source: Source, target: RunSpec, directory:
     transfer = replace(source.transfer, verdict=verdict.verdict)
     data = certificate(transfer, verdict, differing, rungs, drift)
     write_certificate(directory, data)
-    write_plan(directory, plan_of(target, target.tokenizer.num_ids))
+    write_plan(directory, target.plan(target.tokenizer.num_ids))
     write_yaml(directory / "transfer.yaml", transfer.as_dict(), "for: python -m mutune.train transfer=<this file>")
     _say(data, transfer, directory, figures)
     return verdict.verdict
@@ -211,7 +214,7 @@ def _ladder(config: TransferConfig, proxy: RunSpec, target: RunSpec, directory: 
     seeds = rungs[0].valleys.keys()
     drift = fit_drift({seed: {rung.width: rung.valleys[seed].optimum for rung in rungs} for seed in seeds})
     differing = difference_table(proxy, target, corpus.vocab_size, target.tokenizer.num_ids, rungs[-1].width)
-    return rungs, drift, judge(proxy.table, differing, rungs, drift, target.model.width), differing
+    return rungs, drift, judge(proxy.parametrization.table, differing, rungs, drift, target.model.width), differing
 
 
 def _say(data: dict[str, Any], transfer: TransferFile, directory: Path, figures: list[Path]) -> None:

@@ -54,7 +54,7 @@ SWEEP = [
     (["+sweep=smoke", "parametrization=mupp"], "unknown parametrization 'mupp'; known: btlm, mup, sp."),
     (
         ["+sweep=smoke", "parametrization.table=mupp"],
-        "parametrization.table=mupp is unknown; known tables: btlm, mup, sp.",
+        "parametrization.table=mupp is unknown; known tables: btlm, completep, mup,",
     ),
     (["+sweep=smoke", "device=tpu"], "device=tpu is unknown; known devices: auto, cpu, cuda."),
     (["+sweep=smoke", "seed=-1"], "seed=-1 must be"),
@@ -111,7 +111,7 @@ NONSENSE = [
     ("{", "is not valid YAML"),
     ("", "holds no keys"),
     ("- 1\n- 2\n", "holds no keys"),
-    ("table: mup\n", "is missing"),
+    ("verdict: GO\n", "is missing"),
     ("{hello: 1}\n", "unknown key hello"),
 ]
 
@@ -130,7 +130,7 @@ EDITS: list[tuple[list[str], object, str]] = [
     (["target", "model", "num_heads"], 7, "does not divide target.model.width=2560"),
     (["hyperparameters", "learning_rate"], -0.1, "hyperparameters.learning_rate=-0.1 must be"),
     (["hyperparameters", "lr"], 0.1, "unknown key hyperparameters.lr"),
-    (["table"], "mop", "parametrization.table=mop is unknown"),
+    (["parametrization", "table"], "mop", "parametrization.table=mop is unknown"),
     (["verdict"], "FINE", "verdict=FINE is unknown; known verdicts: GO, GO WITH CARE, NO-GO, NOT CERTIFIED."),
     (["target", "stages"], [], "stages=[] is empty"),
     (["target", "stages"], 3, "target.stages=3 must be a list"),

@@ -25,7 +25,7 @@ def certificate(
         "reasons": verdict.reasons,
         "target": asdict(transfer.target),
         "learning_rate": transfer.hyperparameters.learning_rate,
-        "table": transfer.table,
+        "table": transfer.parametrization.table,
         "rungs": [_rung(rung, rungs[0]) for rung in rungs],
         "drift": None if drift is None else {key: _finite(value) for key, value in asdict(drift).items()},
         "prediction": None,

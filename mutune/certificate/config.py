@@ -6,7 +6,7 @@ from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.errors import require, require_number
 from mutune.model.shape import BaseConfig, ModelConfig
 from mutune.parametrization.hyperparameters import BaseHyperparameters
-from mutune.parametrization.rules import get_table
+from mutune.parametrization.rules import ParametrizationConfig
 from mutune.training.config import LoopConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 
@@ -87,6 +87,7 @@ class Overrides:
     beta1: float | None = None
     beta2: float | None = None
     adam_eps: float | None = None
+    decay_timescale: float | None = None
 
     def apply(self, hyperparameters: BaseHyperparameters) -> BaseHyperparameters:
         """The study's values with these put in."""
@@ -130,7 +131,7 @@ class TransferFile:
     """
 
     provenance: Provenance
-    table: str
+    parametrization: ParametrizationConfig
     base: BaseConfig
     hyperparameters: BaseHyperparameters
     schedule: ScheduleConfig
@@ -141,7 +142,6 @@ class TransferFile:
     format: int = 1
 
     def __post_init__(self) -> None:
-        get_table(self.table)
         require(
             self.format == 1, f"format={self.format} of the transfer file is unknown to this version, which reads 1."
         )
@@ -154,7 +154,7 @@ class TransferFile:
             model=target.model,
             data=target.data or self.data,
             tokenizer=target.tokenizer or self.tokenizer,
-            table=self.table,
+            parametrization=self.parametrization,
             base=self.base,
             hyperparameters=self.hyperparameters,
             schedule=target.schedule or self.schedule,

@@ -1,4 +1,4 @@
-"""The BTLM decoder: ALiBi or learned positions, SwiGLU or GELU, LayerNorm, one tied table.
+"""The BTLM decoder: ALiBi or learned positions, SwiGLU or GELU, LayerNorm, one table, tied or not.
 
 Shape suffixes: B batch, T time, D width, H heads, K head size, F feed-forward width, V vocabulary.
 Source of every line: the published model code as transcribed in its port (pre-LN blocks, biases on every linear but
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mutune.model.shape import ModelConfig
+from mutune.parametrization.multiplier import Multiplier
 
 LAYER_NORM_EPS = 1e-5
 
@@ -31,12 +32,13 @@ class Decoder(nn.Module):
     def __init__(self, shape: ModelConfig, vocab_size: int, multipliers: Mapping[str, float]) -> None:
         super().__init__()
         self.shape = shape
-        self.embedding_multiplier = multipliers["embedding"]
-        self.output_multiplier = multipliers["output"]
+        self.embedding_multiplier = Multiplier("embedding", multipliers["embedding"])
         self.wte = nn.Embedding(vocab_size, shape.width)
         self.wpe = nn.Embedding(shape.max_positions, shape.width) if shape.positions == "learned" else None
         self.h = nn.ModuleList(Block(shape, multipliers) for _ in range(shape.depth))
         self.ln_f = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
+        self.output_multiplier = Multiplier("output", multipliers["output"])
+        self.lm_head = None if shape.tied else nn.Linear(shape.width, vocab_size, bias=False)
         self._bias_cache: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, ids_BT: Tensor) -> Tensor:
@@ -51,11 +53,12 @@ class Decoder(nn.Module):
             if time > self.shape.max_positions:
                 raise ValueError(f"context {time} exceeds model.max_positions={self.shape.max_positions}")
             x_BTD = x_BTD + self.wpe.weight[:time]
-        x_BTD = _times(x_BTD, self.embedding_multiplier)
+        x_BTD = self.embedding_multiplier(x_BTD)
         bias_HTT = self._attention_bias(time, x_BTD.device, x_BTD.dtype)
         for block in self.h:
             x_BTD = block(x_BTD, bias_HTT)
-        return F.linear(_times(self.ln_f(x_BTD), self.output_multiplier), self.wte.weight)
+        output = self.wte if self.lm_head is None else self.lm_head
+        return F.linear(self.output_multiplier(self.ln_f(x_BTD)), output.weight)
 
     def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token, in float32 or wider."""
@@ -82,22 +85,22 @@ class Block(nn.Module):
         self.attn = Attention(shape, multipliers["attention_logits"])
         self.ln_2 = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
         self.mlp = FeedForward(shape)
-        self.attn_multiplier = multipliers["residual.attn"]
-        self.mlp_multiplier = multipliers["residual.mlp"]
+        self.attn_multiplier = Multiplier("residual.attn", multipliers["residual.attn"])
+        self.mlp_multiplier = Multiplier("residual.mlp", multipliers["residual.mlp"])
 
     def forward(self, x_BTD: Tensor, bias_HTT: Tensor) -> Tensor:
         """One residual block; (B, T, D) → (B, T, D)."""
-        x_BTD = x_BTD + _times(self.attn(self.ln_1(x_BTD), bias_HTT), self.attn_multiplier)
-        return x_BTD + _times(self.mlp(self.ln_2(x_BTD)), self.mlp_multiplier)
+        x_BTD = x_BTD + self.attn_multiplier(self.attn(self.ln_1(x_BTD), bias_HTT))
+        return x_BTD + self.mlp_multiplier(self.mlp(self.ln_2(x_BTD)))
 
 
 class Attention(nn.Module):
-    """softmax(logit_multiplier · q kᵀ + bias) v, with one fused projection Q‖K‖V."""
+    """softmax((multiplier · q) kᵀ + bias) v, with one fused projection Q‖K‖V."""
 
     def __init__(self, shape: ModelConfig, logit_multiplier: float) -> None:
         super().__init__()
         self.heads = shape.heads
-        self.logit_multiplier = logit_multiplier
+        self.logit_multiplier = Multiplier("attention_logits", logit_multiplier)
         self.c_attn = nn.Linear(shape.width, 3 * shape.width)
         self.c_proj = nn.Linear(shape.width, shape.width)
 
@@ -108,7 +111,7 @@ class Attention(nn.Module):
         )
         bias_1HTT = bias_HTT[None]  # four dimensions: with three, torch's CPU kernel falls back to a slower path
         out_BHTK = F.scaled_dot_product_attention(
-            q_BHTK, k_BHTK, v_BHTK, attn_mask=bias_1HTT, scale=self.logit_multiplier
+            self.logit_multiplier(q_BHTK), k_BHTK, v_BHTK, attn_mask=bias_1HTT, scale=1.0
         )
         return self.c_proj(out_BHTK.transpose(1, 2).flatten(-2))
 
@@ -144,7 +147,3 @@ def causal_bias(slopes_H: list[float], time: int, *, device: torch.device, dtype
     distance_TT = position[:, None] - position[None, :]
     bias_HTT = -torch.tensor(slopes_H, device=device, dtype=wide)[:, None, None] * distance_TT
     return bias_HTT.masked_fill(distance_TT < 0, -math.inf).to(dtype)
-
-
-def _times(x: Tensor, multiplier: float) -> Tensor:
-    return x if multiplier == 1.0 else x * multiplier

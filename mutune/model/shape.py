@@ -22,6 +22,7 @@ class ModelConfig:
         positions: `alibi` or `learned`.
         max_positions: length of the learned position table (unused with ALiBi).
         activation: `swiglu` or `gelu`.
+        tied: whether the embedding table is the output matrix too, as in BTLM.
     """
 
     width: int = 32
@@ -32,6 +33,7 @@ class ModelConfig:
     positions: str = "alibi"
     max_positions: int = 2048
     activation: str = "swiglu"
+    tied: bool = True
 
     def __post_init__(self) -> None:
         for name, example in (("width", 64), ("depth", 4), ("head_size", 16), ("max_positions", 2048)):
@@ -122,27 +124,32 @@ def tensor_specs(shape: ModelConfig, vocab_size: int) -> list[TensorSpec]:
 
 def base_shape(base: BaseConfig, like: ModelConfig) -> BaseShape:
     """The fan-ins at the base, for a model with the switches of `like`."""
-    return base_of(_specs(base.width, base.ffn, 1, like, vocab_size=1), width=base.width, depth=base.depth)
+    return base_of(_specs(base.width, base.ffn, 1, like, vocab_size=1), depth=base.depth)
 
 
 def _specs(d: float, f: float, depth: int, switches: ModelConfig, vocab_size: int) -> list[TensorSpec]:
-    specs = [TensorSpec("wte.weight", "embedding", (vocab_size, int(d)), d)]
+    table_sites = ("embedding", "output") if switches.tied else ("embedding",)
+    specs = [TensorSpec("wte.weight", "embedding", (vocab_size, int(d)), d, sites=table_sites)]
     if switches.positions == "learned":
-        specs.append(TensorSpec("wpe.weight", "position_embedding", (switches.max_positions, int(d)), d))
+        shape = (switches.max_positions, int(d))
+        specs.append(TensorSpec("wpe.weight", "position_embedding", shape, d, sites=("embedding",)))
     for i in range(depth):
         specs += _block_specs(f"h.{i}", d, f, switches.activation)
-    return specs + _norm_specs("ln_f", d, in_block=False)
+    specs += _norm_specs("ln_f", d, in_block=False)
+    if not switches.tied:
+        specs.append(TensorSpec("lm_head.weight", "output", (vocab_size, int(d)), d, sites=("output",)))
+    return specs
 
 
 def _block_specs(block: str, d: float, f: float, activation: str) -> list[TensorSpec]:
     specs = _norm_specs(f"{block}.ln_1", d)
-    specs += _linear_specs(f"{block}.attn.c_attn", "hidden", 3 * d, d)
-    specs += _linear_specs(f"{block}.attn.c_proj", "residual_output", d, d)
+    specs += _linear_specs(f"{block}.attn.c_attn", "hidden", 3 * d, d, "attention_logits")
+    specs += _linear_specs(f"{block}.attn.c_proj", "residual_output", d, d, "residual.attn")
     specs += _norm_specs(f"{block}.ln_2", d)
     specs += _linear_specs(f"{block}.mlp.c_fc", "hidden", f, d)
     if activation == "swiglu":
         specs += _linear_specs(f"{block}.mlp.c_fc2", "hidden", f, d)
-    return specs + _linear_specs(f"{block}.mlp.c_proj", "residual_output", d, f)
+    return specs + _linear_specs(f"{block}.mlp.c_proj", "residual_output", d, f, "residual.mlp")
 
 
 def _norm_specs(name: str, d: float, in_block: bool = True) -> list[TensorSpec]:
@@ -152,8 +159,8 @@ def _norm_specs(name: str, d: float, in_block: bool = True) -> list[TensorSpec]:
     ]
 
 
-def _linear_specs(name: str, role: str, fan_out: float, fan_in: float) -> list[TensorSpec]:
+def _linear_specs(name: str, role: str, fan_out: float, fan_in: float, *sites: str) -> list[TensorSpec]:
     return [
-        TensorSpec(f"{name}.weight", role, (int(fan_out), int(fan_in)), fan_in, in_block=True),
+        TensorSpec(f"{name}.weight", role, (int(fan_out), int(fan_in)), fan_in, in_block=True, sites=sites),
         TensorSpec(f"{name}.bias", "bias", (int(fan_out),), fan_out, in_block=True),
     ]

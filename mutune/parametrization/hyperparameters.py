@@ -15,9 +15,11 @@ class BaseHyperparameters:
         embedding_multiplier: α_emb, multiplies the embedding's output.
         output_multiplier: α_out, multiplies the logits (before the table's width rule).
         attention_multiplier: α_attn, multiplies the attention logits (before the table's head-size rule).
-        weight_decay: λ of decoupled AdamW at the base shape.
+        weight_decay: λ of decoupled AdamW at the base shape; with `parametrization.decay=independent`, η·λ.
         beta1, beta2: Adam's moment decays.
         adam_eps: Adam's ε at the base shape; None takes the table's own value.
+        decay_timescale: τ, the timescale of the weights' moving average as a fraction of the run; for
+            `parametrization.decay=horizon`, which takes it in place of `weight_decay`.
     """
 
     learning_rate: float = 0.015625
@@ -29,6 +31,7 @@ class BaseHyperparameters:
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float | None = None
+    decay_timescale: float | None = None
 
     def __post_init__(self) -> None:
         for name in POSITIVE:
@@ -38,6 +41,8 @@ class BaseHyperparameters:
             require_number(f"hyperparameters.{name}", getattr(self, name), at_least=0.0, at_most=1 - 1e-9, example=0.95)
         if self.adam_eps is not None:
             require_number("hyperparameters.adam_eps", self.adam_eps, above=0.0, example=1e-12)
+        if self.decay_timescale is not None:
+            require_number("hyperparameters.decay_timescale", self.decay_timescale, above=0.0, example=0.1)
 
     def as_dict(self) -> dict[str, float | None]:
         """Plain name → value."""

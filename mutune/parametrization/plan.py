@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
-from mutune.errors import Refusal
+from mutune.errors import Refusal, require
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import NORMAL, TRUNCATED_NORMAL, TRUNCATED_STD_RATIO, Rule, Site, Table
 
@@ -21,6 +21,7 @@ class TensorSpec:
         shape: dimensions, `(fan_out, fan_in)` for matrices.
         fan_in: number of inputs each output sums over; for the embedding table and for vectors, the width they carry.
         in_block: whether it sits inside a residual block (depth rules apply there).
+        sites: the forward multipliers that act on its product.
     """
 
     name: str
@@ -28,6 +29,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     fan_in: float
     in_block: bool = False
+    sites: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -93,15 +95,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class BaseShape:
-    """The shape at which the base hyperparameters live: fan-ins by tensor *kind*, width, and depth.
+    """The shape at which the base hyperparameters live: fan-ins by tensor *kind*, and depth.
 
     Attributes:
-        width: model width d (may be real-valued when declared instead of built).
         depth: number of blocks.
-        fan_in: the base fan-in of each tensor, keyed by its name without the block index (`h.*.mlp.c_proj.weight`).
+        fan_in: the base fan-in of each tensor, keyed by its name without the block index (`h.*.mlp.c_proj.weight`);
+            real-valued where the base is declared instead of built.
     """
 
-    width: float
     depth: int
     fan_in: Mapping[str, float]
 
@@ -111,9 +112,18 @@ def kind(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def base_of(specs: Iterable[TensorSpec], *, width: float, depth: int) -> BaseShape:
+def base_of(specs: Iterable[TensorSpec], *, depth: int) -> BaseShape:
     """The base built from a model's own tensors, each with its own (integer) fan-in."""
-    return BaseShape(width, depth, {kind(spec.name): spec.fan_in for spec in specs})
+    return BaseShape(depth, {kind(spec.name): spec.fan_in for spec in specs})
+
+
+@dataclass(frozen=True)
+class Decay:
+    """How weight decay follows the learning rate (`rules.DECAYS`); `num_steps` of the run is `horizon`'s."""
+
+    mode: str = "table"
+    exponent: float = 1.0
+    num_steps: int | None = None
 
 
 def make_plan(
@@ -122,9 +132,9 @@ def make_plan(
     base: BaseShape,
     hyperparameters: BaseHyperparameters,
     *,
-    width: int,
     depth: int,
     head_size: int,
+    decay: Decay = Decay(),
 ) -> Plan:
     """Turn base hyperparameters into per-tensor and per-site values at the given shape.
 
@@ -133,25 +143,40 @@ def make_plan(
         specs: every distinct trainable tensor of the model, once.
         base: the shape at which `hyperparameters` live.
         hyperparameters: values at the base.
-        width, depth, head_size: d, L and d_head of the model that `specs` describe.
+        depth, head_size: L and d_head of the model that `specs` describe.
+        decay: how weight decay scales.
 
     Raises:
-        Refusal: a tensor whose role the table does not rule, or that the base does not have.
+        Refusal: a tensor whose role the table does not rule, or that the base does not have; a table that needs
+            separate embedding and output matrices on a tied model; a decay that lacks its hyperparameter.
     """
-    eps = table.adam_eps if hyperparameters.adam_eps is None else hyperparameters.adam_eps
-    rows = {spec.name: _tensor_plan(table, spec, base, hyperparameters, eps, depth) for spec in specs}
-    tensors = {site: _site_tensor(site, rows) for site in table.sites}
+    specs = list(specs)
+    for spec in specs:
+        require(
+            not (table.untied and {"embedding", "output"} <= set(spec.sites)),
+            f"parametrization.table={table.name} gives embedding and output their own rules, and {spec.name} is both; "
+            f"untie them (model.tied=false) or take parametrization.table=mup.",
+        )
+    rows = {spec.name: _tensor_plan(table, spec, base, hyperparameters, decay, depth) for spec in specs}
+    acts_on: dict[str, TensorSpec] = {}
+    for spec in specs:
+        for site in spec.sites:
+            acts_on.setdefault(site, spec)
     sites = {
         name: SitePlan(
-            name, tensors[name], _site_value(site, width / base.width, head_size, hyperparameters), site.formula
+            name,
+            kind(acts_on[name].name),
+            _site_value(site, rows[acts_on[name].name].width_mult, depth / base.depth, head_size, hyperparameters),
+            site.formula,
         )
         for name, site in table.sites.items()
+        if name in acts_on
     }
     return Plan(table.name, rows, sites)
 
 
 def _tensor_plan(
-    table: Table, spec: TensorSpec, base: BaseShape, hyper: BaseHyperparameters, eps: float, depth: int
+    table: Table, spec: TensorSpec, base: BaseShape, hyper: BaseHyperparameters, decay: Decay, depth: int
 ) -> TensorPlan:
     if spec.role not in table.rules:
         raise Refusal(
@@ -161,26 +186,59 @@ def _tensor_plan(
         raise Refusal(f"the base shape has no tensor {kind(spec.name)}; build it with the same switches as the model.")
     rule = table.rules[spec.role]
     m = spec.fan_in / base.fan_in[kind(spec.name)]
+    m_depth = depth / base.depth if spec.in_block else 1.0
     std, realised = _init_std(rule, m, depth, hyper.init_std)
-    lr_mult, eps_mult = _scale(1.0, m, rule.lr), _scale(1.0, m, rule.eps)
-    wd_mult = _scale(1.0, m, rule.wd) if rule.decayed else 0.0
+    eps = table.adam_eps if hyper.adam_eps is None else hyper.adam_eps
+    peak_lr = _scale(_scale(hyper.learning_rate, m, rule.lr), m_depth, rule.lr_depth)
+    lr_mult = _scale(_scale(1.0, m, rule.lr), m_depth, rule.lr_depth)
+    wd_mult = _wd_mult(rule, m, lr_mult, decay)
     return TensorPlan(
         name=spec.name,
         role=spec.role,
         shape="x".join(map(str, spec.shape)),
         fan_in=spec.fan_in,
         width_mult=m,
-        depth_mult=depth / base.depth if spec.in_block else 1.0,
+        depth_mult=m_depth,
         init=rule.init,
         init_std=std,
         init_std_realised=realised,
         lr_mult=lr_mult,
         wd_mult=wd_mult,
-        eps_mult=eps_mult,
-        peak_lr=_scale(hyper.learning_rate, m, rule.lr),
-        weight_decay=hyper.weight_decay * wd_mult,
-        adam_eps=_scale(eps, m, rule.eps),
+        eps_mult=_scale(_scale(1.0, m, rule.eps), m_depth, rule.eps_depth),
+        peak_lr=peak_lr,
+        weight_decay=_base_decay(decay, hyper) * wd_mult,
+        adam_eps=_scale(_scale(eps, m, rule.eps), m_depth, rule.eps_depth),
     )
+
+
+def _wd_mult(rule: Rule, m: float, lr_mult: float, decay: Decay) -> float:
+    """Weight decay over that of the base; 0 for what the table never decays."""
+    if not rule.decayed:
+        return 0.0
+    return {
+        "table": _scale(1.0, m, rule.wd),
+        "fixed": 1.0,
+        "scaled": _scale(1.0, lr_mult, -decay.exponent),
+        "independent": 1.0 / lr_mult,
+        "horizon": 1.0 / lr_mult,
+    }[decay.mode]
+
+
+def _base_decay(decay: Decay, hyper: BaseHyperparameters) -> float:
+    """AdamW's λ at the base, where lr_mult is 1."""
+    if decay.mode == "independent":
+        return hyper.weight_decay / hyper.learning_rate
+    if decay.mode != "horizon":
+        return hyper.weight_decay
+    require(
+        hyper.decay_timescale is not None,
+        "parametrization.decay=horizon needs hyperparameters.decay_timescale, the moving average's timescale as a "
+        "fraction of the run; for example hyperparameters.decay_timescale=0.1.",
+    )
+    require(decay.num_steps is not None, "decay=horizon needs the run's num_steps; for example num_steps=1000.")
+    assert hyper.decay_timescale is not None
+    assert decay.num_steps is not None
+    return 1.0 / (hyper.decay_timescale * decay.num_steps * hyper.learning_rate)
 
 
 def _init_std(rule: Rule, m: float, depth: int, sigma: float) -> tuple[float, float]:
@@ -192,28 +250,14 @@ def _init_std(rule: Rule, m: float, depth: int, sigma: float) -> tuple[float, fl
     return std, std * TRUNCATED_STD_RATIO if rule.init == TRUNCATED_NORMAL else std
 
 
-def _site_value(site: Site, m: float, head_size: int, hyper: BaseHyperparameters) -> float:
+def _site_value(site: Site, m: float, m_depth: float, head_size: int, hyper: BaseHyperparameters) -> float:
     alpha = 1.0 if site.hyperparameter is None else getattr(hyper, site.hyperparameter)
-    return _scale(_scale(alpha, m, site.width), head_size, site.head)
+    return _scale(_scale(_scale(alpha, m, site.width), head_size, site.head), m_depth, site.depth)
 
 
 def _scale(value: float, m: float, exponent: float) -> float:
     """value·m^exponent, by division where the exponent is negative: the same bits as `lr / width_mult`."""
     return value / m**-exponent if exponent < 0 else value * m**exponent
-
-
-_SITE_ENDINGS = {
-    "embedding": "wte.weight",
-    "attention_logits": "c_attn.weight",
-    "residual.attn": "attn.c_proj.weight",
-    "residual.mlp": "mlp.c_proj.weight",
-    "output": "wte.weight",
-}
-
-
-def _site_tensor(site: str, rows: Mapping[str, TensorPlan]) -> str:
-    """The tensor(s) whose product the site multiplies, with `*` for the block index."""
-    return next(kind(name) for name in rows if name.endswith(_SITE_ENDINGS[site]))
 
 
 def _csv(rows: Iterable[Mapping[str, object]]) -> str:

@@ -306,10 +306,10 @@ def _facts(config: dict[str, Any], name: str) -> dict[str, Any]:
     facts |= {
         "width": run["model"]["width"],
         "depth": run["model"]["depth"],
-        "table": run["table"],
+        "table": run["parametrization"]["table"],
         "seed": run["seed"],
     }
-    return facts | {key: run["hyperparameters"][key] for key in NAMES}
+    return facts | {key: run["hyperparameters"].get(key) for key in NAMES}
 
 
 def _outcome(config: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:

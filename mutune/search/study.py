@@ -18,7 +18,6 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from mutune.errors import Refusal
 from mutune.model.shape import base_config
 from mutune.parametrization.hyperparameters import NAMES
-from mutune.parametrization.rules import get_table
 from mutune.search.config import Dimension, SearchConfig, dimensions, grid
 from mutune.search.proposals import distributions, propose, total_trials
 from mutune.search.workers import default_workers, run_all
@@ -65,7 +64,7 @@ def trial_spec(spec: RunSpec, params: dict[str, Any]) -> RunSpec:
     if "width" in params:
         spec = replace(spec, model=spec.model.at_width(params["width"]))
     if "table" in params:
-        spec = replace(spec, table=get_table(params["table"]).name)
+        spec = replace(spec, parametrization=replace(spec.parametrization, table=params["table"]))
     return replace(spec, seed=params.get("seed", spec.seed))
 
 
@@ -79,7 +78,7 @@ def check_space(spec: RunSpec, search: SearchConfig) -> list[Dimension]:
     if not space:
         raise Refusal("search.space={} is empty; choose a sweep, for example +sweep=proxy.")
     for dimension in space:
-        for value in dimension.values:
+        for value in dimension.values or (dimension.low, dimension.high):
             trial_spec(spec, {dimension.name: value})
     if spec.base != base_config(spec.model):
         raise Refusal("the base of a study is its own model; set model.width instead of base.width.")
@@ -111,7 +110,7 @@ def run_study(
     study = open_study(directory, name)
     total = total_trials(search, space)
     workers = search.workers or default_workers()
-    defaults = {"width": spec.model.width, "table": spec.table, "seed": spec.seed}
+    defaults = {"width": spec.model.width, "table": spec.parametrization.table, "seed": spec.seed}
     defaults |= {key: getattr(spec.hyperparameters, key) for key in NAMES}
     while True:
         trials = study.get_trials(deepcopy=False)

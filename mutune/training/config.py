@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 
 from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.errors import require, require_number
-from mutune.model.shape import BaseConfig, ModelConfig
+from mutune.model.shape import BaseConfig, ModelConfig, base_shape, tensor_specs
 from mutune.parametrization.hyperparameters import BaseHyperparameters
+from mutune.parametrization.plan import Decay, Plan, make_plan
+from mutune.parametrization.rules import ParametrizationConfig
 from mutune.training.schedule import ScheduleConfig
 
 
@@ -77,7 +79,7 @@ class RunSpec:
     model: ModelConfig
     data: DataConfig
     tokenizer: TokenizerConfig
-    table: str
+    parametrization: ParametrizationConfig
     base: BaseConfig
     hyperparameters: BaseHyperparameters
     schedule: ScheduleConfig
@@ -86,6 +88,13 @@ class RunSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        horizon, timescale = self.parametrization.decay == "horizon", self.hyperparameters.decay_timescale
+        require(
+            horizon == (timescale is not None),
+            f"hyperparameters.decay_timescale={'null' if timescale is None else timescale} does not go with "
+            f"parametrization.decay={self.parametrization.decay}; set both hyperparameters.decay_timescale=0.1 and "
+            "parametrization.decay=horizon, or neither.",
+        )
         require(
             len(self.stages) > 0, "stages=[] is empty; a run needs at least one, for example stages=[{num_steps: 240}]."
         )
@@ -98,6 +107,21 @@ class RunSpec:
                 f"model.max_positions={self.model.max_positions} is shorter than the context of {longest}; "
                 f"for example model.max_positions={longest}.",
             )
+
+        self.plan(vocab_size=1)  # refuses what the table cannot rule
+
+    def plan(self, vocab_size: int) -> Plan:
+        """The run's plan, without allocating its model."""
+        shape, theory = self.model, self.parametrization
+        return make_plan(
+            theory.theory(),
+            tensor_specs(shape, vocab_size),
+            base_shape(self.base, like=shape),
+            self.hyperparameters,
+            depth=shape.depth,
+            head_size=shape.size_per_head,
+            decay=Decay(theory.decay, theory.decay_exponent, self.num_steps),
+        )
 
     @property
     def num_steps(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mutune.model.decoder import Decoder
-from mutune.training.apply import set_rates
+from mutune.parametrization.apply import set_rates
 
 Record = dict[str, Any]
 

@@ -16,30 +16,14 @@ from mutune.data.prepare import TokenizedCorpus, prepare
 from mutune.data.windows import Stage, WindowLoader, heldout_windows
 from mutune.files import write_text, write_yaml
 from mutune.model.decoder import Decoder
-from mutune.model.shape import base_shape, tensor_specs
-from mutune.parametrization.plan import Plan, make_plan
-from mutune.parametrization.rules import get_table
-from mutune.training.apply import initialise, make_optimizer
+from mutune.parametrization.apply import initialise, make_optimizer
+from mutune.parametrization.plan import Plan
 from mutune.training.config import RunSpec, StageConfig, stage_ends
 from mutune.training.loop import Heldout, Record, evaluate, train
 from mutune.training.schedule import multiplier
 from mutune.versions import versions
 
 METRICS = "metrics.jsonl"
-
-
-def plan_of(spec: RunSpec, vocab_size: int) -> Plan:
-    """The plan of a run, without allocating its model."""
-    shape = spec.model
-    return make_plan(
-        get_table(spec.table),
-        tensor_specs(shape, vocab_size),
-        base_shape(spec.base, like=shape),
-        spec.hyperparameters,
-        width=shape.width,
-        depth=shape.depth,
-        head_size=shape.size_per_head,
-    )
 
 
 def check_data(spec: RunSpec, corpus: TokenizedCorpus) -> None:
@@ -72,7 +56,7 @@ class Run:
     def __init__(self, spec: RunSpec, device: torch.device) -> None:
         self.spec = spec
         self.corpus = prepare(spec.data, spec.tokenizer)
-        self.plan = plan_of(spec, self.corpus.vocab_size)
+        self.plan = spec.plan(self.corpus.vocab_size)
         sites = {site: row.value for site, row in self.plan.multipliers.items()}
         self.model = Decoder(spec.model, self.corpus.vocab_size, sites).to(device)
         initialise(self.model, self.plan, spec.seed)

@@ -29,7 +29,6 @@ def btlm_plan(width: int = 2560, base: BaseConfig = DECLARED, hyperparameters: B
         tensor_specs(shape, vocab_size=50257),
         base_shape(base, like=shape),
         hyperparameters,
-        width=width,
         depth=shape.depth,
         head_size=shape.size_per_head,
     )

@@ -31,7 +31,6 @@ def plan_of(
         tensor_specs(shape, vocab_size=96),
         base_shape(base_config(base), like=shape),
         hyperparameters,
-        width=shape.width,
         depth=shape.depth,
         head_size=shape.size_per_head,
     )
@@ -41,7 +40,8 @@ def plan_of(
 @pytest.mark.parametrize("positions", ["alibi", "learned"])
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_every_tensor_of_every_variant_has_a_rule_in_every_table(table: str, positions: str, activation: str) -> None:
-    shape = ModelConfig(width=128, depth=2, positions=positions, activation=activation)
+    tied = not get_table(table).untied
+    shape = ModelConfig(width=128, depth=2, positions=positions, activation=activation, tied=tied)
     plan = plan_of(table, shape)
     assert list(plan.parameters) == [spec.name for spec in tensor_specs(shape, vocab_size=96)]
 
@@ -51,7 +51,7 @@ def test_a_role_without_a_rule_is_refused() -> None:
     with pytest.raises(
         Refusal, match=r"table mup has no rule for role router of h\.0\.router\.weight; it rules \['emb"
     ):
-        make_plan(get_table("mup"), specs, base_of(specs, width=8, depth=1), HYPER, width=8, depth=1, head_size=8)
+        make_plan(get_table("mup"), specs, base_of(specs, depth=1), HYPER, depth=1, head_size=8)
 
 
 def test_a_tensor_that_the_base_lacks_is_refused() -> None:
@@ -62,14 +62,13 @@ def test_a_tensor_that_the_base_lacks_is_refused() -> None:
             tensor_specs(shape, vocab_size=96),
             base_shape(base_config(BASE), like=BASE),
             HYPER,
-            width=128,
             depth=2,
             head_size=16,
         )
 
 
 def test_an_unknown_table_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(Refusal, match=r"parametrization\.table=mu is unknown; known tables: btlm, mup, sp\."):
+    with pytest.raises(Refusal, match=r"parametrization\.table=mu is unknown; known tables: btlm, completep, mup,"):
         get_table("mu")
 
 

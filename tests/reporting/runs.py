@@ -36,7 +36,7 @@ def write_run(
     stages = [{"context_length": c, "batch_sequences": 4, "num_steps": NUM_STEPS, "end_ratio": None} for c in contexts]
     run = {
         "model": {"width": width, "depth": 4},
-        "table": table,
+        "parametrization": {"table": table},
         "hyperparameters": {**HYPERPARAMETERS, **hyperparameters},
         "stages": stages,
         "seed": seed,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mutune.errors import Refusal
-from mutune.training.apply import set_rates
+from mutune.parametrization.apply import set_rates
 from mutune.training.schedule import ScheduleConfig, multiplier
 
 PEAK, STEPS, FIRST_STAGE = 0.012, 159_636, 119_727

@@ -8,10 +8,10 @@ import torch
 
 from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig, base_config, base_shape, tensor_specs
+from mutune.parametrization.apply import initialise, make_optimizer
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.plan import Plan, make_plan
 from mutune.parametrization.rules import get_table
-from mutune.training.apply import initialise, make_optimizer
 from mutune.training.loop import Record, train
 from mutune.training.schedule import ScheduleConfig, multiplier
 
@@ -30,7 +30,6 @@ def tiny_plan(
         tensor_specs(shape, VOCAB),
         base_shape(base_config(base), like=shape),
         hyperparameters,
-        width=shape.width,
         depth=shape.depth,
         head_size=shape.size_per_head,
     )

@@ -6,6 +6,8 @@ from collections import defaultdict
 import torch
 from torch import nn
 
+from mutune.errors import require
+from mutune.parametrization.multiplier import Multiplier
 from mutune.parametrization.plan import Plan, TensorPlan
 from mutune.parametrization.rules import NORMAL, ONES, TRUNCATED_NORMAL
 
@@ -32,6 +34,22 @@ def initial_tensor(row: TensorPlan, shape: torch.Size, seed: int) -> torch.Tenso
         cut = 2.0 * row.init_std
         return nn.init.trunc_normal_(value, 0.0, row.init_std, -cut, cut, generator=generator)
     return value.fill_(1.0 if row.init == ONES else 0.0)
+
+
+def set_multipliers(model: nn.Module, plan: Plan) -> None:
+    """Give every `Multiplier` of the model the plan's value for its site.
+
+    Raises:
+        Refusal: a site that the plan does not have.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Multiplier):
+            require(
+                module.site in plan.multipliers,
+                f"{name} multiplies at site {module.site}, which the plan does not have; it has "
+                f"{list(plan.multipliers)}.",
+            )
+            module.value = plan.multipliers[module.site].value
 
 
 def optimizer_groups(model: nn.Module, plan: Plan) -> list[dict[str, object]]:

@@ -11,8 +11,8 @@ import torch
 
 from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig
+from mutune.parametrization.apply import initial_tensor, initialise, optimizer_groups, set_rates
 from mutune.parametrization.plan import Plan
-from mutune.training.apply import initial_tensor, initialise, optimizer_groups, set_rates
 from tests.training.tiny import (
     BASE,
     HYPER,
