@@ -7,8 +7,18 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mutune"
-ROOMS = ["parametrization", "scaling", "model", "data", "training", "search", "certificate", "reporting"]
-DOORS = ["sweep", "transfer", "train"]
+ROOMS = [
+    "parametrization",
+    "scaling",
+    "model",
+    "data",
+    "training",
+    "search",
+    "verification",
+    "certificate",
+    "reporting",
+]
+DOORS = ["sweep", "transfer", "train", "check"]
 #: Modules beside the rooms, and the rooms that they may know: all of them, or none.
 HALL_KNOWS_ROOMS = ["config", "door", *DOORS]
 HALL_KNOWS_NONE = ["errors", "files", "folders", "progress", "versions", "compose", "__init__"]
@@ -30,6 +40,8 @@ WITHOUT_TORCH = [
     "training/price.py",
     "search/config.py",
     "certificate/config.py",
+    "verification/places.py",
+    "verification/verdict.py",
     "compose.py",
     "config.py",
     "door.py",
