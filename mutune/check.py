@@ -47,6 +47,8 @@ def work(config: CheckConfig) -> int:
     for of, sizes in checks:
         for size in sizes:
             of.plan(size)  # refuses a size or a table that cannot be
+    text = training(config)
+    text.probe, text.batch(config.seed, 0)  # refuse a context that the text cannot give
     if config.dry_run:
         print(describe(config, name))
         return OK

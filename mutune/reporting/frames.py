@@ -366,8 +366,8 @@ def check_lines(directory: Path, axis: str) -> pd.DataFrame:
     if not all(path.exists() for path in paths):
         raise Refusal(f"{directory} holds no check over {axis}; make one with python -m mutune.check.")
     coordinates, slopes = (pd.read_csv(path) for path in paths)
-    slopes = slopes.sort_values(["passed", "step"]).drop_duplicates(["quantity", "place"], keep="first")
-    slopes = slopes.rename(columns={"mean": "slope"})
+    slopes = slopes.sort_values(["passed", "step"], ascending=[True, False])  # what failed, else the last step
+    slopes = slopes.drop_duplicates(["quantity", "place"]).rename(columns={"mean": "slope"})
     values = coordinates.merge(slopes[["quantity", "place", "step", "slope", "low", "high", "passed"]])
     values["log2"] = np.log2(values.value)
     keys = ["quantity", "place", "step", "slope", "low", "high", "passed", "size"]

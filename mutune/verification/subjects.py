@@ -3,7 +3,7 @@
 They are plain data, so that they can be sent to worker processes.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,8 @@ class Text:
         betas: Adam's.
     """
 
-    data: DataConfig
-    tokenizer: TokenizerConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     context_length: int = 64
     batch_sequences: int = 8
     steps: tuple[int, ...] = (1, 2, 5, 10)

@@ -104,7 +104,7 @@ def judge(axis: str, found: Sequence[Slope], plans: Mapping[int, Plan]) -> Judge
     """
     steps = sorted({slope.step for slope in found})
     rules = _PlanSlopes(plans, sum(slope.mean for slope in found if slope.quantity == "head_size"))
-    bounds = [(slope, _bound(axis, slope, rules)) for slope in _settled(axis, found, steps, rules)]
+    bounds = [(slope, _bound(axis, slope, rules, flatter)) for slope, flatter in _settled(axis, found, steps, rules)]
     judged = [(slope, bound.moved(-rules.multiplied_after(slope))) for slope, bound in bounds if bound is not None]
     inputs = {slope.place: slope.mean for slope in found if slope.quantity == "input"}
     explain = _Explainer(axis, rules, inputs)
@@ -112,25 +112,29 @@ def judge(axis: str, found: Sequence[Slope], plans: Mapping[int, Plan]) -> Judge
     return Judgement(axis, judged, sorted(findings, key=_suspicion))
 
 
-def _settled(axis: str, found: Sequence[Slope], steps: Sequence[int], rules: "_PlanSlopes") -> Iterator[Slope]:
-    """What is judged of the trained steps.
+def _settled(
+    axis: str, found: Sequence[Slope], steps: Sequence[int], rules: "_PlanSlopes"
+) -> Iterator[tuple[Slope, bool]]:
+    """The slopes that are judged, and whether each is held to its lower bound too.
 
-    Over depth, and of gains and biases, whose first update is exactly their rate: the first step. Else the flatter of
-    the last two, because what flows through a narrow model at a high rate needs a few steps to settle.
+    Of the trained steps: over depth, and of gains and biases, whose first update is exactly their rate, the first one.
+    Else the last two, of which only the flatter one is held to the lower bound: what flows through a narrow model at a
+    high rate needs a few steps to settle, and growth is the stricter fault.
     """
     for slope in found:
         if slope.step == 0 or (slope.step == steps[1] and (axis == DEPTH or rules.is_vector(slope.place))):
-            yield slope
+            yield slope, True
     if axis == WIDTH:
         late: dict[tuple[str, str], list[Slope]] = defaultdict(list)
         for slope in found:
             if slope.step in steps[1:][-2:] and not rules.is_vector(slope.place):
                 late[slope.quantity, slope.place].append(slope)
         for pair in late.values():
-            yield min(pair, key=lambda slope: abs(slope.mean + rules.multiplied_after(slope)))
+            flatter = min(pair, key=lambda slope: abs(slope.mean + rules.multiplied_after(slope)))
+            yield from ((slope, slope is flatter) for slope in pair)
 
 
-def _bound(axis: str, slope: Slope, rules: "_PlanSlopes") -> Bound | None:
+def _bound(axis: str, slope: Slope, rules: "_PlanSlopes", flatter: bool) -> Bound | None:
     """The bound of one slope; None where it says nothing."""
     if slope.quantity in ("input", "head_size"):
         return None
@@ -140,16 +144,18 @@ def _bound(axis: str, slope: Slope, rules: "_PlanSlopes") -> Bound | None:
         # a random head gives m^-1/2, and so do growing heads under 1/d_head
         low = {LOGITS: -0.75, ATTENTION_LOGITS: -0.25 - 0.5 * rules.head_size}.get(slope.place, -0.25)
         return Bound(low, 0.25, f"activations at initialisation must not depend on the {axis}")
-    return _width_bound(slope, rules) if axis == WIDTH else _depth_bound(slope)
+    return _width_bound(slope, rules, flatter) if axis == WIDTH else _depth_bound(slope)
 
 
-def _width_bound(slope: Slope, rules: "_PlanSlopes") -> Bound | None:
+def _width_bound(slope: Slope, rules: "_PlanSlopes", flatter: bool) -> Bound:
     if slope.quantity == "update":
-        loose = slope.place == LOGITS or (slope.place == ATTENTION_LOGITS and rules.head_size > 0)
-        return Bound(-math.inf if loose else -0.4, 0.25, "what updates change must not depend on the width")
+        may_vanish = slope.place == LOGITS or (slope.place == ATTENTION_LOGITS and rules.head_size > 0)
+        low = -0.4 if flatter and not may_vanish else -math.inf
+        return Bound(low, 0.3, "what updates change must not depend on the width")
     if rules.is_vector(slope.place):
         return Bound(-0.25, 0.25, "a gain or bias must move by the same amount at every width")
-    return Bound(-0.38, 0.25, "a tensor's updates must change its product by the same amount at every width")
+    low = -0.38 if flatter else -math.inf
+    return Bound(low, 0.35, "a tensor's updates must change its product by the same amount at every width")
 
 
 def _depth_bound(slope: Slope) -> Bound | None:
@@ -251,11 +257,12 @@ class _Explainer:
             )
         if abs(excess) < 0.25:
             return None
-        if slope.quantity == "activation" and f"{slope.place}.weight" in self.rules.rows:
-            return self._exponent(f"{slope.place}.weight", "init_std", "initial std", about)
-        if slope.quantity == "weight_update" and slope.place in self.rules.rows:
-            return self._exponent(slope.place, "lr_mult", "learning rate", about)
-        return None
+        tensor = slope.place if slope.place in self.rules.rows else f"{slope.place}.weight"
+        if tensor not in self.rules.rows:
+            return None
+        if slope.quantity == "activation":
+            return self._exponent(tensor, "init_std", "initial std", about)
+        return self._exponent(tensor, "lr_mult", "learning rate", about) if slope.quantity == "weight_update" else None
 
     def _exponent(self, tensor: str, column: str, name: str, about: str) -> str:
         now = self.rules.exponent(tensor, column)
