@@ -13,15 +13,11 @@ from mutune.model.shape import ModelConfig
 from mutune.parametrization.plan import Plan
 from mutune.parametrization.rules import MUP, MUP_TABLE3, MUP_TABLE9, SP_EMBED, TABLES, Table, completep
 from mutune.parametrization.symmetry import moved, moved_plan
+from tests.parametrization.placements import ends, random_thetas, thetas_of
 from tests.training.tiny import tiny_plan
 
 WIDE = ModelConfig(width=64, depth=2, head_size=16)
 UNTIED = replace(WIDE, tied=False, positions="learned")
-
-
-def ends(embedding: float, output: float) -> dict[str, float]:
-    """Exponents of θ, role by role, for the two ends of the model."""
-    return {"embedding": embedding, "position_embedding": embedding, "output": output}
 
 
 #: Multiples of 1/8, whose sums are exact.
@@ -68,23 +64,14 @@ def test_a_table_stays_fit_for_a_tied_model_only_while_both_ends_move_together()
 @given(exponents=MOVES)
 def test_the_plan_of_a_moved_table_is_the_moved_plan(exponents: dict[str, float]) -> None:
     plan = tiny_plan(UNTIED)
-    theta = {
-        name: row.width_mult ** exponents[row.role] for name, row in plan.parameters.items() if row.role in exponents
-    }
-    assert_same_numbers(tiny_plan(UNTIED, moved(MUP, exponents)), moved_plan(plan, theta))
-
-
-@st.composite
-def thetas(draw: st.DrawFn, shape: ModelConfig) -> dict[str, float]:
-    """θ = 2^U(-6, 6) for every tensor; those of one site share it."""
-    values = {name: 2.0 ** draw(st.floats(-6, 6)) for name in tiny_plan(shape).parameters}
-    return values | {"wpe.weight": values["wte.weight"]} if "wpe.weight" in values else values
+    after = moved_plan(plan, thetas_of(plan, exponents))
+    assert_same_numbers(tiny_plan(UNTIED, moved(MUP, exponents)), after)
 
 
 @pytest.mark.parametrize("shape", [WIDE, UNTIED], ids=["tied", "untied"])
 @given(data=st.data())
 def test_moving_a_plan_is_a_group_action_too(shape: ModelConfig, data: st.DataObject) -> None:
-    plan, first, second = tiny_plan(shape), data.draw(thetas(shape)), data.draw(thetas(shape))
+    plan, first, second = tiny_plan(shape), data.draw(random_thetas(shape)), data.draw(random_thetas(shape))
     product = {name: first[name] * second[name] for name in first}
     assert_same_numbers(moved_plan(moved_plan(plan, first), second), moved_plan(plan, product))
     inverse = {name: 1 / value for name, value in first.items()}
