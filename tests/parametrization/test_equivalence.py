@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -118,7 +118,7 @@ def test_a_table_trains_like_its_other_placements(
 
 
 @pytest.mark.parametrize("shape", [TIED, UNTIED], ids=["tied", "untied"])
-@settings(max_examples=5, derandomize=True, deadline=None)
+@settings(max_examples=5, derandomize=True, deadline=None, phases=[Phase.generate])  # a smaller θ tells no more
 @given(data=st.data())
 def test_any_theta_on_every_tensor_trains_alike(shape: ModelConfig, data: st.DataObject) -> None:
     canonical, theta = tiny_plan(shape), data.draw(random_thetas(shape))
@@ -208,11 +208,11 @@ def test_soak_how_much_clipping_parts_equivalent_placements() -> None:
         {
             "placement": name,
             "clip": "off" if clip_norm == CLIP_OFF else clip_norm,
-            "max |Δloss|, nats": f"{difference:.1e}",
+            "largest Δloss, nats": f"{difference:.1e}",
         }
         for clip_norm in (CLIP_OFF, 2.0, 1.0)
         for name, difference in placements(clip_norm).items()
     ]
     title = "Placements of μP against the canonical one: 20 steps at 4 times the base width, float64"
     soak.record("equivalence", title, rows)
-    assert all(float(row["max |Δloss|, nats"]) < SAME for row in rows if row["clip"] == "off")
+    assert all(float(row["largest Δloss, nats"]) < SAME for row in rows if row["clip"] == "off")
