@@ -222,6 +222,7 @@ TABLES = {table.name: table for table in (SP, SP_EMBED, MUP, MUP_TABLE3, MUP_TAB
 #:   arXiv:2510.15262's for matrices. independent: `weight_decay` is what one step at the peak rate takes off,
 #:   λ = weight_decay / lr. horizon: `decay_timescale` is τ, the moving average's timescale as a fraction of the
 #:   run, λ = 1 / (τ·steps·lr) (arXiv:2405.13698, 2505.13738).
+#: A decay that is not in proportion to 1/lr (`fixed`, `scaled` with p other than 1) differs between placements.
 DECAYS = ("table", "fixed", "scaled", "independent", "horizon")
 
 

@@ -39,7 +39,7 @@ def plan_of(shape: ModelConfig, table: Table) -> Plan:
     )
 
 
-# ---------------------------------------------------------------------------------------------- Table 1, cell by cell
+# ------------------------------------------------------------------------------------------------ Table 1, cell by cell
 @dataclass(frozen=True)
 class Cells:
     """A row of Table 1 as factors over the base: of the init variance, the rate, the decay, and ε."""
@@ -131,7 +131,7 @@ def test_one_table_has_one_depth_rule() -> None:
     assert values(btlm)["residual.attn"] == values(btlm)["residual.mlp"] == 1.0
 
 
-# --------------------------------------------------------------------------------------- what depth does to training
+# ------------------------------------------------------------------------------------------ what depth does to training
 DEPTHS, SEEDS, WIDTH = (2, 4, 8, 16), (0, 1), 32
 SMALL_STEP = replace(tiny.HYPER, learning_rate=0.002)  # at ten times this rate, the first step is not a small one
 PROBE_BT = torch.from_numpy(tiny.tiny_batches(sequences=8, time=24)(999))[:, :-1]

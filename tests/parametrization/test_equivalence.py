@@ -94,7 +94,7 @@ def largest_difference(one: Tensor, other: Tensor) -> float:
     return (one - other).abs().max().item()
 
 
-# ---------------------------------------------------------------------------------------------------- the same theory
+# ------------------------------------------------------------------------------------------------------ the same theory
 TABLES = [
     pytest.param(MUP, MUP_TABLE3, ends(0.0, 1.0), UNTIED, id="Table 3"),
     pytest.param(MUP, MUP_TABLE9, ends(0.5, 0.5), UNTIED, id="Table 9"),
@@ -152,7 +152,7 @@ def test_the_tied_canonical_placement_trains_like_the_shared_readout_of_mup() ->
     assert largest_difference(*shared_readout()) < SAME
 
 
-# ---------------------------------------------------------------------------------------------- and what breaks it
+# --------------------------------------------------------------------------------------------------- and what breaks it
 def unmapped(column: str) -> float:
     """max |Δloss| of Table 3 against the canonical placement when one column of its plan is not moved."""
     canonical, plan = tiny_plan(UNTIED, MUP), tiny_plan(UNTIED, MUP_TABLE3)
