@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -184,16 +185,19 @@ def test_unmapped_initial_values_show() -> None:
 
 def placements(clip_norm: float) -> dict[str, float]:
     """max |Δloss| against the canonical placement, by name."""
-    found = {}
-    for name, table, exponents in (
-        ("mup_table3", MUP_TABLE3, ends(0.0, 1.0)),
-        ("mup_table9", MUP_TABLE9, ends(0.5, 0.5)),
-    ):
-        canonical, plan = tiny_plan(UNTIED), tiny_plan(UNTIED, table)
-        after = trained_at(thetas_of(canonical, exponents), plan, canonical, UNTIED, clip_norm)
-        found[name] = largest_difference(trained(canonical, UNTIED, clip_norm), after)
-    found["mup.MuSharedReadout, tied"] = largest_difference(*shared_readout(clip_norm))
-    return found
+    canonical, draw = tiny_plan(UNTIED), np.random.default_rng(0)
+    random = {name: 2.0 ** draw.uniform(-6, 6) for name in canonical.parameters}
+    random["wpe.weight"] = random["wte.weight"]
+    plans = {
+        "mup_table3": (thetas_of(canonical, ends(0.0, 1.0)), tiny_plan(UNTIED, MUP_TABLE3)),
+        "mup_table9": (thetas_of(canonical, ends(0.5, 0.5)), tiny_plan(UNTIED, MUP_TABLE9)),
+        "θ = 2^U(-6, 6) on every tensor": (random, moved_plan(canonical, random)),
+    }
+    before = trained(canonical, UNTIED, clip_norm)
+    return {
+        name: largest_difference(before, trained_at(theta, plan, canonical, UNTIED, clip_norm))
+        for name, (theta, plan) in plans.items()
+    } | {"mup.MuSharedReadout, tied": largest_difference(*shared_readout(clip_norm))}
 
 
 def test_clipping_sees_the_placement() -> None:
