@@ -51,7 +51,10 @@ SWEEP = [
     (["sweep=smoke"], "write +sweep=..."),
     ([], "no sweep was chosen; write for example +sweep=proxy"),
     (["+sweep=smoke", "study=../x"], "study=../x must be a plain folder name"),
-    (["+sweep=smoke", "parametrization=mupp"], "unknown parametrization 'mupp'; known: btlm, mup, sp."),
+    (
+        ["+sweep=smoke", "parametrization=mupp"],
+        "unknown parametrization 'mupp'; known: btlm, completep, mup, mup_table3,",
+    ),
     (
         ["+sweep=smoke", "parametrization.table=mupp"],
         "parametrization.table=mupp is unknown; known tables: btlm, completep, mup,",
