@@ -31,6 +31,7 @@ ONLY_IN = {
 WITHOUT_TORCH = [
     "parametrization/rules.py",
     "parametrization/plan.py",
+    "parametrization/symmetry.py",
     "parametrization/hyperparameters.py",
     "scaling",
     "data",
