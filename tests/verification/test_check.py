@@ -117,7 +117,7 @@ def test_the_probe_sees_a_head_that_is_no_module_and_attention() -> None:
     probe = Probe(model)
     probe.take(ids)
     with torch.no_grad():
-        dict(model.named_parameters())["wte.weight"] += 0.5
+        dict(model.named_parameters())["wte.weight"].add_(0.5)
     after = probe.take(ids)
     assert after.products["wte.weight"] == pytest.approx(0.5, rel=1e-5)
     assert after.products["output"] > 0
