@@ -33,7 +33,7 @@ def initialise(model: nn.Module, plan: Plan, seed: int) -> None:
 
 
 def planned(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
-    """Canonical name → trainable parameter, in the model's order.
+    """Canonical name → trainable parameter, in the plan's order, whatever a wrapper made of the model's.
 
     Raises:
         Refusal: the model's tensors are not exactly those of the plan.
@@ -50,7 +50,7 @@ def planned(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
         not lost,
         f"the plan has {_listed(lost)}, which the model does not have or does not train; plan the model as it is.",
     )
-    return parameters
+    return {name: parameters[name] for name in plan.parameters}
 
 
 def _listed(names: list[str]) -> str:
