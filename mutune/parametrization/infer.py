@@ -15,7 +15,7 @@ from mutune.parametrization import apply
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.multiplier import Multiplier
 from mutune.parametrization.names import matching
-from mutune.parametrization.plan import BaseShape, Decay, Plan, TensorSpec, kind, make_plan
+from mutune.parametrization.plan import BaseShape, Decay, Plan, TensorPlan, TensorSpec, kind, make_plan
 from mutune.parametrization.roles import Role, check_patterns, named_roles, settle
 from mutune.parametrization.rules import Table, get_table
 from mutune.parametrization.sites import place
@@ -33,6 +33,7 @@ Shape = TypeVar("Shape")
 
 #: The site that a table's head-size rule needs and that a model may well have in its own form.
 LOGITS = "attention_logits"
+_PROPOSALS = {LOGITS: "*.q_proj", "residual.attn": "*.attn", "residual.mlp": "*.mlp", "output": "lm_head"}
 
 
 @dataclass(frozen=True)
@@ -197,27 +198,75 @@ class Family(Generic[Shape]):
         """
         theory = get_table(table) if isinstance(table, str) else table
         found = self._at(shape)
-        measured = self._measured(found)
-        specs = tuple(spec for spec, _ in measured)
         places = self._places(found)
         _check_sites(theory, places)
-        base = BaseShape(self._depths(self.base, self._base), {spec.name: fan_in for spec, fan_in in measured})
-        head_size = self._head_size(shape) if callable(self._head_size) else self._head_size
+        specs = tuple(spec for spec, _ in self._measured(found))
+        unplaced = _unplaced(theory, set(places), hyperparameters, self._ends(found, specs))
+        sizes = {self._head_size_at(s) for s in (self.base, shape)}
         require(
-            head_size is not None or LOGITS not in places,
+            None not in sizes or LOGITS not in places,
             f"site {LOGITS} is placed, and its value needs the head size; for example head_size=64.",
         )
-        plan = make_plan(
-            theory,
-            specs,
-            base,
+        require(
+            len(sizes) == 1 or LOGITS not in unplaced,
+            f"the head size grows with the model, {sorted(sizes, key=str)}, and site {LOGITS}, whose value follows it, "
+            f"has no place; put mutune.Multiplier({LOGITS!r}) on the queries, or fix head_size.",
+        )
+        plan = self._plan(shape, found, theory, hyperparameters, decay)
+        return Parametrized(plan, specs, self.sites, unplaced, hyperparameters, theory, partial(self.build, shape))
+
+    def rows(self, shape: Shape, table: Table) -> dict[str, TensorPlan]:
+        """The plan's rows of tensors alone, whether or not the table's multipliers have a place; for auditing."""
+        return self._plan(shape, self._at(shape), table, BaseHyperparameters(), Decay()).parameters
+
+    def tensors(self, shape: Shape) -> dict[str, Tensor]:
+        """The tensors at `shape` as they were found: names, owners, infinite dimensions."""
+        return self._at(shape).tensors
+
+    def like(self, name: str) -> Tensor:
+        """The base's tensor of that name, or of that name in another block.
+
+        Raises:
+            Refusal: there is none, or several that differ.
+        """
+        if name in self._base.tensors:
+            return self._base.tensors[name]
+        alike = [tensor for tensor in self._base.tensors.values() if kind(tensor.name) == kind(name)]
+        require(bool(alike), f"the base has no {kind(name)}; build base, delta and target with the same switches.")
+        require(
+            len({(tensor.shape, tensor.infinite) for tensor in alike}) == 1,
+            f"the base has no {name}, and its {kind(name)} differ in shape; give the base the same number of blocks.",
+        )
+        return alike[0]
+
+    def _plan(
+        self, shape: Shape, found: Survey, table: Table, hyperparameters: BaseHyperparameters, decay: Decay
+    ) -> Plan:
+        measured = self._measured(found)
+        return make_plan(
+            table,
+            [spec for spec, _ in measured],
+            BaseShape(self._depth_at(self.base, self._base), {spec.name: fan_in for spec, fan_in in measured}),
             hyperparameters,
-            depth=self._depths(shape, found),
-            head_size=head_size or 1,  # of no consequence where the site is not placed
+            depth=self._depth_at(shape, found),
+            head_size=self._head_size_at(shape) or 1,  # of no consequence where the site is not placed
             decay=decay,
         )
-        unplaced = _unplaced(theory, set(places), hyperparameters, specs)
-        return Parametrized(plan, specs, self.sites, unplaced, hyperparameters, theory, make=partial(self.build, shape))
+
+    def _ends(self, found: Survey, specs: tuple[TensorSpec, ...]) -> dict[str, str]:
+        """Site → the module that a refusal proposes for it: where the embedding and the output matrix live."""
+        proposals = dict(_PROPOSALS)
+        for site, owner in (("embedding", nn.Embedding), ("output", nn.Linear)):
+            for spec in specs:
+                tensor = found.tensors[spec.name]
+                homes = zip(tensor.names, tensor.owners, strict=True)
+                here = [name.rpartition(".")[0] for name, kind_of in homes if issubclass(kind_of, owner)]
+                if site in spec.sites and here:
+                    proposals[site] = here[0]
+        return proposals
+
+    def _head_size_at(self, shape: Shape) -> int | None:
+        return self._head_size(shape) if callable(self._head_size) else self._head_size
 
     def _survey(self, shape: Shape) -> Survey:
         with torch.device("meta"):
@@ -229,7 +278,7 @@ class Family(Generic[Shape]):
         return replace(found, tensors={name: self._known(tensor) for name, tensor in found.tensors.items()})
 
     def _known(self, tensor: Tensor) -> Tensor:
-        base = self._like(tensor.name)
+        base = self.like(tensor.name)
         fixed = [axis for axis, grows in enumerate(base.infinite) if not grows]
         require(
             len(tensor.shape) == len(base.shape) and all(tensor.shape[axis] == base.shape[axis] for axis in fixed),
@@ -237,18 +286,6 @@ class Family(Generic[Shape]):
             f"not change from base to delta; change it in delta if it is a width, else give the base the same size.",
         )
         return replace(tensor, infinite=base.infinite, constant=base.constant)
-
-    def _like(self, name: str) -> Tensor:
-        """The base's tensor of that name, or of that name in another block."""
-        if name in self._base.tensors:
-            return self._base.tensors[name]
-        alike = [tensor for tensor in self._base.tensors.values() if kind(tensor.name) == kind(name)]
-        require(bool(alike), f"the base has no {kind(name)}; build base, delta and target with the same switches.")
-        require(
-            len({(tensor.shape, tensor.infinite) for tensor in alike}) == 1,
-            f"the base has no {name}, and its {kind(name)} differ in shape; give the base the same number of blocks.",
-        )
-        return alike[0]
 
     def _measured(self, found: Survey) -> list[tuple[TensorSpec, float]]:
         """Each spec with its base fan-in."""
@@ -273,7 +310,7 @@ class Family(Generic[Shape]):
                 in_block=block_of(name, known) is not None,
                 sites=sites[name],
             )
-            own = math.prod(self._like(name).shape[axis] for axis in axes)
+            own = math.prod(self.like(name).shape[axis] for axis in axes)
             measured.append((spec, declared.get(name, own)))
         return measured
 
@@ -287,7 +324,7 @@ class Family(Generic[Shape]):
                 declared[name] = self.base_fan_in[hits[0]]
         return declared
 
-    def _depths(self, shape: Shape, found: Survey) -> int:
+    def _depth_at(self, shape: Shape, found: Survey) -> int:
         """L, by the user's function or by counting; the same number in every stack."""
         if self._depth is not None:
             return self._depth(shape)
@@ -405,7 +442,7 @@ def _check_sites(table: Table, places: Mapping[str, object]) -> None:
 
 
 def _unplaced(
-    table: Table, placed: set[str], hyperparameters: BaseHyperparameters, specs: tuple[TensorSpec, ...]
+    table: Table, placed: set[str], hyperparameters: BaseHyperparameters, proposals: Mapping[str, str]
 ) -> tuple[str, ...]:
     """The sites left to the model.
 
@@ -420,14 +457,11 @@ def _unplaced(
         if name == LOGITS and alpha == 1.0:
             unplaced.append(name)
             continue
-        module = next((s.name.rpartition(".")[0] for s in specs if name in s.sites), "a.module")
-        easier = ""
-        if name == "output" and alpha == 1.0 and not any("embedding" in s.sites and name in s.sites for s in specs):
-            easier = ", or take table=mup_table3, which needs none"
+        easier = ", or, untied, take table=mup_table3, which needs none" if name == "output" and alpha == 1.0 else ""
         raise Refusal(
             f"table {table.name} multiplies at site {name} by {site.formula}, and the model has no place for it; put "
             f"mutune.Multiplier({name!r}) into its code, or name the module whose output it multiplies, for example "
-            f"sites={{{name!r}: {module!r}}}{easier}."
+            f"sites={{{name!r}: {proposals.get(name, 'block.module')!r}}}{easier}."
         )
     return tuple(unplaced)
 
