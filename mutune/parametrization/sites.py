@@ -45,6 +45,11 @@ def _attach(name: str, module: nn.Module, site: str) -> None:
         not isinstance(module, nn.ModuleList | nn.ModuleDict),
         f"{name}, named for site {site}, is a container without a forward pass; name a module that is called.",
     )
+    require(
+        site != "output" or not isinstance(module, nn.Embedding),
+        f"{name}, named for site output, is an embedding, which makes no logits; name the module that does, such as "
+        f"lm_head.",
+    )
     module.add_module(CHILD, Multiplier(site))
     if isinstance(module, nn.Sequential):
         return  # the child is the last of the chain

@@ -261,7 +261,7 @@ def test_a_plain_sequential_has_an_input_hidden_layers_and_an_output() -> None:
 def test_a_plain_sequential_needs_a_multiplier_only_where_its_table_has_one() -> None:
     family = Family(plain_mlp, 16, 32)
     with pytest.raises(
-        Refusal, match=r"at site output by α_out / m, .*sites={'output': '8'}, or take table=mup_table3"
+        Refusal, match=r"at site output by α_out / m, .*sites={'output': '8'}, or, untied, take table=mup_table3"
     ):
         family.plan(64)
     rows = family.plan(64, "mup_table3").parameters
@@ -450,7 +450,11 @@ def test_adam_is_taken_without_decay_alone() -> None:
     ("sites", "hyper", "message"),
     [
         ({"embedding": "embed"}, HYPER, r"at site output by α_out / m.*mutune\.Multiplier\('output'\).*'head'}\.$"),
-        ({"embedding": "embed"}, PLAIN, r"sites={'output': 'head'}, or take table=mup_table3, which needs none\.$"),
+        (
+            {"embedding": "embed"},
+            PLAIN,
+            r"sites={'output': 'head'}, or, untied, take table=mup_table3, which needs none\.$",
+        ),
         ({"output": "head"}, HYPER, r"at site embedding by α_emb.*sites={'embedding': 'embed'}"),
         (
             {"output": "head"},
@@ -529,3 +533,11 @@ def test_the_front_offers_what_a_user_needs() -> None:
     assert mutune.Family is Family
     assert mutune.Multiplier is Multiplier
     assert re.search("pattern", str(Family.__doc__))
+
+
+def test_a_head_size_that_grows_needs_a_place_for_the_attention_scale() -> None:
+    def family(head_size: Callable[[int], int]) -> Family[int]:
+        return Family(Bare, 16, 32, sites={"output": "head"}, head_size=head_size)
+
+    refused(r"the head size grows with the model, \[16, 64\]", lambda: family(lambda width: width).at(64, "mup", PLAIN))
+    assert family(lambda width: 16).at(64, "mup", PLAIN).unplaced == ("attention_logits",)
