@@ -1,4 +1,4 @@
-"""One name per tensor and module, whatever wraps the model. No torch at import beyond its types."""
+"""One name per tensor and module, whatever wraps the model."""
 
 import re
 from collections.abc import Iterable

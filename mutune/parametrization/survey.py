@@ -57,8 +57,12 @@ def survey(model: nn.Module) -> Survey:
     """The facts of a model on any device; nothing of it is kept.
 
     Raises:
-        Refusal: no trainable tensor, or two parameters that share memory without being one parameter.
+        Refusal: not a module, no trainable tensor, or two parameters that share memory without being one parameter.
     """
+    require(
+        isinstance(model, nn.Module),
+        f"build(shape) returned a {type(model).__name__}; it must return the model, an nn.Module.",
+    )
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     owners: dict[nn.Parameter, list[type[nn.Module]]] = defaultdict(list)
     for raw, parameter in model.named_parameters(remove_duplicate=False):

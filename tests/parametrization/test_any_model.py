@@ -15,9 +15,10 @@ from mutune.errors import Refusal
 from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig, tensor_specs
 from mutune.parametrization.hyperparameters import BaseHyperparameters
-from mutune.parametrization.infer import Family, Parametrized, parametrize
+from mutune.parametrization.infer import Family, parametrize
 from mutune.parametrization.multiplier import Multiplier
 from mutune.parametrization.names import canonical_name
+from mutune.parametrization.parametrized import Parametrized
 from mutune.parametrization.plan import Decay, TensorSpec
 from mutune.parametrization.roles import Role
 from mutune.parametrization.rules import TABLES, Site, completep, get_table
@@ -255,6 +256,22 @@ def test_a_plain_sequential_has_an_input_hidden_layers_and_an_output() -> None:
         ("4.weight", "hidden", 64, True),
         ("6.weight", "hidden", 64, True),
         ("8.weight", "output", 64, False),
+    ]
+
+
+def test_a_head_beside_the_blocks_is_no_block() -> None:
+    def stacked(width: int) -> nn.Module:
+        head = nn.ModuleDict(
+            {"projection": nn.Linear(width, width, bias=False), "out": nn.Linear(width, 3, bias=False)}
+        )
+        return nn.Sequential(*(nn.ModuleDict({"w": nn.Linear(width, width, bias=False)}) for _ in range(2)), head)
+
+    specs = Family(stacked, 16, 32).specs(64)
+    assert [(s.name, s.role, s.in_block) for s in specs] == [
+        ("0.w.weight", "hidden", True),
+        ("1.w.weight", "hidden", True),
+        ("2.projection.weight", "hidden", False),
+        ("2.out.weight", "output", False),
     ]
 
 
@@ -541,3 +558,26 @@ def test_a_head_size_that_grows_needs_a_place_for_the_attention_scale() -> None:
 
     refused(r"the head size grows with the model, \[16, 64\]", lambda: family(lambda width: width).at(64, "mup", PLAIN))
     assert family(lambda width: 16).at(64, "mup", PLAIN).unplaced == ("attention_logits",)
+
+
+@pytest.mark.parametrize("roles", [{}, {"head.weight": "output"}, {"embed.weight": "output"}])
+def test_a_tied_tensor_is_both_ends_whatever_its_role_is_called(roles: dict[str, Role | str]) -> None:
+    family = Family(lambda n: Bare(n, tied=True), 16, 32, roles=roles, sites={"output": "head"})
+    assert by_name(family.specs(64))["embed.weight"].sites == ("embedding", "output")
+    refused("gives embedding and output their own rules, and embed.weight is both", lambda: family.at(64, "mup_table3"))
+
+
+def test_a_multiplier_of_what_is_not_trained_is_refused() -> None:
+    def frozen(width: int) -> nn.Module:
+        model = Bare(width)
+        model.embed.requires_grad_(False)
+        return model
+
+    family = Family(frozen, 16, 32, sites={"output": "head", "embedding": "embed"})
+    refused("multiplies at site embedding, and no trained tensor stands there", lambda: family.at(64, "mup", HYPER))
+
+
+def test_a_builder_of_something_else_is_refused() -> None:
+    build_nothing: Any = lambda width: None  # noqa: E731
+    refused(r"build\(shape\) returned a NoneType", lambda: Family(build_nothing, 16, 32))
+    refused("a model without trainable parameters", lambda: Family(lambda width: nn.ReLU(), 16, 32))

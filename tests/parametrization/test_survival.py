@@ -26,9 +26,10 @@ from torch.optim.swa_utils import AveragedModel
 from examples.llama import LlamaShape, build
 from mutune.errors import Refusal
 from mutune.parametrization.hyperparameters import BaseHyperparameters
-from mutune.parametrization.infer import Family, Parametrized
+from mutune.parametrization.infer import Family
 from mutune.parametrization.multiplier import Multiplier
 from mutune.parametrization.names import canonical_name, trainable
+from mutune.parametrization.parametrized import Parametrized
 
 HYPER = BaseHyperparameters(
     learning_rate=0.02, init_std=0.25, embedding_multiplier=2.0, output_multiplier=1.5, weight_decay=0.1
