@@ -331,6 +331,21 @@ def test_parameters_that_are_not_trained_are_left_out() -> None:
     assert [spec.name for spec in Family(frozen, 16, 32).specs(64)] == ["linear.weight"]
 
 
+def test_blocks_that_differ_count_as_one_stack_and_experts_in_a_list_as_none() -> None:
+    def alternating(shape: tuple[int, int]) -> nn.Module:
+        width, depth = shape
+
+        def layer(index: int) -> nn.Module:
+            experts = [nn.Linear(width, width, bias=False) for _ in range(3)] if index % 2 else []
+            return nn.ModuleDict({"attn": nn.Linear(width, width, bias=False), "experts": nn.ModuleList(experts)})
+
+        return nn.ModuleDict({"layers": nn.ModuleList(layer(index) for index in range(depth))})
+
+    rows = Family(alternating, (16, 2), (32, 2)).rows((64, 8), get_table("mup"))
+    assert len(rows) == 8 + 4 * 3
+    assert {(row.role, row.width_mult, row.depth_mult) for row in rows.values()} == {("hidden", 4.0, 4.0)}
+
+
 class Stacks(nn.Module):
     def __init__(self, width: int, encoder: int, decoder: int) -> None:
         super().__init__()
