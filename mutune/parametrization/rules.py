@@ -68,6 +68,7 @@ class Table:
         sites: one forward multiplier per site.
         transfers_over: what its rules are meant to transfer over.
         untied: whether it needs separate embedding and output matrices.
+        optimizer: the family its rates are for.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Table:
     sites: dict[str, Site]
     transfers_over: tuple[str, ...] = ()
     untied: bool = False
+    optimizer: str = "Adam"
 
 
 # Standard parametrization: the base's σ and η at every width, attention 1/sqrt(d_head).

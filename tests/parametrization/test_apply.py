@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mutune.errors import Refusal
 from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig
 from mutune.parametrization.apply import initial_tensor, initialise, optimizer_groups, set_rates
@@ -95,7 +96,7 @@ def test_untruncated_values_go_beyond_two_deviations() -> None:
 
 
 def test_a_plan_of_another_model_is_not_applied() -> None:
-    with pytest.raises(AssertionError, match="wpe"):
+    with pytest.raises(Refusal, match=r"the plan has wpe\.weight, which the model does not have"):
         initialise(tiny_decoder(WIDE, tiny_plan(WIDE)), tiny_plan(replace(WIDE, positions="learned")), seed=0)
 
 
