@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mutune import Multiplier
+from mutune import Family, Multiplier
 
 
 @dataclass(frozen=True)
@@ -130,3 +130,15 @@ def rotate(x: Tensor, theta: float = 10_000.0) -> Tensor:
 def build(shape: LlamaShape) -> Llama:
     """The model at a shape."""
     return Llama(shape)
+
+
+#: The family over whole numbers that `python -m mutune.check family=examples.llama:family` checks: 1,024 tokens, and
+#: two query heads to each key/value head. With one key/value head at every width the check fails: what the attention
+#: branch adds grows with the number of heads that share it (docs/log.md).
+family = Family(
+    lambda width: build(LlamaShape(width, vocab_size=1024, kv_heads=width // 32)),
+    base=32,
+    delta=64,
+    head_size=16,
+    roles={"*.wo.weight": "residual_output", "*.w2.weight": "residual_output"},
+)

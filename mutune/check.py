@@ -17,11 +17,14 @@ from mutune.door import FAILED, OK, WorkFailed, enter
 from mutune.errors import Refusal, require
 from mutune.files import require_writable, write_json, write_text
 from mutune.folders import check_claim, claim, locked
+from mutune.parametrization.plan import Decay
 from mutune.progress import ProgressLine, clock
 
 if TYPE_CHECKING:
-    from mutune.verification.subjects import DecoderSubject, Text
+    from mutune.verification.subjects import DecoderSubject, FamilySubject, Text
     from mutune.verification.verdict import Judgement
+
+    Subject = DecoderSubject | FamilySubject
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,8 +37,9 @@ def work(config: CheckConfig) -> int:
     """Check every axis that has sizes; returns the exit code of the verdict."""
     from mutune.data.prepare import prepare
     from mutune.search.workers import WorkError
+    from mutune.verification.subjects import check_runs
 
-    name = config.name or config.parametrization.table
+    name = config.name or _default_name(config)
     require(
         "/" not in name and not name.startswith("."),
         f"name={name} must be a plain folder name; for example name=mup.",
@@ -44,11 +48,12 @@ def work(config: CheckConfig) -> int:
     require_writable(Path(config.out))
     vocab_size = prepare(config.data, config.tokenizer).vocab_size
     checks = [(subject(config, axis, vocab_size), sizes) for axis, sizes in axes]
+    text = training(config)
+    text.batch(config.seed, 0)  # refuses a context that the text cannot give
     for of, sizes in checks:
         for size in sizes:
             of.plan(size)  # refuses a size or a table that cannot be
-    text = training(config)
-    text.probe, text.batch(config.seed, 0)  # refuse a context that the text cannot give
+        check_runs(of, min(sizes), text.probe)
     if config.dry_run:
         print(describe(config, name))
         return OK
@@ -68,20 +73,26 @@ def work(config: CheckConfig) -> int:
     print(f"written    {directory}: verdict.json, slopes, coordinates and figures by axis")
     print(f"verdict    {'PASS' if passed else 'FAIL'}: table {config.parametrization.table} over {_over(axes)}")
     if passed and config.parametrization.table == "completep" and not config.depths:
-        print(
-            "next       its claim is over depth too: python -m mutune.check parametrization=completep depths=[2,4,8,16]"
-        )
+        print("next       completep is for depth too: add depths=[2,4,8,16] name=completep-depth")
     return OK if passed else FAILED
 
 
-def subject(config: CheckConfig, axis: str, vocab_size: int) -> "DecoderSubject":
+def _default_name(config: CheckConfig) -> str:
+    family = "" if config.family is None else f"{config.family.replace(':', '.')}-"
+    return f"{family}{config.parametrization.table}"
+
+
+def subject(config: CheckConfig, axis: str, vocab_size: int) -> "Subject":
     """What the configuration asks to check over one axis."""
-    from mutune.verification.subjects import DecoderSubject
+    from mutune.verification.subjects import DecoderSubject, FamilySubject
 
     theory = config.parametrization
     if theory.decay == "horizon":
         raise Refusal("parametrization.decay=horizon needs a run's length, which a check has not; use decay=scaled.")
-    return DecoderSubject(axis, config.model, theory.theory(), config.hyperparameters, vocab_size)
+    decay = Decay(theory.decay, theory.decay_exponent)
+    if config.family is not None:
+        return FamilySubject(axis, config.family, theory.theory(), config.hyperparameters, decay)
+    return DecoderSubject(axis, config.model, theory.theory(), config.hyperparameters, vocab_size, decay)
 
 
 def training(config: CheckConfig) -> "Text":
@@ -106,7 +117,7 @@ def describe(config: CheckConfig, name: str) -> str:
     run, shape = config.run, config.model
     rows = [
         f"check      {name} → {Path(config.out) / 'checks' / name}",
-        f"base       width {shape.width}, depth {shape.depth}, {shape.heads} heads",
+        f"base       {config.family or f'width {shape.width}, depth {shape.depth}, {shape.heads} heads'}",
         f"table      {config.parametrization.table}",
         *(f"{axis:<10} {sizes}" for axis, sizes in (("widths", config.widths), ("depths", config.depths)) if sizes),
         f"each       {config.seeds} seeds × {run.num_steps} steps of {run.tokens_per_step} tokens",
@@ -115,7 +126,7 @@ def describe(config: CheckConfig, name: str) -> str:
     return "\n".join(rows)
 
 
-def _check(config: CheckConfig, of: "DecoderSubject", sizes: list[int], directory: Path) -> "Judgement":
+def _check(config: CheckConfig, of: "Subject", sizes: list[int], directory: Path) -> "Judgement":
     from mutune.reporting.figures import draw_check
     from mutune.search.workers import default_workers
     from mutune.verification.check import as_words, check, coordinates_csv, slopes_csv

@@ -135,6 +135,7 @@ class CheckConfig(DoorConfig):
 
     Attributes:
         name: names its folder; null takes the table's name.
+        family: `module:name` of a `mutune.Family` over whole numbers, to check a model of your own; null is `model`'s.
         model: the base shape.
         hyperparameters: at the base; by default the residual stream starts with RMS 1, where slopes are cleanest.
         run: context, batch and number of the steps that each model trains.
@@ -145,6 +146,7 @@ class CheckConfig(DoorConfig):
     """
 
     name: str | None = None
+    family: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -172,6 +174,10 @@ class CheckConfig(DoorConfig):
             )
             for size in sizes:
                 require_number(key, size, at_least=1, example=example[0])
+        require(
+            self.family is None or not (self.widths and self.depths),
+            f"family={self.family} has one kind of shape; set widths=[] or depths=[] to say which it is.",
+        )
         require_number("seeds", self.seeds, at_least=1, at_most=1000, example=3)
         if self.workers is not None:
             require_number("workers", self.workers, at_least=1, example=2)

@@ -11,11 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+from mutune.parametrization.hyperparameters import BaseHyperparameters
+from mutune.parametrization.infer import Family
 from mutune.parametrization.plan import Plan
+from mutune.parametrization.rules import Table, get_table
 from mutune.search.workers import run_all
 from mutune.verification.coordinates import Subject, Training, measure
 from mutune.verification.places import Coordinate
-from mutune.verification.verdict import Bound, Finding, Judgement, Slope, judge, slopes
+from mutune.verification.subjects import FamilySubject, Text
+from mutune.verification.verdict import WIDTH, Bound, Finding, Judgement, Slope, judge, slopes
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,32 @@ def check(
         report(done, len(tasks))
     coordinates.sort(key=lambda c: (c.size, c.seed))
     return coordinates, judge(axis, slopes(coordinates), plans_of(subject, sizes))
+
+
+def coordinate_check(
+    family: Family[int],
+    sizes: Sequence[int],
+    *,
+    axis: str = WIDTH,
+    table: str | Table = "mup",
+    hyperparameters: BaseHyperparameters = BaseHyperparameters(learning_rate=2**-7, embedding_multiplier=12.5),
+    training: Training | None = None,
+    seeds: int = 3,
+) -> Judgement:
+    """The coordinate check of a user's own model, in this process: `print("\\n".join(as_words(judgement)))`.
+
+    Args:
+        family: whose shapes are whole numbers.
+        sizes: the shapes that are checked, at least two.
+        axis: what they are, `width` or `depth`.
+        table, hyperparameters: the theory, and its values at the family's base.
+        training: steps and probe; by default 10 steps of 8×64 tokens of the default corpus.
+        seeds: models per size.
+    """
+    theory = get_table(table) if isinstance(table, str) else table
+    subject = FamilySubject(axis, family, theory, hyperparameters)
+    runs = [measure(subject, size, seed, training or Text()) for size in sizes for seed in range(seeds)]
+    return judge(axis, slopes(c for run in runs for c in run), plans_of(subject, sizes))
 
 
 def plans_of(subject: Subject, sizes: Iterable[int]) -> dict[int, Plan]:

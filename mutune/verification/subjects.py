@@ -3,7 +3,10 @@
 They are plain data, so that they can be sent to worker processes.
 """
 
+import functools
+import importlib
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +14,14 @@ from torch import Tensor, nn
 from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.data.prepare import TokenizedCorpus, prepare
 from mutune.data.windows import Stage, WindowLoader, heldout_windows
+from mutune.errors import Refusal, require
 from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig, base_config, base_shape, tensor_specs
 from mutune.parametrization.apply import initialise
 from mutune.parametrization.hyperparameters import BaseHyperparameters
-from mutune.parametrization.plan import Plan, make_plan
+from mutune.parametrization.infer import Family
+from mutune.parametrization.parametrized import Parametrized
+from mutune.parametrization.plan import Decay, Plan, make_plan
 from mutune.parametrization.rules import Table
 from mutune.verification.verdict import WIDTH
 
@@ -30,6 +36,7 @@ class DecoderSubject:
         table: the parametrization.
         hyperparameters: at the base.
         vocab_size: V.
+        decay: how weight decay scales.
     """
 
     axis: str
@@ -37,6 +44,7 @@ class DecoderSubject:
     table: Table
     hyperparameters: BaseHyperparameters
     vocab_size: int
+    decay: Decay = Decay()
 
     def shape(self, size: int) -> ModelConfig:
         """The model at one size."""
@@ -52,6 +60,7 @@ class DecoderSubject:
             self.hyperparameters,
             depth=shape.depth,
             head_size=shape.size_per_head,
+            decay=self.decay,
         )
 
     def make(self, size: int, seed: int) -> tuple[nn.Module, Plan]:
@@ -61,6 +70,78 @@ class DecoderSubject:
         model = Decoder(self.shape(size), self.vocab_size, sites)
         initialise(model, plan, seed)
         return model, plan
+
+
+@dataclass(frozen=True)
+class FamilySubject:
+    """A user's own family under one table. Its shapes must be whole numbers: the sizes.
+
+    Attributes:
+        axis: what the sizes are, `width` or `depth`.
+        family: `module:name` of a `mutune.Family`, or the family itself where no worker process is used.
+        table, hyperparameters, decay: as in `DecoderSubject`.
+    """
+
+    axis: str
+    family: str | Family[int]
+    table: Table
+    hyperparameters: BaseHyperparameters
+    decay: Decay = Decay()
+
+    def plan(self, size: int) -> Plan:
+        """The plan at one size."""
+        return self._at(size).plan
+
+    def make(self, size: int, seed: int) -> tuple[nn.Module, Plan]:
+        """The model at one size, initialised from `seed`, and its plan."""
+        found = self._at(size)
+        return found.build(seed), found.plan
+
+    def _at(self, size: int) -> Parametrized:
+        family = load_family(self.family) if isinstance(self.family, str) else self.family
+        return family.at(size, self.table, self.hyperparameters, self.decay)
+
+
+@functools.lru_cache(maxsize=4)
+def load_family(name: str) -> Family[int]:
+    """The family called `module:name`.
+
+    Raises:
+        Refusal: no such module or name, or something that is no `mutune.Family`.
+    """
+    module, colon, attribute = name.partition(":")
+    require(bool(colon and module and attribute), f"family={name} must be module:name; for example family={_EXAMPLE}.")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise Refusal(f"family={name} cannot be loaded ({error}); for example family={_EXAMPLE}.") from error
+    require(
+        isinstance(found, Family),
+        f"family={name} is a {type(found).__name__}; it must be a mutune.Family, for example family={_EXAMPLE}.",
+    )
+    return cast(Family[int], found)
+
+
+_EXAMPLE = "examples.llama:family"
+
+
+def check_runs(subject: "DecoderSubject | FamilySubject", size: int, ids_BT: Tensor) -> None:
+    """Refuse a model that the text's tokens do not go through.
+
+    Raises:
+        Refusal: the forward pass raises; with what it says.
+    """
+    model, _ = subject.make(size, 0)
+    try:
+        with torch.no_grad():
+            model(ids_BT)
+    except (IndexError, RuntimeError, ValueError, TypeError) as error:
+        said = str(error).split(chr(10))[0]
+        raise Refusal(
+            f"the model at size {size} does not take token ids below {int(ids_BT.max()) + 1} of shape "
+            f"{tuple(ids_BT.shape)} ({type(error).__name__}: {said}); choose another tokenizer, for example "
+            f"tokenizer=bytes, or mend the model."
+        ) from error
 
 
 @dataclass(frozen=True)

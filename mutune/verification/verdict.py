@@ -142,7 +142,8 @@ def _bound(axis: str, slope: Slope, rules: "_PlanSlopes", flatter: bool) -> Boun
         return _gradient_bound(slope, rules)
     if slope.quantity == "activation":
         # a random head gives m^-1/2, and so do growing heads under 1/d_head
-        low = {LOGITS: -0.75, ATTENTION_LOGITS: -0.25 - 0.5 * rules.head_size}.get(slope.place, -0.25)
+        logits = slope.place == LOGITS or rules.role(slope.place) == "output"
+        low = {ATTENTION_LOGITS: -0.25 - 0.5 * rules.head_size}.get(slope.place, -0.75 if logits else -0.25)
         return Bound(low, 0.25, f"activations at initialisation must not depend on the {axis}")
     return _width_bound(slope, rules, flatter) if axis == WIDTH else _depth_bound(slope)
 
@@ -171,12 +172,15 @@ def _depth_bound(slope: Slope) -> Bound | None:
 def _gradient_bound(slope: Slope, rules: "_PlanSlopes") -> Bound | None:
     """ε must scale as the gradient does, in a table that scales ε at all.
 
-    The final norm's gain is left out: at init its gradient is a small remainder of the logits' noise.
+    The final norm's gain is left out: at init its gradient is a small remainder of the logits' noise. A matrix whose
+    outputs do not grow (keys and values of grouped-query attention) sums the gradients of a growing number of heads,
+    which adds up to m^1/2; a tensor whose ε falls faster than its gradient comes to no harm.
     """
     expected = rules.eps(slope.place)
     if expected is None or not rules.scales_eps or (rules.is_vector(slope.place) and "*" not in slope.place):
         return None
-    return Bound(expected - 0.3, expected + 0.3, f"ε of this tensor scales with exponent {expected:+.2f}")
+    shared = 0.5 if rules.fan_out_is_fixed(slope.place) else 0.0
+    return Bound(expected - 0.3, expected + 0.3 + shared, f"ε of this tensor scales with exponent {expected:+.2f}")
 
 
 class _PlanSlopes:
@@ -208,9 +212,19 @@ class _PlanSlopes:
 
     def multiplied_after(self, slope: Slope) -> float:
         """Exponent of what multiplies an embedding's own output, which its coordinates do not hold yet."""
-        rows = self.rows.get(slope.place) or self.rows.get(f"{slope.place}.weight")
-        embeds = rows is not None and "embedding" in next(iter(rows.values())).role
+        embeds = "embedding" in self.role(slope.place)
         return self.site("embedding") if embeds and slope.quantity != "gradient" else 0.0
+
+    def role(self, place: str) -> str:
+        """The role of a tensor, or of the weight of a module; empty for every other place."""
+        rows = self.rows.get(place) or self.rows.get(f"{place}.weight")
+        return next(iter(rows.values())).role if rows else ""
+
+    def fan_out_is_fixed(self, place: str) -> bool:
+        """Whether a hidden matrix has one dimension that is the same at every size."""
+        shapes = [row.shape.split("x") for row in self.rows[place].values()]
+        fixed = [len(set(sizes)) == 1 for sizes in zip(*shapes, strict=True)]
+        return self.role(place) in ("hidden", "residual_output") and len(fixed) > 1 and any(fixed) and not all(fixed)
 
     def site(self, name: str) -> float:
         """Exponent over size of one site's multiplier."""

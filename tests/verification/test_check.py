@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import nn
 
+from examples import llama
+from mutune import Family
 from mutune.model.shape import ModelConfig
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import BTLM, MUP, MUP_TABLE3, MUP_TABLE9, SP, Table, completep
+from mutune.verification.check import coordinate_check
 from mutune.verification.coordinates import Probe, measure
 from mutune.verification.places import Coordinate
 from mutune.verification.subjects import DecoderSubject, Text
@@ -177,6 +180,14 @@ def test_a_wrong_table_exits_with_one_and_says_what_is_wrong(tmp_path: Path) -> 
         (["parametrization=mup_table3"], "and wte.weight is both; untie them (model.tied=false)"),
         (["parametrization.decay=horizon"], "needs a run's length, which a check has not"),
         (["parametrization.table=mop"], "parametrization.table=mop is unknown"),
+        (
+            ["family=examples.llama"],
+            "family=examples.llama must be module:name; for example family=examples.llama:family.",
+        ),
+        (["family=examples.nothing:family"], "family=examples.nothing:family cannot be loaded"),
+        (["family=examples.llama:build"], "family=examples.llama:build is a function; it must be a mutune.Family"),
+        (["family=examples.llama:family", "tokenizer=gpt2"], "choose another tokenizer, for example tokenizer=bytes"),
+        (["family=examples.llama:family", "depths=[1,2]"], "has one kind of shape; set widths=[] or depths=[]"),
         (["name=a/b"], "name=a/b must be a plain folder name"),
         (["run.context_length=100000000"], "does not fit into"),
     ],
@@ -186,6 +197,34 @@ def test_bad_input_is_refused_before_anything_is_written(arguments: list[str], s
     assert sentence in refused.stderr
     assert refused.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_users_own_family_is_checked_in_a_notebook_and_on_the_command_line(tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"training": Text(context_length=32), "seeds": 1}
+    right = coordinate_check(llama.family, [64, 128, 256], **quick)
+    assert right.passed, said(right)
+    assert not coordinate_check(llama.family, [64, 128, 256], table="sp", **quick).passed
+    arguments = ["family=examples.llama:family", "widths=[128,256]", "seeds=1", "run.context_length=32"]
+    done = doors.run("check", *arguments, f"out={tmp_path}")
+    assert "verdict    PASS: table mup over width 128-256" in done.stdout
+    assert (tmp_path / "checks" / "examples.llama.family-mup" / "verdict.json").exists()
+
+
+def test_a_forgotten_multiplier_of_a_users_model_is_seen_by_its_slopes() -> None:
+    """The model is built as if it had the multiplier, and its forward pass does not use it."""
+
+    class Forgets(llama.Llama):
+        def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+            x_BTD = self.scale_embedding(self.embed(ids_BT))
+            for layer in self.layers:
+                x_BTD = layer(x_BTD)
+            return self.head(self.norm(x_BTD))
+
+    shape = llama.LlamaShape
+    family: Family[int] = Family(lambda width: Forgets(shape(width, vocab_size=1024)), base=32, delta=64, head_size=16)
+    judgement = coordinate_check(family, [64, 128, 256], training=Text(context_length=32), seeds=1)
+    assert "the output multiplier scales as m^-1.00" in " ".join(f.diagnosis for f in judgement.findings)
+    assert not judgement.passed
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:
