@@ -1,17 +1,21 @@
 """The house: a room imports rooms above it, never below, and a few libraries have one room each."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import mutune
+
 PACKAGE = Path(__file__).resolve().parent.parent / "mutune"
 ROOMS = ["parametrization", "scaling", "model", "data", "training", "search", "certificate", "reporting"]
 DOORS = ["sweep", "transfer", "train"]
 #: Modules beside the rooms, and the rooms that they may know: all of them, or none.
-HALL_KNOWS_ROOMS = ["config", "door", *DOORS]
-HALL_KNOWS_NONE = ["errors", "files", "folders", "progress", "versions", "compose", "__init__"]
+HALL_KNOWS_ROOMS = ["__init__", "config", "door", *DOORS]
+HALL_KNOWS_NONE = ["errors", "files", "folders", "progress", "versions", "compose"]
 ONLY_IN = {
     "hydra": ["compose"],
     "omegaconf": ["compose"],
@@ -22,6 +26,8 @@ WITHOUT_TORCH = [
     "parametrization/rules.py",
     "parametrization/plan.py",
     "parametrization/hyperparameters.py",
+    "parametrization/finding.py",
+    "parametrization/names.py",
     "scaling",
     "data",
     "model/shape.py",
@@ -87,3 +93,11 @@ def test_a_library_has_one_room(library: str) -> None:
 def test_the_theory_and_the_doors_start_without_torch(place: str) -> None:
     for file in files_of(place):
         assert not any(name.split(".")[0] == "torch" for name in imports(file, top_level_only=place == "door.py")), file
+
+
+def test_the_public_names_are_there_and_the_package_starts_without_torch() -> None:
+    assert sorted(mutune.PUBLIC) == mutune.__all__
+    assert all(hasattr(mutune, name) for name in mutune.__all__)
+    assert not hasattr(mutune, "nothing")
+    code = "import sys, mutune, mutune.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0

@@ -48,18 +48,16 @@ def rates_ahead(
 
 
 def _absolute(scheduler: Any, optimizer: Optimizer, peaks: Sequence[Peak | None]) -> Iterator[Finding]:
-    """Rates that do not follow the peaks of the groups."""
+    """Rates of a scheduler, or of one inside it, that do not follow the peaks of the groups; the first of each."""
     for part in _parts(scheduler):
         in_groups = ABSOLUTE_IN_GROUPS if isinstance(part, lr_scheduler.OneCycleLR) else ()
         settings: dict[str, Any] = {key: [group[key] for group in optimizer.param_groups] for key in in_groups}
         settings |= {key: vars(part)[key] for key in ABSOLUTE if key in vars(part)}
         for key, value in settings.items():
-            values = [float(v) for v in value] if isinstance(value, list) else [float(value)] * len(peaks)
-            pairs = [(v, peak[1]) for v, peak in zip(values, peaks, strict=False) if peak is not None]
-            if pairs and not all(same(v / peak, pairs[0][0] / pairs[0][1]) for v, peak in pairs):
-                shown = ", ".join(dict.fromkeys(f"{v:.3g}" for v, _ in pairs))
-                why = f"{type(part).__name__} sets absolute rates, which erase the ratios between groups"
-                yield Finding("optimizer", f"scheduler's {key}", "a fixed share of each group's peak", shown, why)
+            off = _off(value if isinstance(value, list) else [value] * len(peaks), peaks)
+            if off is not None:
+                why = "it does not follow the groups' peaks, and erases the ratios between them"
+                yield Finding(off[0], f"{type(part).__name__}'s {key}", off[1], off[2], why)
                 break
 
 
@@ -81,7 +79,7 @@ def _simulated(scheduler: Any, optimizer: Optimizer, peaks: Sequence[Peak | None
                     why = "it cannot be run ahead; audit without scheduler=, and its rates are seen as they come"
                     yield Finding("optimizer", f"scheduler {type(scheduler).__name__}", "a step", repr(error), why)
                 return  # its horizon ends here
-            off = _off(stand_in, peaks)
+            off = _off([group["lr"] for group in stand_in.param_groups], peaks)
             if off is not None:
                 tensor, wanted, found = off
                 why = f"{type(scheduler).__name__} changes the ratios between groups"
@@ -89,12 +87,11 @@ def _simulated(scheduler: Any, optimizer: Optimizer, peaks: Sequence[Peak | None
                 return
 
 
-def _off(optimizer: Optimizer, peaks: Sequence[Peak | None]) -> tuple[str, float, float] | None:
-    """(tensor, expected, found) of the first group that does not have the factor of most of them."""
-    pairs = zip(optimizer.param_groups, peaks, strict=True)
-    rates = [(peak, float(group["lr"])) for group, peak in pairs if peak is not None]
-    shared = common_ratio(rate / peak for (_, peak), rate in rates)
-    return next(((name, peak * shared, rate) for (name, peak), rate in rates if not same(rate / peak, shared)), None)
+def _off(rates: Sequence[Any], peaks: Sequence[Peak | None]) -> tuple[str, float, float] | None:
+    """(tensor, expected, found) of the first group whose rate is not its peak times the factor of most groups."""
+    known = [(*peak, float(rate)) for rate, peak in zip(rates, peaks, strict=True) if peak is not None]
+    shared = common_ratio(rate / peak for _, peak, rate in known)
+    return next(((name, peak * shared, rate) for name, peak, rate in known if not same(rate / peak, shared)), None)
 
 
 def _parts(scheduler: Any) -> Iterator[Any]:

@@ -30,7 +30,8 @@ HEADING = "## Applied side"
 TIED = ModelConfig(width=64, depth=3, head_size=16)
 TWO_BLOCKS = replace(TIED, depth=2)
 UNTIED = replace(TIED, tied=False)
-MATRIX, EMBEDDING, GAIN = "h.0.mlp.c_fc.weight", "wte.weight", "h.0.ln_1.weight"
+FIRST_MATRIX, MATRIX = "h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight"
+EMBEDDING, GAIN = "wte.weight", "h.0.ln_1.weight"
 BETAS = (HYPER.beta1, HYPER.beta2)
 
 
@@ -340,65 +341,65 @@ def divides(run: Live) -> None:
     module.forward = lambda x: x / module.value  # type: ignore[method-assign]
 
 
-SCHEDULER, OUTPUT = "optimizer", "output_multiplier"
+OUTPUT = "output_multiplier"
 MUTATIONS = [
     Mutation(
         "OneCycleLR with one max_lr",
         scheduled(lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.02, total_steps=100)),
-        SCHEDULER,
-        "scheduler's max_lr",
-        "OneCycleLR sets absolute rates",
+        FIRST_MATRIX,
+        "OneCycleLR's max_lr",
+        "erases the ratios",
     ),
     Mutation(
         "CyclicLR with one base_lr and one max_lr",
         scheduled(lambda o: lr_scheduler.CyclicLR(o, 1e-3, 0.02, cycle_momentum=False)),
-        SCHEDULER,
-        "scheduler's max_lrs",
-        "CyclicLR sets absolute rates",
+        FIRST_MATRIX,
+        "CyclicLR's max_lrs",
+        "erases the ratios",
     ),
     Mutation(
         "CosineAnnealingLR with eta_min, a million steps long",
         scheduled(lambda o: lr_scheduler.CosineAnnealingLR(o, 10**6, eta_min=1e-4)),
-        SCHEDULER,
-        "scheduler's eta_min",
-        "CosineAnnealingLR sets absolute rates",
+        FIRST_MATRIX,
+        "CosineAnnealingLR's eta_min",
+        "erases the ratios",
     ),
     Mutation(
         "CosineAnnealingWarmRestarts with eta_min",
         scheduled(lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 50, eta_min=1e-4)),
-        SCHEDULER,
-        "scheduler's eta_min",
-        "CosineAnnealingWarmRestarts sets absolute rates",
+        FIRST_MATRIX,
+        "CosineAnnealingWarmRestarts's eta_min",
+        "erases the ratios",
     ),
     Mutation(
         "SequentialLR of a warm-up and a cosine with eta_min",
         scheduled(warm_up_then_floor),
-        SCHEDULER,
-        "scheduler's eta_min",
-        "CosineAnnealingLR sets absolute rates",
+        FIRST_MATRIX,
+        "CosineAnnealingLR's eta_min",
+        "erases the ratios",
     ),
     Mutation(
         "ReduceLROnPlateau with one min_lr",
         scheduled(lambda o: lr_scheduler.ReduceLROnPlateau(o, min_lr=1e-4)),
-        SCHEDULER,
-        "scheduler's min_lrs",
-        "ReduceLROnPlateau sets absolute rates",
+        FIRST_MATRIX,
+        "ReduceLROnPlateau's min_lrs",
+        "erases the ratios",
     ),
     Mutation(
         "LambdaLR with another function for one group after 200 steps",
         scheduled(one_group_decays),
-        "h.0.ln_1.weight",
+        GAIN,
         "learning rate in 200 steps",
         "LambdaLR changes the ratios",
     ),
     Mutation(
         "a scheduler of one's own that sets a rate after 10 steps",
         scheduled(Absolute),
-        "h.0.attn.c_attn.weight",
+        FIRST_MATRIX,
         "learning rate in 10 steps",
         "Absolute changes the ratios",
     ),
-    Mutation("a scheduler of another optimizer", scheduled(another_s), SCHEDULER, "scheduler LambdaLR", "go nowhere"),
+    Mutation("a scheduler of another optimizer", scheduled(another_s), "optimizer", "scheduler LambdaLR", "go nowhere"),
     Mutation("one rate set by hand in every group", one_rate, MATRIX, "learning rate", "every group has the same rate"),
     Mutation(
         "μP in the configuration, one group of model.parameters()",
