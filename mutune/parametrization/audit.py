@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mutune.parametrization.finding import AuditError, Finding, common_ratio, same
-from mutune.parametrization.forward_pass import acting_multipliers, live_multipliers
+from mutune.parametrization.forward_pass import acting_multipliers, live_multipliers, reshard
 from mutune.parametrization.initial_values import initial_values
 from mutune.parametrization.lookahead import Peak, rates_ahead
 from mutune.parametrization.names import canonical_name
@@ -68,6 +68,7 @@ def findings(
         forward: runs the model once and returns what it returns, for example `lambda: model(ids)`. It is called once
             plainly and once per multiplier site, in evaluation mode and without gradients; a short input will do.
     """
+    reshard(model)
     tensors = live_tensors(model)
     groups = _groups(optimizer)
     planned = {name: groups[tensor] for name, tensor in tensors.items() if name in plan.parameters and tensor in groups}

@@ -157,6 +157,17 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             for buffer, before in buffers.items():
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
+            reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 modules show their sharded parameters again: a forward pass without a backward leaves whole ones."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to load, and there is nothing to do where nobody has
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
