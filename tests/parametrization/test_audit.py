@@ -329,6 +329,8 @@ def test_a_forward_check_leaves_modes_buffers_generators_and_hooks_as_they_were(
     ids_BT = torch.arange(12)[None]
 
     def forward() -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        assert not any(module.training for module in model.modules())
         result: torch.Tensor = model(ids_BT)
         if fails:
             raise KeyError("in the forward pass")
