@@ -171,18 +171,32 @@ def test_adam_without_any_decay_needs_no_decoupling() -> None:
     assert not run.findings()
 
 
-@pytest.mark.parametrize("wrap", [nn.parallel.DataParallel, AveragedModel, "compile"], ids=str)
+@pytest.mark.parametrize("wrap", [nn.parallel.DataParallel, AveragedModel])
 def test_a_wrapped_model_is_correct(wrap: Any) -> None:
     run = live()
     ids_BT = torch.arange(12)[None]
-    compiled = wrap == "compile"
-    wrapped: Any = torch.compile(run.model, backend="eager") if compiled else wrap(run.model)
-    optimizer = run.optimizer if compiled or wrap is not AveragedModel else tiny_optimizer(wrapped.module, run.plan)
-    wrapped(ids_BT)  # compiled code exists before the audit hooks into it
+    wrapped = wrap(run.model)
+    optimizer = tiny_optimizer(wrapped.module, run.plan)
     audit(wrapped, optimizer, run.plan, at_init=True, forward=lambda: wrapped(ids_BT))
-    if compiled:
-        run.model.output_multiplier.value *= 2
-        assert len(findings(wrapped, optimizer, run.plan, forward=lambda: wrapped(ids_BT))) == 2  # value and effect
+
+
+def test_a_compiled_model_is_judged_without_compiling_it_again() -> None:
+    run, compilations = live(), []
+    ids_BT = torch.arange(12)[None]
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        compilations.append(graph)
+        return graph.forward
+
+    compiled: Any = torch.compile(run.model, backend=backend)
+    compiled(ids_BT)
+    before = len(compilations)
+    assert before > 0
+    audit(compiled, run.optimizer, run.plan, at_init=True, forward=lambda: compiled(ids_BT))
+    run.model.output_multiplier.value *= 2
+    found = findings(compiled, run.optimizer, run.plan, forward=lambda: compiled(ids_BT))
+    assert [finding.tensor for finding in found] == ["output_multiplier"] * 2  # its value, and what it does
+    assert len(compilations) == before
 
 
 def test_a_site_that_multiplies_by_one_at_every_shape_may_be_absent() -> None:

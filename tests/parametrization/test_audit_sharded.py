@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
 from mutune.parametrization.audit import findings
-from tests.parametrization.mutations import MATRIX, live
+from tests.parametrization.mutations import EMBEDDING, MATRIX, live
 from tests.training.tiny import tiny_decoder, tiny_optimizer
 
 
@@ -57,10 +57,11 @@ def sharded() -> list[str]:
         return [f"{finding.tensor}: {finding.quantity}" for finding in found] or ["nothing"]
 
     correct = said()
+    kept = type(model.get_parameter(EMBEDDING)).__name__
     model(ids_BT)  # as an evaluation would: without a backward pass, the root keeps whole parameters
     with torch.no_grad():
         model.get_parameter(MATRIX).mul_(1.1)
-    return [*correct, *said(), type(model.get_parameter(MATRIX)).__name__]
+    return [*correct, *said(), kept]
 
 
 def params(model: nn.Module, group: dict[str, Any]) -> list[nn.Parameter]:
