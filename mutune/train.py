@@ -7,6 +7,7 @@ Rerunning the same command resumes from the newest checkpoint. Results: metrics.
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from mutune.door import OK, StopRequest, WorkFailed, enter
 from mutune.errors import Refusal, require
 from mutune.files import read_yaml, require_writable, write_text
 from mutune.folders import check_claim, claim, locked
+from mutune.parametrization.finding import AuditError
 from mutune.progress import ProgressLine, clock
 from mutune.training.config import RunSpec
 from mutune.training.price import price, price_table
@@ -114,7 +116,10 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
     if start:
         print(f"resuming   {directory.name} at step {start:,} of {spec.num_steps:,}", file=sys.stderr)
     if start < spec.num_steps:
-        _run_to_end(config, run, directory, start, meta)
+        try:
+            _run_to_end(config, run, directory, start, meta)
+        except AuditError as error:
+            raise WorkFailed(str(error)) from error
     last = json.loads((directory / METRICS).read_text().splitlines()[-1])
     figures = draw_train(directory)
     loss, bits = last["heldout_loss"], last["heldout_bits_per_byte"]
@@ -131,13 +136,11 @@ def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, me
 
     total = run.spec.num_steps
     every = config.checkpoint_every or max(1, total // 20)
-    line = ProgressLine()
-    with StopRequest() as stop, (directory / METRICS).open("a", buffering=1) as lines:
+    with closing(ProgressLine()) as line, StopRequest() as stop, (directory / METRICS).open("a", buffering=1) as lines:
         for record in run.records(start):
             step = record["step"]
             lines.write(json.dumps(record) + "\n")
             if record["diverged"]:
-                line.close()
                 raise WorkFailed(
                     f"the run diverged at step {step:,} (loss {record['loss']:.4g}, gradient norm "
                     f"{record['grad_norm']:.4g}); the newest checkpoint is in {directory / 'checkpoints'}."
@@ -146,9 +149,7 @@ def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, me
                 save(directory / "checkpoints", step, run.model, run.optimizer, run.plan, meta, config.keep_checkpoints)
             line.show(_progress(directory.name, record, start, total, line.elapsed), change=step % every == 0)
             if stop.requested and step < total:
-                line.close()
                 stop.obey()
-    line.close()
 
 
 def _progress(name: str, record: "Record", start: int, total: int, elapsed: float) -> str:

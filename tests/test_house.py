@@ -39,6 +39,8 @@ WITHOUT_TORCH = [
     "parametrization/plan.py",
     "parametrization/symmetry.py",
     "parametrization/hyperparameters.py",
+    "parametrization/finding.py",
+    "parametrization/names.py",
     "scaling",
     "data",
     "model/shape.py",
@@ -102,7 +104,7 @@ def test_the_front_loads_no_room_and_no_torch_before_a_name_is_asked_for() -> No
 def test_the_front_has_every_name_that_it_lists_and_no_other() -> None:
     for name in mutune.__all__:
         assert getattr(mutune, name).__name__ == name
-        assert getattr(mutune, name).__module__.startswith("mutune.parametrization.")
+        assert getattr(mutune, name).__module__ == mutune.PUBLIC[name]
     with pytest.raises(AttributeError, match="module mutune has no attribute parametrise"):
         mutune.parametrise  # noqa: B018
 
@@ -118,4 +120,13 @@ def test_a_library_has_one_room(library: str) -> None:
 @pytest.mark.parametrize("place", WITHOUT_TORCH)
 def test_the_theory_and_the_doors_start_without_torch(place: str) -> None:
     for file in files_of(place):
-        assert not any(name.split(".")[0] == "torch" for name in imports(file, top_level_only=place == "door.py")), file
+        names = imports(file, top_level_only=place in ("door.py", "parametrization/names.py"))
+        assert not any(name.split(".")[0] == "torch" for name in names), file
+
+
+def test_the_public_names_are_there_and_the_package_starts_without_torch() -> None:
+    assert sorted(mutune.PUBLIC) == mutune.__all__
+    assert all(hasattr(mutune, name) for name in mutune.__all__)
+    assert not hasattr(mutune, "nothing")
+    code = "import sys, mutune, mutune.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0

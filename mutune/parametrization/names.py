@@ -1,12 +1,14 @@
-"""One name per tensor and module, whatever wraps the model."""
+"""One name per tensor and module, whatever wraps the model. Starts without torch."""
 
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from mutune.errors import require
+
+if TYPE_CHECKING:
+    from torch import nn
 
 #: Components that a wrapper puts into names: DDP and AveragedModel, `torch.compile`, FSDP1, activation checkpointing.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -23,7 +25,7 @@ def canonical_name(name: str) -> str:
     return _PARAMETRIZED.sub(r"\1\2", bare)
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable(model: "nn.Module") -> "dict[str, nn.Parameter]":
     """Canonical name → parameter, each distinct trainable tensor once, in the model's order.
 
     Raises:
