@@ -2,8 +2,11 @@
 
 import multiprocessing
 import random
+import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +14,10 @@ import pytest
 from mutune.data.config import TokenizerConfig
 from mutune.model.shape import ModelConfig
 from mutune.parametrization.rules import BTLM, MUP, MUP_TABLE3, MUP_TABLE9, SP, SP_EMBED, TABLES, Table, completep
+from mutune.search.workers import default_workers
 from mutune.verification.subjects import Text
 from mutune.verification.verdict import WIDTH
-from tests import soak
+from tests import doors, soak
 from tests.verification.mutants import EVERY_ROLE, HYPER, Mutant, judged, mutants
 
 #: Mutants that are the same theory, or no bug: they must not be caught, and why.
@@ -226,3 +230,29 @@ def test_soak_no_false_alarm_in_sixty_correct_runs() -> None:
         rows = pool.map(judge_correct, list(correct_runs(64)), chunksize=1)
     soak.record("check", f"Coordinate checks of {len(rows)} correct runs, one seed each (slopes judged)", rows)
     assert [row["false alarm"] for row in rows if row["false alarm"]] == []
+
+
+@pytest.mark.soak
+def test_soak_how_long_the_default_check_takes(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for name, arguments in (
+        ("default: widths 128, 256, 512", []),
+        ("completep over depths 2 to 16", ["parametrization=completep", *DEPTH_CHECK]),
+        ("examples/llama.py: widths 128, 256, 512", ["family=examples.llama:family"]),
+    ):
+        seconds = []
+        for i in range(3):
+            started = time.monotonic()
+            doors.run("check", *arguments, f"out={tmp_path / name / str(i)}")
+            seconds.append(time.monotonic() - started)
+        rows.append(
+            {"check": name, "median, s": round(statistics.median(seconds)), "of 3 runs": seconds_shown(seconds)}
+        )
+    soak.record("check_time", f"Wall time of `python -m mutune.check`, 3 seeds, {default_workers()} workers", rows)
+
+
+DEPTH_CHECK = ["model.width=64", "model.depth=2", "widths=[]", "depths=[2,4,8,16]"]
+
+
+def seconds_shown(seconds: list[float]) -> str:
+    return ", ".join(f"{s:.0f}" for s in sorted(seconds))
