@@ -6,13 +6,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mutune.parametrization.audit import audit
     from mutune.parametrization.finding import AuditError
+    from mutune.parametrization.infer import Family, parametrize
+    from mutune.parametrization.multiplier import Multiplier
+    from mutune.parametrization.parametrized import Parametrized
+    from mutune.parametrization.roles import Role
+    from mutune.verification.check import coordinate_check
 
-__all__ = ["AuditError", "audit"]
+__all__ = [
+    "AuditError",
+    "Family",
+    "Multiplier",
+    "Parametrized",
+    "Role",
+    "audit",
+    "coordinate_check",
+    "parametrize",
+]
 
 #: Public name → the module that has it.
 PUBLIC = {
     "AuditError": "mutune.parametrization.finding",
+    "Family": "mutune.parametrization.infer",
+    "Multiplier": "mutune.parametrization.multiplier",
+    "Parametrized": "mutune.parametrization.parametrized",
+    "Role": "mutune.parametrization.roles",
     "audit": "mutune.parametrization.audit",
+    "coordinate_check": "mutune.verification.check",
+    "parametrize": "mutune.parametrization.infer",
 }
 
 

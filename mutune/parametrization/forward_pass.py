@@ -171,5 +171,5 @@ def reshard(model: nn.Module) -> None:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Hooks would compile a compiled model anew. Where Dynamo was never loaded nothing is compiled; it loads slowly."""
+    """Hooks would compile a compiled model anew; where Dynamo, which is slow to load, is not, nothing is compiled."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

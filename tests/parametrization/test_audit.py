@@ -23,8 +23,8 @@ from mutune.parametrization.audit import audit, findings
 from mutune.parametrization.finding import SHOWN, AuditError, Finding
 from mutune.parametrization.initial_values import KURTOSIS, Z, standard_error
 from mutune.parametrization.names import canonical_name
-from mutune.parametrization.opinion import second_opinion
 from mutune.parametrization.rules import NORMAL, TABLES, TRUNCATED_NORMAL, TRUNCATED_STD_RATIO
+from mutune.parametrization.second_opinion import second_opinion
 from tests.parametrization.mutations import (
     DOCUMENT,
     EMBEDDING,
