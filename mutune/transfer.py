@@ -187,7 +187,7 @@ def _certify(config: TransferConfig, source: Source, target: RunSpec, directory:
 
 
 def _ladder(config: TransferConfig, proxy: RunSpec, target: RunSpec, directory: Path) -> Any:
-    from mutune.certificate.ladder import fit_rungs, ladder_runs, run_ladder
+    from mutune.certificate.ladder import fit_rungs, ladder_runs, optima, run_ladder
     from mutune.certificate.valley import fit_drift
     from mutune.certificate.verdict import difference_table, judge
     from mutune.data.prepare import prepare
@@ -211,10 +211,10 @@ def _ladder(config: TransferConfig, proxy: RunSpec, target: RunSpec, directory: 
     finally:
         line.close()
     rungs = fit_rungs(points)
-    seeds = rungs[0].valleys.keys()
-    drift = fit_drift({seed: {rung.width: rung.valleys[seed].optimum for rung in rungs} for seed in seeds})
+    drift = fit_drift(optima(rungs))
     differing = difference_table(proxy, target, corpus.vocab_size, target.tokenizer.num_ids, rungs[-1].width)
-    return rungs, drift, judge(proxy.parametrization.table, differing, rungs, drift, target.model.width), differing
+    table, rate = proxy.parametrization.table, proxy.hyperparameters.learning_rate
+    return rungs, drift, judge(table, differing, rungs, drift, rate, target.model.width), differing
 
 
 def _say(data: dict[str, Any], transfer: TransferFile, directory: Path, figures: list[Path]) -> None:

@@ -1,6 +1,7 @@
 """What a transfer is asked for (target, ladder), and what it hands on (the transfer file)."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 
 from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.errors import require, require_number
@@ -11,6 +12,7 @@ from mutune.training.config import LoopConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 
 VERDICTS = ("GO", "GO WITH CARE", "NO-GO", "NOT CERTIFIED")
+MIN_GAP = 0.01  # octaves between two learning rates of a ladder
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,12 @@ class LadderConfig:
         )
         for offset in self.offsets:
             require_number("ladder.offsets", offset, at_least=-20, at_most=20, example=1)
+        gaps = [high - low for low, high in pairwise(sorted(self.offsets))]
+        require(
+            min(self.offsets) < 0 < max(self.offsets) and min(gaps) >= MIN_GAP,
+            f"ladder.offsets={self.offsets} must lie on both sides of 0, which is the transferred rate, and at least "
+            f"{MIN_GAP:g} octaves apart; for example ladder.offsets=[-1,0,1].",
+        )
         require_number("ladder.seeds", self.seeds, at_least=1, example=2)
         if self.workers is not None:
             require_number("ladder.workers", self.workers, at_least=1, example=2)

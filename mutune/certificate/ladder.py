@@ -118,6 +118,11 @@ def fit_rungs(points: list[Point]) -> list[Rung]:
     return rungs
 
 
+def optima(rungs: list[Rung]) -> dict[int, dict[int, float]]:
+    """Seed → width → log2 of the best base learning rate, as `fit_drift` takes them."""
+    return {seed: {rung.width: rung.valleys[seed].optimum for rung in rungs} for seed in rungs[0].valleys}
+
+
 def _finished(run: LadderRun) -> RunResult | None:
     try:
         data = json.loads((run.directory / RESULT).read_text())
