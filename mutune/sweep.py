@@ -68,7 +68,7 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
         f"trial      {config.run.num_steps} steps × {config.run.tokens_per_step} tokens = {config.run.tokens:,} "
         f"tokens, {cost.flops:.3g} FLOPs at the base width",
         f"search     {total} trials by {config.search.sampler}, {config.search.workers or default_workers()} workers",
-        *(f"space      {d.name}: {list(d.values) if d.values else f'{d.low:g} … {d.high:g}'}" for d in space),
+        *(f"space      {dimension.name}: {dimension}" for dimension in space),
         "dry run: nothing was written; leave out dry_run=true to start.",
     ]
     return "\n".join(rows)

@@ -44,6 +44,12 @@ SWEEP = [
     (["+sweep=smoke", "search.space.learning_rate.low=1"], "search.space.learning_rate is empty"),
     (["+sweep=smoke", "search.n_trials=0"], "search.n_trials=0 must be"),
     (["+sweep=smoke", "search.n_trials=null"], "search.n_trials=null is for search.sampler=grid only"),
+    (
+        ["+sweep=proxy", "search.space.learning_rate.low=0.02"],
+        "search.initial[0].learning_rate=0.015625 lies outside search.space.learning_rate (0.02 … 0.125)",
+    ),
+    (["+sweep=smoke", "search.initial=[{learning_rate: foo}]"], "search.initial[0].learning_rate=foo must be a number"),
+    (["+sweep=valley", "search.n_trials=9"], "search.n_trials=9 is not read by search.sampler=grid"),
     (["+sweep=smoke", "run.num_steps=0"], "run.num_steps=0 must be"),
     (["+sweep=smoke", "schedule.warmup_steps=60"], "schedule.warmup_steps=60 must be shorter"),
     (["+sweep=smoke", "schedule=spiral"], "unknown schedule 'spiral'; known: constant, cosine, linear, wsd."),

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from mutune.errors import Refusal
 from mutune.model.shape import base_config
 from mutune.parametrization.hyperparameters import NAMES
-from mutune.search.config import Dimension, SearchConfig, dimensions, grid
+from mutune.search.config import Dimension, SearchConfig, dimensions, grid, initial_points
 from mutune.search.proposals import distributions, propose, total_trials
 from mutune.search.workers import default_workers, run_all
 from mutune.training.config import RunSpec
@@ -72,7 +72,7 @@ def check_space(spec: RunSpec, search: SearchConfig) -> list[Dimension]:
     """The searched quantities, each value of the listed ones tried against the run they would make.
 
     Raises:
-        Refusal: an empty space, or a value that no run can have.
+        Refusal: an empty space, a value that no run can have, or a known-good one outside its range.
     """
     space = dimensions(search.space)
     if not space:
@@ -83,7 +83,17 @@ def check_space(spec: RunSpec, search: SearchConfig) -> list[Dimension]:
     if spec.base != base_config(spec.model):
         raise Refusal("the base of a study is its own model; set model.width instead of base.width.")
     total_trials(search, space)
+    initial_points(search, space)
     return space
+
+
+def base_values(spec: RunSpec) -> dict[str, Any]:
+    """The configured value of everything that can be searched; ε is the table's own where none is given."""
+    values = {"width": spec.model.width, "table": spec.parametrization.table, "seed": spec.seed}
+    values |= {name: getattr(spec.hyperparameters, name) for name in NAMES}
+    if spec.hyperparameters.adam_eps is None:
+        values["adam_eps"] = spec.parametrization.theory().adam_eps
+    return values
 
 
 def run_study(
@@ -110,14 +120,12 @@ def run_study(
     study = open_study(directory, name)
     total = total_trials(search, space)
     workers = search.workers or default_workers()
-    defaults = {"width": spec.model.width, "table": spec.parametrization.table, "seed": spec.seed}
-    defaults |= {key: getattr(spec.hyperparameters, key) for key in NAMES}
     while True:
         trials = study.get_trials(deepcopy=False)
         if len([t for t in trials if t.state.is_finished()]) >= total:
             report(_progress(study, search, space, []))
             return trials
-        _add_cohort(study, search, space, defaults, spec.seed, trials)
+        _add_cohort(study, search, space, base_values(spec), spec.seed, trials)
         work = [
             Trial(t.number, trial_spec(spec, t.params), directory / "trials" / str(t.number), device, name, t.params)
             for t in study.get_trials(deepcopy=False)
