@@ -5,15 +5,16 @@ from dataclasses import dataclass, field
 from mutune.certificate.config import LadderConfig, Overrides, TargetConfig
 from mutune.compose import plain
 from mutune.data.config import DataConfig, TokenizerConfig
-from mutune.errors import require, require_number
+from mutune.errors import Refusal, require, require_name, require_number
 from mutune.model.shape import ModelConfig, base_config
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import ParametrizationConfig
 from mutune.search.config import SearchConfig
-from mutune.training.config import LoopConfig, RunSpec, StageConfig
+from mutune.training.config import MAX_SEED, LoopConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 
 DEVICES = ("auto", "cpu", "cuda")
+PUBLISHED = "published"  # the name under which a transfer finds BTLM-3B-8K's own values
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class DoorConfig:
 
     def __post_init__(self) -> None:
         require(self.out != "", "out= is empty; for example out=runs.")
-        require_number("seed", self.seed, at_least=0, at_most=2**31 - 1, example=0)
+        require_number("seed", self.seed, at_least=0, at_most=MAX_SEED, example=0)
         require(self.device in DEVICES, f"device={self.device} is unknown; known devices: {', '.join(DEVICES)}.")
 
 
@@ -59,6 +60,13 @@ class SweepConfig(DoorConfig):
     run: StageConfig = field(default_factory=StageConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.study is not None:
+            require_name("study", self.study)
+        if self.study == PUBLISHED:
+            raise Refusal(f"study={PUBLISHED} is the name of BTLM-3B-8K's own values; for example study=mine.")
 
     def spec(self) -> RunSpec:
         """The run at the base values: the proxy is its own base."""
@@ -102,6 +110,10 @@ class TransferConfig(DoorConfig):
     hyperparameters: Overrides = field(default_factory=Overrides)
     require_go: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_name("study", self.study)
+
 
 @dataclass(frozen=True)
 class TrainConfig(DoorConfig):
@@ -123,6 +135,8 @@ class TrainConfig(DoorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.name is not None:
+            require_name("name", self.name)
         require_number("keep_checkpoints", self.keep_checkpoints, at_least=1, example=2)
         for key, example in (("checkpoint_every", 50), ("threads", 2)):
             if getattr(self, key) is not None:

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+MAX_NAME = 100  # bytes; two of them and a separator fit into the 255 of a file system
+
 
 class Refusal(ValueError):
     """Input that cannot be used. The message is one sentence: the key, the value, and a value that would work.
@@ -15,6 +17,16 @@ def require(condition: bool, message: str) -> None:
     """Raise `Refusal(message)` unless `condition` holds."""
     if not condition:
         raise Refusal(message)
+
+
+def require_name(key: str, name: str) -> None:
+    """Refuse a `name` that cannot be that of one folder."""
+    plain = name.isprintable() and not set(name) & {"/", "\\"} and not name.startswith(".")
+    if not plain or not 0 < len(name.encode(errors="replace")) <= MAX_NAME:
+        shown = (name if name.isprintable() else ascii(name))[:MAX_NAME]
+        raise Refusal(
+            f"{key}={shown} must be a plain folder name of at most {MAX_NAME} bytes; for example {key}=small."
+        )
 
 
 def require_number(

@@ -40,7 +40,10 @@ SWEEP = [
         ["+sweep=smoke", "hyperparameters.learning_rate=nan"],
         "hyperparameters.learning_rate=nan must be a finite number",
     ),
-    (["+sweep=smoke", "search.space.learning_rate.low=-0.1"], "learning_rate=-0.1 must be a finite number above 0"),
+    (
+        ["+sweep=smoke", "search.space.learning_rate.low=-0.1"],
+        "search.space.learning_rate.low=-0.1 must be a finite number above 0",
+    ),
     (["+sweep=smoke", "search.space.learning_rate.low=1"], "search.space.learning_rate is empty"),
     (["+sweep=smoke", "search.n_trials=0"], "search.n_trials=0 must be"),
     (["+sweep=smoke", "search.n_trials=null"], "search.n_trials=null is for search.sampler=grid only"),
@@ -57,6 +60,8 @@ SWEEP = [
     (["sweep=smoke"], "write +sweep=..."),
     ([], "no sweep was chosen; write for example +sweep=proxy"),
     (["+sweep=smoke", "study=../x"], "study=../x must be a plain folder name"),
+    (["+sweep=smoke", "study=published"], "study=published is the name of BTLM-3B-8K's own values"),
+    (["+sweep=smoke", f"study={'x' * 101}"], "must be a plain folder name of at most 100 bytes"),
     (["+sweep=smoke", "parametrization=mupp"], "unknown parametrization 'mupp'; known: btlm, mup, sp."),
     (
         ["+sweep=smoke", "parametrization.table=mupp"],
@@ -82,6 +87,14 @@ def test_the_sweep_refuses(arguments: list[str], sentence: str, out: Path, capsy
 
 TRANSFER = [
     ([], "study=proxy does not exist in"),
+    (["study=../sweeps/smoke"], "study=../sweeps/smoke must be a plain folder name"),
+    (["study=published", "target.name=../x"], "target.name=../x must be a plain folder name"),
+    (["study=published", 'target.name="a\\nb"'], "must be a plain folder name"),
+    (["study=published", "target.data={source: text, path: no.txt}"], "no.txt does not exist"),
+    (
+        ["study=published", "target=small", "target.stages=[{context_length: 100000000}]"],
+        "target.stages[0].context_length=100000000 does not fit into the",
+    ),
     (["study=nope"], "run python -m mutune.sweep +sweep=proxy first"),
     (["study=published", "target=nope"], "unknown target 'nope'; known: btlm_3b, btlm_3b_clean, small."),
     (["study=published", "target.stages=[]"], "target.stages=[] is empty"),
@@ -109,6 +122,7 @@ def test_the_transfer_refuses(
         ([], "transfer= is missing"),
         (["transfer=no/such.yaml"], "the transfer file no/such.yaml cannot be read"),
         (["transfer=LICENSE", "threads=0"], "threads=0 must be"),
+        (["transfer=LICENSE", "name=.x"], "name=.x must be a plain folder name"),
     ],
 )
 def test_train_refuses(arguments: list[str], sentence: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +153,9 @@ EDITS: list[tuple[list[str], object, str]] = [
     (["hyperparameters", "learning_rate"], -0.1, "hyperparameters.learning_rate=-0.1 must be"),
     (["hyperparameters", "lr"], 0.1, "unknown key hyperparameters.lr"),
     (["parametrization", "table"], "mop", "parametrization.table=mop is unknown"),
+    (["verdict"], "GO", "seal="),
+    (["hyperparameters", "learning_rate"], 0.006, "make it again with python -m mutune.transfer"),
+    (["seal"], "", "seal=none is not that of the transfer file's other keys"),
     (["verdict"], "FINE", "verdict=FINE is unknown; known verdicts: GO, GO WITH CARE, NO-GO, NOT CERTIFIED."),
     (["target", "stages"], [], "stages=[] is empty"),
     (["target", "stages"], 3, "target.stages=3 must be a list"),
@@ -168,13 +185,23 @@ def test_an_edited_transfer_file_is_refused(
         ("binary.txt", b"\x00\x01\xff" * 9999, "binary.txt"),
         ("broken.jsonl", b'{"text": "a"}\n{"text"\n', "line 2"),
         ("wrong.csv", b"a,b\n", "wrong.csv"),
+        (
+            "mute.jsonl",
+            b'{"text": ""}\n' * 10_000 + b'{"text": "some"}\n',
+            "held-out documents of mute.jsonl hold no text",
+        ),
+        (
+            "tiny.txt",
+            b"a few words in a line\n\n" * 20,
+            "run.context_length=64 does not fit into the 24 held-out tokens of tiny.txt; for example run.context_le",
+        ),
     ],
 )
 def test_a_corpus_that_cannot_be_used_is_refused(
     name: str, content: bytes, sentence: str, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    arguments = ["+sweep=smoke", "data=text", f"data.path={tmp_path / name}"]
+    arguments = ["+sweep=smoke", "data=text", f"data.path={tmp_path / name}", "tokenizer=bytes"]
     assert sentence in refuse("sweep", arguments, out, capsys)
 
 

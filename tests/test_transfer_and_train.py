@@ -238,6 +238,7 @@ def test_a_run_of_another_shape_in_the_same_folder_is_refused(house: Path, undis
     path = tmp_path / "transfer.yaml"
     path.write_text((house / "transfer/proxy--tiny/transfer.yaml").read_text())
     doors.edit_yaml(path, "target", "model", "width", value=48)
+    doors.seal(path)
     refused = doors.run("train", f"transfer={path}", f"out={undisturbed}", expect=2)
     assert "run.model.width: 32 → 48" in refused.stderr
 

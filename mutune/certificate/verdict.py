@@ -5,7 +5,7 @@ Octaves are of the base learning rate. The thresholds are judgements, stated onc
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mutune.certificate.config import TransferFile
 from mutune.certificate.ladder import Rung, optima
@@ -19,6 +19,7 @@ GO_OCTAVES = 0.5  # the optimum at the target is expected, uncertainty included,
 NO_GO_OCTAVES = 1.0  # it is expected, uncertainty taken off, further from the transferred rate than this
 MAX_RESIDUAL = 0.5  # the furthest, in octaves, that an optimum may lie from the line that is extrapolated
 MAX_WIDTH_RATIO = 4.0  # target width over the widest rung: two doublings of extrapolation
+FFN = "feed-forward width over width"
 MAX_RATIO = 4.0  # target over proxy, or the inverse, on an axis that the ladder did not measure
 
 
@@ -57,6 +58,7 @@ def difference_table(
         ("depth", proxy.model.depth, target.model.depth),
         ("heads (and so the ALiBi spectrum)", proxy.model.heads, target.model.heads),
         ("head size", proxy.model.size_per_head, target.model.size_per_head),
+        *_ffn(proxy, target),
         ("positions", proxy.model.positions, target.model.positions),
         ("activation", proxy.model.activation, target.model.activation),
         ("vocabulary", proxy_vocab, target_vocab),
@@ -71,6 +73,7 @@ def difference_table(
         ("context", _context(proxy), _context(target)),
         ("schedule", proxy.schedule.kind, target.schedule.kind),
         ("warm-up share", _warmup(proxy), _warmup(target)),
+        ("decay share", _decay(proxy), _decay(target)),
         ("end ratio", _end_ratio(proxy), _end_ratio(target)),
         ("clip norm", proxy.loop.clip_norm, target.loop.clip_norm),
     ]
@@ -189,6 +192,7 @@ NOT_CERTIFIED = (
     Rule("width", _width),
     Rule("depth", _depth),
     _differs("head size", "ladders fix the head size; sweep with the target's"),
+    _differs(FFN, "ladders keep this ratio; sweep with the target's"),
     _differs("positions", "sweep with the target's"),
     _differs("activation", "sweep with the target's"),
     _beyond("vocabulary", "sweep with the target's tokenizer"),
@@ -196,6 +200,7 @@ NOT_CERTIFIED = (
     _beyond("batch, tokens per step", "the best rate also moves with the batch; raise run.batch_sequences"),
     _beyond("context", "sweep at a longer run.context_length"),
     _differs("schedule", "the best rate belongs to its schedule; sweep with the target's"),
+    _beyond("decay share", "the best rate belongs to its schedule; sweep with the target's schedule.decay_fraction"),
     Rule("edge", _edge),
     Rule("seeds", _seeds),
     Rule("line", _line),
@@ -232,6 +237,20 @@ def _context(spec: RunSpec) -> int:
 
 def _warmup(spec: RunSpec) -> float:
     return round(spec.schedule.warmup(spec.num_steps) / spec.num_steps, 6)
+
+
+def _ffn(proxy: RunSpec, target: RunSpec) -> list[tuple[str, float | str, float | str]]:
+    """The ratio's row, unless the target has the feed-forward width of the proxy's family up to its rounding."""
+    width, ffn = target.model.width, target.model.ffn
+    family = proxy.model.ffn_width_at(width) or replace(proxy.model, width=width, num_heads=1).ffn
+    if abs(ffn - family) <= 1:
+        return []
+    return [(FFN, round(proxy.model.ffn / proxy.model.width, 3), round(ffn / width, 3))]
+
+
+def _decay(spec: RunSpec) -> float | str:
+    """Share of the run in which the rate falls; only `wsd` has one of its own."""
+    return spec.schedule.decay_fraction if spec.schedule.kind == "wsd" else "the schedule's own"
 
 
 def _end_ratio(spec: RunSpec) -> float:

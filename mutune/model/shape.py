@@ -75,11 +75,19 @@ class ModelConfig:
         return self.ffn_width if self.ffn_width is not None else 8 * self.width // 3
 
     def at_width(self, width: int) -> "ModelConfig":
-        """The same family at another width: head size, depth and switches kept, FFN by its default rule.
+        """The same family at another width: head size, depth and switches kept, so that the head count grows.
 
-        Ladders fix d_head and grow the head count (DESIGN decision 3).
+        The feed-forward width follows its default rule, or where it was set, the width's ratio (rounded, at least 1).
         """
-        return replace(self, width=width, head_size=self.size_per_head, num_heads=None, ffn_width=None)
+        if width == self.width:
+            return self
+        return replace(
+            self, width=width, head_size=self.size_per_head, num_heads=None, ffn_width=self.ffn_width_at(width)
+        )
+
+    def ffn_width_at(self, width: int) -> int | None:
+        """`ffn_width` of this family at another width."""
+        return None if self.ffn_width is None else max(1, round(self.ffn_width * width / self.width))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Only the parent process touches the storage, under a lock; a trial is in it with
 Trials that were running when a parent died are run again under the same number with the same parameters.
 """
 
+import contextlib
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from mutune.model.shape import base_config
 from mutune.parametrization.hyperparameters import NAMES
 from mutune.search.config import Dimension, SearchConfig, dimensions, grid, initial_points
 from mutune.search.proposals import distributions, propose, total_trials
+from mutune.search.results import BEST
 from mutune.search.workers import default_workers, run_all
 from mutune.training.config import RunSpec
 from mutune.training.run import RunResult, run_to_end
@@ -96,6 +98,31 @@ def base_values(spec: RunSpec) -> dict[str, Any]:
     return values
 
 
+def check_storage(directory: Path) -> None:
+    """Refuse a folder with trials or best values that its storage does not have; reads only.
+
+    Raises:
+        Refusal: the storage is missing, is no database, or lacks a trial that has begun.
+    """
+    path, begun = directory / STORAGE, directory / "trials"
+    if not any(place.exists() for place in (path, begun, directory / BEST)):
+        return
+    cure = f"restore it, or remove {directory} to start the study over"
+    if not path.is_file():
+        raise Refusal(f"{path} is missing beside the study's results; {cure}.")
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            known = {str(number) for (number,) in connection.execute("SELECT number FROM trials")}
+    except sqlite3.Error as error:
+        raise Refusal(f"{path} cannot be read as a study ({error}); {cure}.") from error
+    have = {entry.name for entry in begun.iterdir()} if begun.is_dir() else set()
+    lost = sorted(name for name in have - known if name.isdecimal())
+    if state != "ok" or lost:
+        why = f"lacks trial {lost[0]}, whose records are there" if lost else f"is damaged ({state})"
+        raise Refusal(f"{path} {why}; {cure}.")
+
+
 def run_study(
     directory: Path,
     name: str,
@@ -149,9 +176,8 @@ def run_trial(trial: Trial) -> RunResult:
 def open_study(directory: Path, name: str) -> optuna.Study:
     """The study's Optuna object, created where it does not exist. SQLite in WAL mode."""
     path = directory / STORAGE
-    with sqlite3.connect(path) as connection:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
-    connection.close()
     return optuna.create_study(
         storage=f"sqlite:///{path}",
         study_name=name,

@@ -11,6 +11,8 @@ from mutune.parametrization.plan import Decay, Plan, make_plan
 from mutune.parametrization.rules import ParametrizationConfig
 from mutune.training.schedule import ScheduleConfig
 
+MAX_SEED = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -98,7 +100,7 @@ class RunSpec:
         require(
             len(self.stages) > 0, "stages=[] is empty; a run needs at least one, for example stages=[{num_steps: 240}]."
         )
-        require_number("seed", self.seed, at_least=0, at_most=2**31 - 1, example=0)
+        require_number("seed", self.seed, at_least=0, at_most=MAX_SEED, example=0)
         self.schedule.warmup(self.num_steps)
         longest = max(stage.context_length for stage in self.stages)
         if self.model.positions == "learned":
