@@ -37,7 +37,7 @@ class DoorConfig:
 
     def __post_init__(self) -> None:
         require(self.out != "", "out= is empty; for example out=runs.")
-        require_number("seed", self.seed, at_least=0, at_most=MAX_SEED, example=0)
+        require_number("seed", self.seed, at_least=0, at_most=MAX_SEED, example=0, whole=True)
         require(self.device in DEVICES, f"device={self.device} is unknown; known devices: {', '.join(DEVICES)}.")
 
 
@@ -137,7 +137,7 @@ class TrainConfig(DoorConfig):
         super().__post_init__()
         if self.name is not None:
             require_name("name", self.name)
-        require_number("keep_checkpoints", self.keep_checkpoints, at_least=1, example=2)
+        require_number("keep_checkpoints", self.keep_checkpoints, at_least=1, example=2, whole=True)
         for key, example in (("checkpoint_every", 50), ("threads", 2)):
             if getattr(self, key) is not None:
-                require_number(key, getattr(self, key), at_least=1, example=example)
+                require_number(key, getattr(self, key), at_least=1, example=example, whole=True)

@@ -75,6 +75,30 @@ SWEEP = [
     (["+sweep=valley", "search.space.width.values=[24]"], "does not divide model.width=24"),
     (["+sweep=valley", "search.space.table.values=[mup,mop]"], "parametrization.table=mop is unknown"),
     (["+sweep=smoke", "run.context_length=999999999"], "999999999"),
+    (
+        ["+sweep=smoke", "search.space.learning_rate={values: [0.01, 0.02]}"],
+        "search.space.learning_rate.values is not there yet, so it is added: write +search.space.learning_rate.values=",
+    ),
+    (["+sweep=smoke", "search.space={width: {values: [16]}}"], "search.space.width is not there yet, so it is added"),
+    (["+sweep=smoke", "model={x: 1}"], "unknown key model.x;"),
+    (["+sweep=smoke", "device=[a]"], "device=['a'] must be a word; for example device=auto."),
+    (["+sweep=smoke", "parametrization.table=[a]"], "must be a word; for example parametrization.table=mup."),
+    (["+sweep=[smoke,proxy]"], "unknown sweep '[smoke,proxy]'; known: proxy, smoke, valley."),
+    (
+        ["+sweep=smoke", f"model.width={'9' * 400}"],
+        "model.width=a number of more than 100 digits must be a whole number",
+    ),
+    (["+sweep=smoke", f"model.width={'9' * 5000}"], "the command line cannot be read"),
+    (
+        ["+sweep=smoke", f"hyperparameters.learning_rate={'9' * 400}"],
+        "a number of more than 100 digits must be a number",
+    ),
+    (["+sweep=smoke", f"search.space.learning_rate.low={'9' * 400}"], "low=a number of more than 100 digits must be"),
+    (["+sweep=smoke", "seed=2147483648"], "seed=2147483648 must be a whole number at least 0 and at most 2147483647;"),
+    (["+sweep=smoke", "hyperparameters.beta1=1.0"], "beta1=1.0 must be a finite number at least 0 and below 1;"),
+    (["+sweep=smoke", "model.width=1000001"], "the nearest that do are model.head_size=1 and"),
+    (["+sweep=smoke", "search.workers=2", "model.width=1000000"], "2 runs at once need about"),
+    (["+sweep=smoke", "search.workers=1", "run.batch_sequences=1000000000000"], "and this run needs about"),
     (["seed=["], "the command line cannot be read"),
     (["seed"], "the command line cannot be read"),
 ]
@@ -95,6 +119,7 @@ TRANSFER = [
         ["study=published", "target=small", "target.stages=[{context_length: 100000000}]"],
         "target.stages[0].context_length=100000000 does not fit into the",
     ),
+    (["+sweep=proxy"], "unknown key sweep;"),
     (["study=nope"], "run python -m mutune.sweep +sweep=proxy first"),
     (["study=published", "target=nope"], "unknown target 'nope'; known: btlm_3b, btlm_3b_clean, small."),
     (["study=published", "target.stages=[]"], "target.stages=[] is empty"),
@@ -232,6 +257,17 @@ def test_a_refusal_is_the_same_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert result.stderr == "mutune.sweep: unknown key model.widht; did you mean model.width?\n"
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_file_among_the_sweeps_of_the_working_folder_is_no_concern(tmp_path: Path) -> None:
+    (tmp_path / "sweeps" / "folder.yaml").mkdir(parents=True)
+    (tmp_path / "sweeps" / "list.yaml").write_text("- 1\n")
+    (tmp_path / "sweeps" / "torn.yaml").write_text("{")
+    mine = doors.ROOT / "sweeps" / "smoke.yaml"
+    (tmp_path / "sweeps" / "mine.yaml").write_text(mine.read_text())
+    doors.run("sweep", "+sweep=mine", "dry_run=true", cwd=tmp_path)
+    for name, sentence in (("list", "list.yaml holds no keys"), ("torn", "torn.yaml is not valid YAML")):
+        assert sentence in doors.run("sweep", f"+sweep={name}", cwd=tmp_path, expect=2).stderr
 
 
 def test_a_dry_run_writes_nothing(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

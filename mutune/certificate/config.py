@@ -8,7 +8,7 @@ from itertools import pairwise
 from mutune.compose import build, plain
 from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.errors import require, require_name, require_number
-from mutune.model.shape import BaseConfig, ModelConfig
+from mutune.model.shape import MAX_WIDTH, BaseConfig, ModelConfig
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import ParametrizationConfig
 from mutune.training.config import LoopConfig, RunSpec, StageConfig
@@ -62,7 +62,7 @@ class LadderConfig:
     def __post_init__(self) -> None:
         require(len(self.widths) > 0, "ladder.widths=[] is empty; for example ladder.widths=[48,64,96,128].")
         for width in self.widths:
-            require_number("ladder.widths", width, at_least=1, example=64)
+            require_number("ladder.widths", width, at_least=1, at_most=MAX_WIDTH, example=64, whole=True)
         require(
             len(set(self.widths)) == len(self.widths),
             f"ladder.widths={self.widths} repeats a width; for example ladder.widths=[48,64,96,128].",
@@ -80,9 +80,9 @@ class LadderConfig:
             f"ladder.offsets={self.offsets} must lie on both sides of 0, which is the transferred rate, and at least "
             f"{MIN_GAP:g} octaves apart; for example ladder.offsets=[-1,0,1].",
         )
-        require_number("ladder.seeds", self.seeds, at_least=1, at_most=MAX_SEEDS, example=2)
+        require_number("ladder.seeds", self.seeds, at_least=1, at_most=MAX_SEEDS, example=2, whole=True)
         if self.workers is not None:
-            require_number("ladder.workers", self.workers, at_least=1, example=2)
+            require_number("ladder.workers", self.workers, at_least=1, example=2, whole=True)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from mutune.errors import Refusal, require, require_number
+from mutune.errors import Refusal, require, require_number, shown
 from mutune.parametrization.hyperparameters import NAMES, BaseHyperparameters
 
 SAMPLERS = ("random", "tpe", "grid")
 
 #: What a space may name besides the base hyperparameters: the run's shape, its table and its seed.
 STRUCTURAL = ("width", "table", "seed")
+MAX_TRIALS = 10**6
 EXAMPLES = {"width": 32, "seed": 0}
 
 
@@ -64,11 +65,10 @@ class SearchConfig:
             self.sampler in SAMPLERS,
             f"search.sampler={self.sampler} is unknown; known samplers: {', '.join(SAMPLERS)}.",
         )
-        for name, example in (("n_startup_trials", 16), ("cohort", 8)):
-            require_number(f"search.{name}", getattr(self, name), at_least=1, example=example)
-        for name, example in (("n_trials", 32), ("workers", 2)):
-            if getattr(self, name) is not None:
-                require_number(f"search.{name}", getattr(self, name), at_least=1, example=example)
+        for name, example in (("n_startup_trials", 16), ("cohort", 8), ("n_trials", 32), ("workers", 2)):
+            value, key = getattr(self, name), f"search.{name}"
+            if value is not None or name in ("n_startup_trials", "cohort"):
+                require_number(key, value, at_least=1, at_most=MAX_TRIALS, example=example, whole=True)
         if self.sampler == "grid":
             for name, unset in (("n_trials", None), ("initial", [])):
                 value = getattr(self, name)
@@ -110,8 +110,8 @@ def initial_points(search: SearchConfig, space: list[Dimension]) -> list[dict[st
             point[name] = _value(name, key, value)
             require(
                 by_name[name].contains(point[name]),
-                f"{key}={value} lies outside search.space.{name} ({by_name[name]}); move it inside, or try no known "
-                "values first with search.initial=[].",
+                f"{key}={shown(value)} lies outside search.space.{name} ({by_name[name]}); move it inside, or try no "
+                "known values first with search.initial=[].",
             )
         points.append(point)
     return points
@@ -173,21 +173,21 @@ def _value(name: str, key: str, value: Any) -> Any:
     if name in NAMES:
         return _number(name, key, value)
     if name == "table":
-        require(isinstance(value, str), f"{key}={value} must be a word; for example {key}=mup.")
+        require(isinstance(value, str), f"{key}={shown(value)} must be a word; for example {key}=mup.")
         return value
     whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
-    require(whole, f"{key}={value} must be a whole number; for example {key}={EXAMPLES[name]}.")
+    require(whole, f"{key}={shown(value)} must be a whole number; for example {key}={EXAMPLES[name]}.")
     return int(value)
 
 
 def _number(name: str, key: str, value: Any) -> float:
     """The value as a float that `BaseHyperparameters` accepts."""
-    require(not isinstance(value, bool), f"{key}={value} must be a number; for example 0.01.")
+    require(not isinstance(value, bool), f"{key}={shown(value)} must be a number; for example 0.01.")
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise Refusal(f"{key}={value} must be a number; for example 0.01.") from None
-    require(math.isfinite(number), f"{key}={value} must be finite; for example 0.01.")
+        raise Refusal(f"{key}={shown(value)} must be a number; for example 0.01.") from None
+    require(math.isfinite(number), f"{key}={shown(value)} must be finite; for example 0.01.")
     try:
         BaseHyperparameters(**{name: number})
     except Refusal as refusal:
