@@ -11,6 +11,7 @@ from mutune.certificate.valley import Drift, fit_drift
 from mutune.certificate.verdict import Verdict, difference_table, judge
 from mutune.config import SweepConfig
 from mutune.training.config import RunSpec, StageConfig
+from mutune.training.schedule import ScheduleConfig
 
 PROXY = SweepConfig().spec()
 RATE = PROXY.hyperparameters.learning_rate
@@ -119,6 +120,10 @@ def test_a_slightly_bent_ladder_is_go_with_care() -> None:
         ),
         (replace(wide(), stages=(StageConfig(1024, 4, 30),)), "context: 128 → 1,024"),
         (replace(wide(), model=replace(wide().model, head_size=32)), "head size: 16 → 32"),
+        (
+            replace(wide(), model=replace(wide().model, ffn_width=512)),
+            "feed-forward width over width: 2.656 → 4.0; ladders keep this ratio",
+        ),
         (replace(wide(), model=replace(wide().model, activation="gelu")), "activation: swiglu → gelu"),
         (replace(wide(), schedule=replace(PROXY.schedule, kind="cosine")), "schedule: linear → cosine"),
     ],
@@ -140,6 +145,34 @@ def test_an_optimum_at_a_far_edge_is_no_go_and_says_that_it_is_a_bound() -> None
     result = verdict(wide(), edge=True)
     assert result.verdict == "NO-GO"
     assert any("edge of the tried rates" in reason for reason in result.reasons)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.2, "GO"), (0.9, "NOT CERTIFIED")])
+def test_another_decay_share_of_the_same_schedule_is_a_difference(share: float, expected: str) -> None:
+    proxy = replace(PROXY, schedule=ScheduleConfig("wsd", decay_fraction=0.1))
+    target = replace(wide(), schedule=ScheduleConfig("wsd", decay_fraction=share))
+    rows = difference_table(proxy, target, 1024, 1024, 128)
+    assert ("decay share", 0.1, share) in [(row.axis, row.proxy, row.target) for row in rows]
+    rungs, drift = rungs_at({seed: dict.fromkeys((32, 64, 128), 0.0) for seed in (0, 1)})
+    result = judge("mup", rows, rungs, drift, RATE, 128)
+    assert result.verdict == expected
+    assert expected == "GO" or "schedule.decay_fraction" in result.reasons[0]
+
+
+def test_a_feed_forward_width_of_the_same_family_is_no_difference() -> None:
+    proxy = replace(PROXY, model=replace(PROXY.model, ffn_width=128))
+    for ffn, differs in ((512, False), (511, False), (None, True)):
+        target = replace(wide(), model=replace(wide().model, ffn_width=ffn))
+        axes = {row.axis for row in difference_table(proxy, target, 1024, 1024, 128)}
+        assert ("feed-forward width over width" in axes) == differs
+
+
+def test_every_rung_of_a_ladder_has_the_feed_forward_ratio_of_the_study() -> None:
+    from pathlib import Path
+
+    wide_ffn = replace(PROXY, model=replace(PROXY.model, ffn_width=128))
+    runs = ladder_runs(wide_ffn, LadderConfig(widths=[64, 128]), Path("x"), "cpu", "hash")
+    assert {run.spec.model.ffn / run.width for run in runs} == {4.0}
 
 
 def test_every_difference_is_listed_once_and_equal_axes_are_not() -> None:
