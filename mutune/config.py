@@ -141,3 +141,59 @@ class TrainConfig(DoorConfig):
         for key, example in (("checkpoint_every", 50), ("threads", 2)):
             if getattr(self, key) is not None:
                 require_number(key, getattr(self, key), at_least=1, example=example, whole=True)
+
+
+@dataclass(frozen=True)
+class CheckConfig(DoorConfig):
+    """Everything that decides a coordinate check.
+
+    Attributes:
+        name: names its folder; null takes the table's name.
+        family: `module:name` of a `mutune.Family` over whole numbers, to check a model of your own; null is `model`'s.
+        model: the base shape.
+        hyperparameters: at the base; by default the residual stream starts with RMS 1, where slopes are cleanest.
+        run: context, batch and number of the steps that each model trains.
+        widths: sizes checked over width; [] leaves width out.
+        depths: sizes checked over depth; [] leaves depth out.
+        seeds: models per size.
+        workers: single-threaded worker processes; null takes the number of cores.
+    """
+
+    name: str | None = None
+    family: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    parametrization: ParametrizationConfig = field(default_factory=ParametrizationConfig)
+    hyperparameters: BaseHyperparameters = field(
+        default_factory=lambda: BaseHyperparameters(learning_rate=2**-7, init_std=0.08, embedding_multiplier=12.5)
+    )
+    run: StageConfig = field(default_factory=lambda: StageConfig(context_length=64, batch_sequences=8, num_steps=10))
+    widths: list[int] = field(default_factory=lambda: [128, 256, 512])
+    depths: list[int] = field(default_factory=list)
+    seeds: int = 3
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            len(self.widths) + len(self.depths) > 0,
+            "widths=[] and depths=[] leave nothing to check; for example widths=[128,256,512].",
+        )
+        for key, example in (("widths", [128, 256, 512]), ("depths", [2, 4, 8, 16])):
+            sizes = getattr(self, key)
+            require(
+                not sizes or len(set(sizes)) == len(sizes) >= 2,
+                f"{key}={sizes} must hold at least two different sizes; for example {key}={example}.",
+            )
+            for size in sizes:
+                require_number(key, size, at_least=1, example=example[0], whole=True)
+        require(
+            self.family is None or not (self.widths and self.depths),
+            f"family={self.family} has one kind of shape; set widths=[] or depths=[] to say which it is.",
+        )
+        require_number("seeds", self.seeds, at_least=1, at_most=1000, example=3, whole=True)
+        if self.workers is not None:
+            require_number("workers", self.workers, at_least=1, example=2, whole=True)
+        if self.name is not None:
+            require_name("name", self.name)

@@ -7,6 +7,7 @@ Rerunning the same command resumes from the newest checkpoint. Results: metrics.
 import json
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from mutune.door import OK, StopRequest, WorkFailed, drawn, enter
 from mutune.errors import Refusal, require
 from mutune.files import read_yaml, require_writable, write_text
 from mutune.folders import check_claim, claim, locked
+from mutune.parametrization.finding import AuditError
 from mutune.progress import ProgressLine, clock
 from mutune.training.config import RunSpec
 from mutune.training.price import price_table
@@ -95,7 +97,10 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
     if start:
         print(f"resuming   {directory.name} at step {start:,} of {spec.num_steps:,}", file=sys.stderr)
     if start < spec.num_steps:
-        _run_to_end(config, run, directory, start, meta)
+        try:
+            _run_to_end(config, run, directory, start, meta)
+        except AuditError as error:
+            raise WorkFailed(str(error)) from error
     last = json.loads((directory / METRICS).read_text().splitlines()[-1])
     figures = drawn(lambda: draw_train(directory))
     loss, bits = last["heldout_loss"], last["heldout_bits_per_byte"]
@@ -112,22 +117,18 @@ def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, me
 
     total = run.spec.num_steps
     every = config.checkpoint_every or max(1, total // 20)
-    line = ProgressLine()
-    with StopRequest() as stop, (directory / METRICS).open("a", buffering=1) as lines:
+    with closing(ProgressLine()) as line, StopRequest() as stop, (directory / METRICS).open("a", buffering=1) as lines:
         for record in run.records(start):
             step = record["step"]
             lines.write(json.dumps(record) + "\n")
             if record["diverged"]:
-                line.close()
                 raise WorkFailed(_diverged(record, directory / "checkpoints"))
             if step % every == 0 or step == total or stop.requested:
                 os.fsync(lines.fileno())  # a checkpoint never knows a step that the records do not
                 save(directory / "checkpoints", step, run.model, run.optimizer, run.plan, meta, config.keep_checkpoints)
             line.show(_progress(directory.name, record, start, total, line.elapsed), change=step % every == 0)
             if stop.requested and step < total:
-                line.close()
                 stop.obey()
-    line.close()
 
 
 def _progress(name: str, record: "Record", start: int, total: int, elapsed: float) -> str:

@@ -1,17 +1,33 @@
 """The house: a room imports rooms above it, never below, and a few libraries have one room each."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import mutune
+
 PACKAGE = Path(__file__).resolve().parent.parent / "mutune"
-ROOMS = ["parametrization", "scaling", "model", "data", "training", "search", "certificate", "reporting"]
-DOORS = ["sweep", "transfer", "train"]
+ROOMS = [
+    "parametrization",
+    "scaling",
+    "model",
+    "data",
+    "training",
+    "search",
+    "verification",
+    "certificate",
+    "reporting",
+]
+DOORS = ["sweep", "transfer", "train", "check"]
 #: Modules beside the rooms, and the rooms that they may know: all of them, or none.
 HALL_KNOWS_ROOMS = ["config", "door", *DOORS]
-HALL_KNOWS_NONE = ["errors", "files", "folders", "progress", "versions", "compose", "__init__"]
+HALL_KNOWS_NONE = ["errors", "files", "folders", "progress", "versions", "compose"]
+#: What a user's code imports: it names rooms, and loads them on first use only.
+FRONT = "__init__"
 ONLY_IN = {
     "hydra": ["compose"],
     "omegaconf": ["compose"],
@@ -21,7 +37,10 @@ ONLY_IN = {
 WITHOUT_TORCH = [
     "parametrization/rules.py",
     "parametrization/plan.py",
+    "parametrization/symmetry.py",
     "parametrization/hyperparameters.py",
+    "parametrization/finding.py",
+    "parametrization/names.py",
     "scaling",
     "data",
     "model/shape.py",
@@ -30,6 +49,8 @@ WITHOUT_TORCH = [
     "training/price.py",
     "search/config.py",
     "certificate/config.py",
+    "verification/places.py",
+    "verification/verdict.py",
     "compose.py",
     "config.py",
     "door.py",
@@ -71,8 +92,21 @@ def test_the_hall_below_the_doors_knows_no_room(module: str) -> None:
 
 def test_every_module_is_listed_here() -> None:
     modules = {path.stem for path in PACKAGE.glob("*.py")}
-    assert modules == {*HALL_KNOWS_ROOMS, *HALL_KNOWS_NONE}
+    assert modules == {*HALL_KNOWS_ROOMS, *HALL_KNOWS_NONE, FRONT}
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
+
+
+def test_the_front_loads_no_room_and_no_torch_before_a_name_is_asked_for() -> None:
+    ask = "import sys, mutune; print([name for name in sys.modules if name == 'torch' or name.startswith('mutune.')])"
+    assert subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_front_has_every_name_that_it_lists_and_no_other() -> None:
+    for name in mutune.__all__:
+        assert getattr(mutune, name).__name__ == name
+        assert getattr(mutune, name).__module__ == mutune.PUBLIC[name]
+    with pytest.raises(AttributeError, match="module mutune has no attribute parametrise"):
+        mutune.parametrise  # noqa: B018
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
@@ -86,4 +120,13 @@ def test_a_library_has_one_room(library: str) -> None:
 @pytest.mark.parametrize("place", WITHOUT_TORCH)
 def test_the_theory_and_the_doors_start_without_torch(place: str) -> None:
     for file in files_of(place):
-        assert not any(name.split(".")[0] == "torch" for name in imports(file, top_level_only=place == "door.py")), file
+        names = imports(file, top_level_only=place in ("door.py", "parametrization/names.py"))
+        assert not any(name.split(".")[0] == "torch" for name in names), file
+
+
+def test_the_public_names_are_there_and_the_package_starts_without_torch() -> None:
+    assert sorted(mutune.PUBLIC) == mutune.__all__
+    assert all(hasattr(mutune, name) for name in mutune.__all__)
+    assert not hasattr(mutune, "nothing")
+    code = "import sys, mutune, mutune.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0

@@ -62,10 +62,39 @@ SWEEP = [
     (["+sweep=smoke", "study=../x"], "study=../x must be a plain folder name"),
     (["+sweep=smoke", "study=published"], "study=published is the name of BTLM-3B-8K's own values"),
     (["+sweep=smoke", f"study={'x' * 101}"], "must be a plain folder name of at most 100 bytes"),
-    (["+sweep=smoke", "parametrization=mupp"], "unknown parametrization 'mupp'; known: btlm, mup, sp."),
+    (
+        ["+sweep=smoke", "parametrization=mupp"],
+        "unknown parametrization 'mupp'; known: btlm, completep, mup,",
+    ),
     (
         ["+sweep=smoke", "parametrization.table=mupp"],
         "parametrization.table=mupp is unknown; known tables: btlm, completep, mup,",
+    ),
+    (
+        ["+sweep=smoke", "parametrization.table=mup_table3"],
+        "wte.weight is both; untie them (model.tied=false) or take parametrization.table=mup.",
+    ),
+    (["+sweep=valley", "search.space.table.values=[mup,mup_table3]"], "untie them (model.tied=false) or take"),
+    (
+        ["+sweep=smoke", "parametrization.depth_exponent=0.5"],
+        "parametrization.depth_exponent=0.5 belongs to parametrization.table=completep; leave it out with",
+    ),
+    (
+        ["+sweep=smoke", "parametrization.table=completep", "parametrization.depth_exponent=0.4"],
+        "parametrization.depth_exponent=0.4 must be a finite number at least 0.5 and at most 1;",
+    ),
+    (["+sweep=smoke", "parametrization.decay=slow"], "known decays: table, fixed, scaled, independent, horizon."),
+    (
+        ["+sweep=smoke", "parametrization.decay_exponent=0.5"],
+        "parametrization.decay_exponent=0.5 belongs to parametrization.decay=scaled; set parametrization.decay=scaled",
+    ),
+    (
+        ["+sweep=smoke", "parametrization.decay=horizon"],
+        "hyperparameters.decay_timescale=null does not go with parametrization.decay=horizon; set both",
+    ),
+    (
+        ["+sweep=smoke", "hyperparameters.decay_timescale=0.1"],
+        "hyperparameters.decay_timescale=0.1 does not go with parametrization.decay=table; set both",
     ),
     (["+sweep=smoke", "device=tpu"], "device=tpu is unknown; known devices: auto, cpu, cuda."),
     (["+sweep=smoke", "seed=-1"], "seed=-1 must be"),

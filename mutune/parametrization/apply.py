@@ -1,4 +1,7 @@
-"""A plan applied to a live model: initial values and ordinary optimizer groups, both keyed by parameter name."""
+"""A plan applied to a live model: initial values and ordinary optimizer groups, both keyed by canonical name.
+
+Wrapped or not (DDP, FSDP2, `torch.compile`, an average, a parametrization), the model has the same names here.
+"""
 
 import hashlib
 from collections import defaultdict
@@ -8,6 +11,7 @@ from torch import nn
 
 from mutune.errors import require
 from mutune.parametrization.multiplier import Multiplier
+from mutune.parametrization.names import trainable
 from mutune.parametrization.plan import Plan, TensorPlan
 from mutune.parametrization.rules import NORMAL, ONES, TRUNCATED_NORMAL
 
@@ -16,12 +20,51 @@ from mutune.parametrization.rules import NORMAL, ONES, TRUNCATED_NORMAL
 def initialise(model: nn.Module, plan: Plan, seed: int) -> None:
     """Give every parameter its initial value, drawn on the CPU from a generator seeded by (seed, name).
 
-    The values depend on nothing else: not on the order of the parameters, the device, or the number of processes.
+    The values depend on nothing else: not on the order of the parameters, the device, or the number of processes. A
+    sharded parameter (DTensor) gets its part of the same whole; every process must call this. Buffers are left alone,
+    so `to_empty` leaves them for the caller to fill.
+
+    Raises:
+        Refusal: other tensors than the plan's, or parameters on the meta device.
     """
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == plan.parameters.keys(), (parameters.keys() ^ plan.parameters.keys(),)
-    for name, parameter in parameters.items():
-        parameter.copy_(initial_tensor(plan.parameters[name], parameter.shape, seed))
+    for name, parameter in planned(model, plan).items():
+        require(not parameter.is_meta, f"{name} is on the meta device; call model.to_empty(device='cpu') first.")
+        _write(parameter, initial_tensor(plan.parameters[name], parameter.shape, seed))
+
+
+def planned(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
+    """Canonical name → trainable parameter, in the plan's order, whatever a wrapper made of the model's.
+
+    Raises:
+        Refusal: the model's tensors are not exactly those of the plan.
+    """
+    parameters = trainable(model)
+    extra = [name for name in parameters if name not in plan.parameters]
+    require(
+        not extra,
+        f"the model has {_listed(extra)}, which the plan does not; if it was tied when the plan was made, tie it again "
+        f"(to_empty and load_state_dict(assign=True) untie), else plan the model as it is.",
+    )
+    lost = [name for name in plan.parameters if name not in parameters]
+    require(
+        not lost,
+        f"the plan has {_listed(lost)}, which the model does not have or does not train; plan the model as it is.",
+    )
+    return {name: parameters[name] for name in plan.parameters}
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _write(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        if isinstance(parameter, DTensor):
+            value = value.to(parameter.device, parameter.dtype)
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
 
 
 def initial_tensor(row: TensorPlan, shape: torch.Size, seed: int) -> torch.Tensor:
@@ -53,9 +96,13 @@ def set_multipliers(model: nn.Module, plan: Plan) -> None:
 
 
 def optimizer_groups(model: nn.Module, plan: Plan) -> list[dict[str, object]]:
-    """Ordinary `torch.optim.AdamW` groups: one per distinct (peak rate, decay, ε), with `peak_lr` beside `lr`."""
+    """Ordinary `torch.optim.AdamW` groups: one per distinct (peak rate, decay, ε), with `peak_lr` beside `lr`.
+
+    Raises:
+        Refusal: other tensors than the plan's.
+    """
     members: dict[tuple[float, float, float], list[tuple[str, nn.Parameter]]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
+    for name, parameter in planned(model, plan).items():
         row = plan.parameters[name]
         members[(row.peak_lr, row.weight_decay, row.adam_eps)].append((name, parameter))
     return [

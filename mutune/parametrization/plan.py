@@ -99,12 +99,23 @@ class BaseShape:
 
     Attributes:
         depth: number of blocks.
-        fan_in: the base fan-in of each tensor, keyed by its name without the block index (`h.*.mlp.c_proj.weight`);
-            real-valued where the base is declared instead of built.
+        fan_in: the base fan-in of each tensor, keyed by its name, or by its name without the block index
+            (`h.*.mlp.c_proj.weight`) for all blocks alike; real-valued where the base is declared instead of built.
     """
 
     depth: int
     fan_in: Mapping[str, float]
+
+    def fan_in_of(self, name: str) -> float:
+        """The base fan-in of the tensor of that name.
+
+        Raises:
+            Refusal: the base does not have it.
+        """
+        for key in (name, kind(name)):
+            if key in self.fan_in:
+                return self.fan_in[key]
+        raise Refusal(f"the base shape has no tensor {kind(name)}; build it with the same switches as the model.")
 
 
 def kind(name: str) -> str:
@@ -182,10 +193,8 @@ def _tensor_plan(
         raise Refusal(
             f"table {table.name} has no rule for role {spec.role} of {spec.name}; it rules {list(table.rules)}."
         )
-    if kind(spec.name) not in base.fan_in:
-        raise Refusal(f"the base shape has no tensor {kind(spec.name)}; build it with the same switches as the model.")
     rule = table.rules[spec.role]
-    m = spec.fan_in / base.fan_in[kind(spec.name)]
+    m = spec.fan_in / base.fan_in_of(spec.name)
     m_depth = depth / base.depth if spec.in_block else 1.0
     std, realised = _init_std(rule, m, depth, hyper.init_std)
     eps = table.adam_eps if hyper.adam_eps is None else hyper.adam_eps

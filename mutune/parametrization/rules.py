@@ -68,6 +68,7 @@ class Table:
         sites: one forward multiplier per site.
         transfers_over: what its rules are meant to transfer over.
         untied: whether it needs separate embedding and output matrices.
+        optimizer: the family its rates are for.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Table:
     sites: dict[str, Site]
     transfers_over: tuple[str, ...] = ()
     untied: bool = False
+    optimizer: str = "Adam"
 
 
 # Standard parametrization: the base's σ and η at every width, attention 1/sqrt(d_head).
@@ -154,8 +156,9 @@ MUP_TABLE3 = replace(
 
 # The same theory with multipliers that make both ends' initial variance 1/width: θ = √m on embedding and output.
 #   arXiv:2203.03466 Table 9, Adam: input var 1/fan_out, multiplier √fan_out, lr 1/√fan_out; output var 1/fan_in,
-#   multiplier 1/√fan_in, lr 1/√fan_in. Table 9 moves biases and gains like inputs, which would put a multiplier on
-#   every one of them; here they stay where Table 8 has them, which is the same theory.
+#   multiplier 1/√fan_in, lr 1/√fan_in. Both ends have the same θ, so it allows tying as Table 8 does. Table 9 moves
+#   biases and gains like inputs, which would put a multiplier on every one of them; here they stay where Table 8 has
+#   them, which is the same theory.
 MUP_TABLE9 = replace(
     MUP,
     name="mup_table9",
@@ -171,7 +174,6 @@ MUP_TABLE9 = replace(
         "embedding": Site("embedding_multiplier", width=0.5),
         "output": Site("output_multiplier", width=-0.5),
     },
-    untied=True,
 )
 
 # The published rules of BTLM-3B-8K: μP with ε and λ left unscaled, normals truncated at ±2σ, and 1/sqrt(2L) on the
@@ -222,6 +224,7 @@ TABLES = {table.name: table for table in (SP, SP_EMBED, MUP, MUP_TABLE3, MUP_TAB
 #:   arXiv:2510.15262's for matrices. independent: `weight_decay` is what one step at the peak rate takes off,
 #:   λ = weight_decay / lr. horizon: `decay_timescale` is τ, the moving average's timescale as a fraction of the
 #:   run, λ = 1 / (τ·steps·lr) (arXiv:2405.13698, 2505.13738).
+#: A decay that is not in proportion to 1/lr (`fixed`, `scaled` with p other than 1) differs between placements.
 DECAYS = ("table", "fixed", "scaled", "independent", "horizon")
 
 

@@ -8,7 +8,7 @@ times θ, initial std / θ, learning rate / θ, ε·θ and decay λ·θ gives th
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mutune.errors import require
+from mutune.errors import require, require_number
 from mutune.parametrization.plan import Plan, TensorPlan
 from mutune.parametrization.rules import Rule, Table
 
@@ -19,11 +19,14 @@ SITE_OF = {"embedding": "embedding", "position_embedding": "embedding", "output"
 def moved(table: Table, exponents: Mapping[str, float]) -> Table:
     """The same theory in another placement: W = θ·W' with θ = m^exponent for every tensor of the named roles.
 
+    A group action: moving by s and then by t is moving by s + t. A table whose embedding and output come to rest in
+    different placements no longer goes with a tied model, which has one tensor for both.
+
     Args:
-        exponents: role → exponent. Roles that share a site move together, and the model must not be tied.
+        exponents: role → exponent. Roles that share a site move together.
 
     Raises:
-        Refusal: a role without a site of its own, or one of two roles that share a site.
+        Refusal: a role without a site that could carry its θ, or one of two roles that share a site.
     """
     sites, rules = dict(table.sites), dict(table.rules)
     for role, t in exponents.items():
@@ -38,18 +41,24 @@ def moved(table: Table, exponents: Mapping[str, float]) -> Table:
     for site in {SITE_OF[role] for role in exponents}:
         t = next(t for role, t in exponents.items() if SITE_OF[role] == site)
         sites[site] = replace(sites[site], width=sites[site].width + t)
-    return replace(table, rules=rules, sites=sites, untied=True)
+    together = exponents.get("embedding", 0.0) == exponents.get("output", 0.0)
+    untied = table.untied if together else rules["embedding"] != rules["output"]
+    return replace(table, rules=rules, sites=sites, untied=untied)
 
 
 def moved_plan(plan: Plan, theta: Mapping[str, float]) -> Plan:
-    """The same plan with W = θ·W' for each named tensor: rates, ε, decay and initial std, and the sites of matrices.
+    """The same plan with W = θ·W' for each named tensor: its rate, ε, decay and initial std, and the site of its θ.
 
-    A tensor without a site (a hidden matrix, a gain, a bias) needs its θ put into the forward pass by the caller, and
-    a gain its initial value 1/θ.
+    The sites of embedding and output carry their θ. Every other tensor (a hidden matrix, a gain, a bias) needs its θ
+    put into the forward pass by the caller, and a gain its initial value 1/θ.
 
     Args:
-        theta: parameter name → θ > 0.
+        theta: parameter name → θ. The embedding and the learned positions share a site, so they have the same θ.
+
+    Raises:
+        Refusal: a name that the plan does not have, a θ that is not above 0, or two of them at one site.
     """
+    _check_thetas(plan, theta)
     rows = {name: _moved_row(row, theta.get(name, 1.0)) for name, row in plan.parameters.items()}
     sites = {
         name: replace(site, value=site.value * theta.get(site.tensor, 1.0), formula=f"{site.formula} · θ")
@@ -58,6 +67,19 @@ def moved_plan(plan: Plan, theta: Mapping[str, float]) -> Plan:
         for name, site in plan.multipliers.items()
     }
     return replace(plan, parameters=rows, multipliers=sites)
+
+
+def _check_thetas(plan: Plan, theta: Mapping[str, float]) -> None:
+    for name, value in theta.items():
+        require(name in plan.parameters, f"theta has {name}, which the plan does not; it has {list(plan.parameters)}.")
+        require_number(f"theta[{name!r}]", value, above=0.0, example=2.0)
+    for site in set(SITE_OF.values()):
+        shared = [row.name for row in plan.parameters.values() if SITE_OF.get(row.role) == site]
+        require(
+            len({theta.get(name, 1.0) for name in shared}) <= 1,
+            f"{' and '.join(shared)} share the site {site}; give them the same θ, for example "
+            f"{dict.fromkeys(shared, 2.0)}.",
+        )
 
 
 def _moved_rule(rule: Rule, t: float) -> Rule:

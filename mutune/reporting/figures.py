@@ -59,6 +59,16 @@ def draw_train(directory: Path) -> list[Path]:
     return [save(train_figure(curves), directory / "figures" / "loss.png")]
 
 
+def draw_check(directory: Path, axis: str) -> Path:
+    """The figure of a coordinate check over `width` or `depth`, `coordinates-<axis>.png`.
+
+    Raises:
+        Refusal: there is no check; the command that makes one is named.
+    """
+    figure = check_figure(frames.check_lines(directory, axis), axis)
+    return save(figure, directory / "figures" / f"coordinates-{axis}.png")
+
+
 def history_figure(runs: pd.DataFrame) -> Figure:
     """How a search went."""
     figure = _figure(PAGE_WIDTH, 3.6)
@@ -136,6 +146,18 @@ def train_figure(curves: pd.DataFrame) -> Figure:
     plots.plot_learning_rate(curves, below)
     plots.plot_context_switches(frames.context_switches(curves), [above, below])
     above.label_outer()
+    return figure
+
+
+def check_figure(lines: pd.DataFrame, axis: str) -> Figure:
+    """A panel per quantity: flat grey lines are right, red ones are out of bounds."""
+    quantities = [quantity for quantity in frames.CHECKED if quantity in set(lines.quantity)]
+    figure = _figure(PAGE_WIDTH, 3.1 * math.ceil(len(quantities) / 2))
+    panels = figure.subplots(math.ceil(len(quantities) / 2), 2, squeeze=False).ravel()
+    for axes, quantity in zip(panels, quantities, strict=False):
+        plots.plot_coordinates(lines[lines.quantity == quantity], axes, axis=axis, title=frames.CHECKED[quantity])
+    for axes in panels[len(quantities) :]:
+        axes.remove()
     return figure
 
 

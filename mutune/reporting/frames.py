@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mutune.certificate.valley import fit_drift, fit_valley
@@ -17,6 +18,14 @@ from mutune.compose import sweep_files
 from mutune.errors import Refusal
 from mutune.files import read_yaml
 from mutune.parametrization.hyperparameters import NAMES
+
+#: Coordinates of these quantities are drawn: title, and what 1 means on its y axis.
+CHECKED = {
+    "activation": "activations at initialisation",
+    "update": "change of activations",
+    "weight_update": "(W_t - W_0)·x, by tensor",
+    "gradient": "gradient at initialisation, over ε",
+}
 
 METRICS, CONFIG = "metrics.jsonl", "config.yaml"  # as mutune.training.run writes them; importing that brings in torch
 
@@ -360,3 +369,30 @@ def _is_log(data: dict[str, Any]) -> bool:
     values = data["values"]
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
     return numbers and min(values) > 0 and max(values) >= 4 * min(values)
+
+
+def check_lines(directory: Path, axis: str) -> pd.DataFrame:
+    """The judged coordinates of a check over size, each relative to its value at the smallest size.
+
+    One row per quantity, place and size, at the last step at which the place was judged: `ratio` (geometric mean over
+    seeds, and for gradients and for what a bound expects to scale, over what it expects), `step`, `slope`, `low`,
+    `high`, `passed`.
+
+    Raises:
+        Refusal: there is no check in `directory`; the command that makes one is named.
+    """
+    paths = [directory / f"{part}-{axis}.csv" for part in ("coordinates", "slopes")]
+    if not all(path.exists() for path in paths):
+        raise Refusal(f"{directory} holds no check over {axis}; make one with python -m mutune.check.")
+    coordinates, slopes = (pd.read_csv(path) for path in paths)
+    slopes = slopes.sort_values(["passed", "step"], ascending=[True, False])  # what failed, else the last step
+    slopes = slopes.drop_duplicates(["quantity", "place"]).rename(columns={"mean": "slope"})
+    values = coordinates.merge(slopes[["quantity", "place", "step", "slope", "low", "high", "passed"]])
+    values["log2"] = np.log2(values.value)
+    keys = ["quantity", "place", "step", "slope", "low", "high", "passed", "size"]
+    lines = values.groupby(keys, sort=False)["log2"].mean().reset_index()
+    lines = lines.sort_values(["quantity", "place", "size"])
+    first = lines.groupby(["quantity", "place"])[["log2", "size"]].transform("first")
+    expected = ((lines.low + lines.high) / 2).where(lines.quantity == "gradient", 0.0)
+    lines["ratio"] = 2 ** (lines.log2 - first.log2 - expected * np.log2(lines["size"] / first["size"]))
+    return lines.drop(columns="log2").reset_index(drop=True)

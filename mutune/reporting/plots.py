@@ -291,6 +291,45 @@ def _count(number: float) -> str:
     return f"{number:g}"
 
 
+def plot_coordinates(lines: pd.DataFrame, axes: Axes, *, axis: str, title: str) -> None:
+    """Coordinates of one quantity over size, relative to the smallest; what is out of bounds is red and named.
+
+    Args:
+        lines: rows of `frames.check_lines` of one quantity.
+        axis: `width` or `depth`.
+    """
+    sizes = sorted(lines["size"].unique())
+    axes.axhline(1.0, color=DARK, linewidth=0.8, linestyle=":")
+    failed = []
+    for place, line in lines.groupby("place", sort=False):
+        passed = bool(line.passed.iloc[0])
+        style: dict[str, Any] = (
+            {"color": GREY, "linewidth": 1.2, "alpha": 0.8} if passed else {"color": RED, "linewidth": 2}
+        )
+        axes.plot(line["size"], line.ratio, marker="o", markersize=3, zorder=2 if passed else 3, **style)
+        if not passed:
+            failed.append((line.ratio.iloc[-1], f"{place} {line.slope.iloc[0]:+.2f}"))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.45), max(high, 2.2))
+    axes.xaxis.set_major_locator(FixedLocator([float(size) for size in sizes]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.set_xlabel(axis)
+    axes.set_ylabel(f"RMS over that at {axis} {sizes[0]:g}")
+    outside = f", {len(failed)} out of bounds" if failed else ""
+    axes.set_title(f"{title}: {lines.place.nunique()} places{outside}", loc="left", fontsize=10)
+    worst = sorted(failed, key=lambda item: -abs(math.log2(item[0])))[:4]
+    if worst:
+        up = worst[0][0] > 1
+        text = "\n".join(label for _, label in worst) + ("\n…" if len(failed) > 4 else "")
+        place, align = (0.97, "top") if up else (0.03, "bottom")
+        axes.text(0.03, place, text, va=align, transform=axes.transAxes, color=RED, fontsize=8)
+    _tidy(axes)
+
+
 def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.7)

@@ -13,6 +13,8 @@ from multiprocessing.connection import wait as wait_for
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
+from mutune.parametrization.finding import AuditError
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -22,7 +24,7 @@ POLL_SECONDS = 1.0
 
 
 class WorkError(Exception):
-    """A task raised, or its workers kept dying. The message holds the task and the worker's traceback."""
+    """A task raised, or workers kept dying. The message holds the task and its traceback, or what an audit found."""
 
 
 def default_workers() -> int:
@@ -105,7 +107,7 @@ def _send(worker: _Worker[Any]) -> None:
 
 
 def _receive(worker: _Worker[Any]) -> tuple[bool, Any] | None:
-    """(failed, result or traceback), or None where the worker died."""
+    """(failed, result or what went wrong), or None where the worker died."""
     try:
         if worker.connection.poll():
             return worker.connection.recv()
@@ -132,6 +134,8 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
             return
         try:
             answer = (False, function(task))
+        except AuditError as error:
+            answer = (True, str(error))
         except Exception:
             answer = (True, traceback.format_exc())
         connection.send(answer)

@@ -56,6 +56,7 @@ class LoopConfig:
         micro_sequences: sequences per forward pass; None takes the whole batch.
         heldout_windows: number of fixed held-out windows.
         eval_every: steps between evaluations; 0 evaluates at the end of each stage only.
+        audit_every: steps between audits of the live run against its plan; 0 audits at the start and on resume only.
         divergence_factor: a training loss above this many times ln(vocabulary) after warm-up ends the run.
     """
 
@@ -63,12 +64,14 @@ class LoopConfig:
     micro_sequences: int | None = None
     heldout_windows: int = 128
     eval_every: int = 0
+    audit_every: int = 100
     divergence_factor: float = 2.0
 
     def __post_init__(self) -> None:
         require_number("loop.clip_norm", self.clip_norm, above=0.0, example=1.0)
         require_number("loop.heldout_windows", self.heldout_windows, at_least=1, example=128, whole=True)
         require_number("loop.eval_every", self.eval_every, at_least=0, example=50, whole=True)
+        require_number("loop.audit_every", self.audit_every, at_least=0, example=100, whole=True)
         require_number("loop.divergence_factor", self.divergence_factor, above=1.0, example=2.0)
         if self.micro_sequences is not None:
             require_number("loop.micro_sequences", self.micro_sequences, at_least=1, example=4, whole=True)

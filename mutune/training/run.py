@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,19 @@ from mutune.errors import require
 from mutune.files import write_text, write_yaml
 from mutune.model.decoder import Decoder
 from mutune.parametrization.apply import initialise, make_optimizer
+from mutune.parametrization.audit import audit, findings
+from mutune.parametrization.finding import AuditError, Finding
 from mutune.parametrization.plan import Plan
+from mutune.parametrization.second_opinion import second_opinion
 from mutune.training.config import RunSpec, StageConfig, stage_ends
 from mutune.training.loop import Heldout, Record, evaluate, train
 from mutune.training.schedule import multiplier
 from mutune.versions import versions
 
 METRICS = "metrics.jsonl"
+
+#: Tokens of the first batch that the first audit runs through the model; what multipliers do does not depend on them.
+PROBE_TOKENS = 8
 
 
 def check_data(spec: RunSpec, corpus: TokenizedCorpus, key: str) -> None:
@@ -77,8 +83,7 @@ class Run:
         sites = {site: row.value for site, row in self.plan.multipliers.items()}
         self.model = Decoder(spec.model, self.corpus.vocab_size, sites).to(device)
         initialise(self.model, self.plan, spec.seed)
-        hyper = spec.hyperparameters
-        self.optimizer = make_optimizer(self.model, self.plan, betas=(hyper.beta1, hyper.beta2))
+        self.optimizer = make_optimizer(self.model, self.plan, betas=self._betas)
         self.loader = window_loader(spec, self.corpus)
 
     def records(self, start_step: int = 0) -> Iterator[Record]:
@@ -87,14 +92,20 @@ class Run:
         Adds to the loop's records: `tokens` counted from the start of the run, `context_length`, `seconds` since
         this call, and `heldout_loss`, `heldout_bits_per_byte` at the end of each stage and every `eval_every` steps. A
         held-out loss that is not finite is left out, and ends the run as diverged.
+        The run is held against its plan before the first update and every `audit_every` steps.
+
+        Raises:
+            AuditError: the model or the optimizer is not what the plan says.
         """
         spec, started = self.spec, time.monotonic()
         ends = [end for end, _ in stage_ends(spec.stages)]
+        rate = multiplier(spec.schedule, spec.num_steps, stage_ends(spec.stages))
+        self._audit_start(start_step)
         for record in train(
             self.model,
             self.optimizer,
             self.loader.batch,
-            multiplier(spec.schedule, spec.num_steps, stage_ends(spec.stages)),
+            rate,
             start_step=start_step,
             num_steps=spec.num_steps,
             peak_lr=spec.hyperparameters.learning_rate,
@@ -107,6 +118,8 @@ class Run:
             stage = spec.stages[bisect.bisect_left(ends, step)]
             record["tokens"] = tokens_after(spec.stages, step)
             record["context_length"] = stage.context_length
+            if spec.loop.audit_every and step % spec.loop.audit_every == 0 and not record["diverged"]:
+                audit(self.model, self.optimizer, self.plan, factor=rate(step - 1), betas=self._betas)
             every = spec.loop.eval_every
             if not record["diverged"] and (step in ends or (every and step % every == 0)):
                 measured = evaluate(self.model, self._heldout(stage.context_length))
@@ -117,9 +130,45 @@ class Run:
             if record["diverged"]:
                 return
 
+    @property
+    def _betas(self) -> tuple[float, float]:
+        return self.spec.hyperparameters.beta1, self.spec.hyperparameters.beta2
+
+    def _audit_start(self, start_step: int) -> None:
+        """The first audit: initial values of a fresh run, the forward pass, and what `mup` thinks of the plan."""
+        device = next(self.model.parameters()).device
+        ids_BT = torch.from_numpy(self.loader.batch(start_step)[:1, :PROBE_TOKENS]).to(device)
+        found = findings(
+            self.model,
+            self.optimizer,
+            self.plan,
+            at_init=start_step == 0,
+            betas=self._betas,
+            forward=lambda: self.model(ids_BT),
+        )
+        found += mup_opinion(self.spec, self.plan)
+        if found:
+            raise AuditError(found)
+
     def _heldout(self, context_length: int) -> Heldout:
         windows = heldout_windows(self.corpus.heldout, context_length, self.spec.loop.heldout_windows)
         return Heldout(windows, self.corpus.tokenizer.token_bytes)
+
+
+def mup_opinion(spec: RunSpec, plan: Plan) -> list[Finding]:
+    """Where `mup` differs from a run's plan (`second_opinion`); its blocks are alike, so one of them is compared.
+
+    A base that is declared with real-valued sizes has no model, and so there is no opinion on it.
+    """
+    width, ffn = int(spec.base.width), int(spec.base.ffn)
+    if (width, ffn) != (spec.base.width, spec.base.ffn):
+        return []
+    base = replace(spec.model, width=width, ffn_width=ffn, num_heads=1, depth=1)
+    delta = replace(base, width=2 * width, ffn_width=2 * ffn)
+    sites = dict.fromkeys(plan.multipliers, 1.0)
+    with torch.device("meta"):
+        models = [Decoder(shape, 1, sites) for shape in (base, delta, replace(spec.model, depth=1))]
+    return second_opinion(plan, *models, decays=spec.parametrization.decay == "table")
 
 
 def tokens_after(stages: tuple[StageConfig, ...], step: int) -> int:

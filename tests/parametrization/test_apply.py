@@ -1,18 +1,16 @@
 """The plan on a live model: initial values, optimizer groups, and parity with the `mup` package."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
-import mup
 import pytest
 import torch
 
+from mutune.errors import Refusal
 from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig
 from mutune.parametrization.apply import initial_tensor, initialise, optimizer_groups, set_rates
-from mutune.parametrization.plan import Plan
+from tests.parametrization.mup_package import mup_optimizer, unscaled
 from tests.training.tiny import (
     BASE,
     HYPER,
@@ -98,7 +96,7 @@ def test_untruncated_values_go_beyond_two_deviations() -> None:
 
 
 def test_a_plan_of_another_model_is_not_applied() -> None:
-    with pytest.raises(AssertionError, match="wpe"):
+    with pytest.raises(Refusal, match=r"the plan has wpe\.weight, which the model does not have"):
         initialise(tiny_decoder(WIDE, tiny_plan(WIDE)), tiny_plan(replace(WIDE, positions="learned")), seed=0)
 
 
@@ -139,24 +137,6 @@ def test_setting_rates_multiplies_every_peak() -> None:
 
 
 # ----------------------------------------------------------------------------------------- parity with the mup package
-def mup_optimizer(model: Decoder, plan: Plan, base: ModelConfig, eps: Callable[[str], float]) -> torch.optim.Optimizer:
-    """`mup.MuAdamW` with the base rate, its own width rule, and ε and decay mapped to mutune's."""
-    sites = dict.fromkeys(plan.multipliers, 1.0)
-    delta = replace(base, width=2 * base.width, ffn_width=2 * base.ffn)
-    with torch.device("meta"):
-        shapes = [Decoder(shape, VOCAB, sites) for shape in (base, delta)]
-    mup.set_base_shapes(model, shapes[0], rescale_params=False, delta=shapes[1])
-    groups: list[dict[str, Any]] = []
-    for name, parameter in model.named_parameters():
-        decayed = parameter.dim() == 2  # neither biases nor gains
-        decay = HYPER.weight_decay if decayed else 0.0
-        groups.append({"params": [parameter], "weight_decay": decay, "eps": eps(name)})
-    optimizer: torch.optim.Optimizer = mup.MuAdamW(groups, lr=HYPER.learning_rate, betas=(0.9, 0.95), fused=True)
-    for group in optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
-    return optimizer
-
-
 PAIRS = [
     pytest.param(replace(BASE, ffn_width=40), replace(WIDE, ffn_width=160), id="ratio-4-everywhere"),
     pytest.param(BASE, WIDE, id="feed-forward-rounded-down"),  # 170 / 42, not 4
@@ -180,7 +160,7 @@ def test_learning_rates_and_decays_equal_those_of_mup(base: ModelConfig, shape: 
     plan = tiny_plan(shape, base=base)
     ours, theirs = tiny_decoder(shape, plan), tiny_decoder(shape, plan)
     base = replace(base, positions=shape.positions)
-    reference = mup_optimizer(theirs, plan, base, lambda name: plan.parameters[name].adam_eps)
+    reference = mup_optimizer(theirs, base, unscaled(plan, HYPER.learning_rate, HYPER.weight_decay))
     assert groups_by_name(ours, tiny_optimizer(ours, plan)) == groups_by_name(theirs, reference)
 
 
@@ -190,7 +170,7 @@ def test_fifty_steps_equal_those_of_mup_bit_for_bit(base: ModelConfig, shape: Mo
     ours, theirs = tiny_decoder(shape, plan), tiny_decoder(shape, plan)
     start = tiny_decoder(shape, plan)
     base = replace(base, positions=shape.positions)
-    reference = mup_optimizer(theirs, plan, base, lambda name: plan.parameters[name].adam_eps)
+    reference = mup_optimizer(theirs, base, unscaled(plan, HYPER.learning_rate, HYPER.weight_decay))
     records = tiny_train(ours, tiny_optimizer(ours, plan), 50)
     assert records == tiny_train(theirs, reference, 50)
     assert same_parameters(ours, theirs)
@@ -201,7 +181,8 @@ def test_fifty_steps_equal_those_of_mup_bit_for_bit(base: ModelConfig, shape: Mo
 def test_fifty_steps_differ_from_mup_at_another_epsilon() -> None:
     plan = tiny_plan(WIDE)
     ours, theirs = tiny_decoder(WIDE, plan), tiny_decoder(WIDE, plan)
-    reference = mup_optimizer(theirs, plan, BASE, lambda name: 1e-4)
+    base_values = unscaled(plan, HYPER.learning_rate, HYPER.weight_decay)
+    reference = mup_optimizer(theirs, BASE, lambda name: base_values(name) | {"eps": 1e-4})
     assert tiny_train(ours, tiny_optimizer(ours, plan), 50) != tiny_train(theirs, reference, 50)
 
 

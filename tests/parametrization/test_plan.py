@@ -138,7 +138,10 @@ def test_an_epsilon_of_the_user_replaces_the_one_of_the_table() -> None:
     assert {row.adam_eps for row in rows.values()} == {2e-9}
 
 
-@given(width=st.integers(1, 512).map(lambda n: 8 * n), eta=st.floats(1e-5, 1.0), decay=st.floats(0.0, 1.0))
+DECAYS = st.just(0.0) | st.floats(1e-9, 1.0)  # no subnormal numbers, which have fewer digits
+
+
+@given(width=st.integers(1, 512).map(lambda n: 8 * n), eta=st.floats(1e-5, 1.0), decay=DECAYS)
 def test_mup_keeps_rate_times_decay_constant_across_width(width: int, eta: float, decay: float) -> None:
     shape = ModelConfig(width=width, depth=1, head_size=8)
     hyper = BaseHyperparameters(learning_rate=eta, weight_decay=decay)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mutune.parametrization.finding import AuditError, Finding
 from mutune.search.workers import WorkError, run_all
 
 
@@ -29,6 +30,10 @@ def die_always(x: int) -> int:
 
 def fail(x: int) -> int:
     raise KeyError(f"task {x} is broken")
+
+
+def stopped_by_an_audit(x: int) -> int:
+    raise AuditError([Finding("wte.weight", "learning rate", 0.02, 0.01, "why")])
 
 
 def threads_and_sleep(x: int) -> tuple[int, int]:
@@ -61,6 +66,14 @@ def test_workers_that_keep_dying_stop_the_work() -> None:
 def test_an_exception_in_a_task_stops_the_work_with_its_traceback() -> None:
     with pytest.raises(WorkError, match="task 3 is broken"):
         list(run_all(fail, [3], workers=2))
+
+
+def test_what_an_audit_found_stops_the_work_without_a_traceback() -> None:
+    with pytest.raises(WorkError) as caught:
+        list(run_all(stopped_by_an_audit, [3], workers=1))
+    assert str(caught.value) == (
+        "3 failed:\nthe audit found 1 mismatch with the plan:\n- wte.weight: learning rate is 0.01, expected 0.02; why."
+    )
 
 
 def test_no_task_needs_no_worker() -> None:

@@ -52,4 +52,4 @@ def test_a_context_must_fit_into_the_shorter_split_which_is_named(tmp_path: Path
     sentence = str(refusal.value)
     assert "target.stages[1].context_length=99 does not fit into the 24 held-out tokens of tiny.txt" in sentence
     works = int(sentence.rpartition("=")[2].rstrip("."))
-    check_data(replace(wide, stages=(replace(stage, context_length=works),)), corpus, "run")
+    check_data(replace(wide, stages=(replace(wide.stages[0], context_length=works),)), corpus, "run")

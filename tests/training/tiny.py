@@ -10,8 +10,8 @@ from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig, base_config, base_shape, tensor_specs
 from mutune.parametrization.apply import initialise, make_optimizer
 from mutune.parametrization.hyperparameters import BaseHyperparameters
-from mutune.parametrization.plan import Plan, make_plan
-from mutune.parametrization.rules import get_table
+from mutune.parametrization.plan import Decay, Plan, make_plan
+from mutune.parametrization.rules import Table, get_table
 from mutune.training.loop import Record, train
 from mutune.training.schedule import ScheduleConfig, multiplier
 
@@ -20,18 +20,24 @@ BASE = ModelConfig(width=16, depth=2, head_size=16)
 HYPER = BaseHyperparameters(
     learning_rate=0.02, init_std=0.25, embedding_multiplier=2.0, output_multiplier=1.5, weight_decay=0.1
 )
+DECAY = Decay()
 
 
 def tiny_plan(
-    shape: ModelConfig, table: str = "mup", hyperparameters: BaseHyperparameters = HYPER, base: ModelConfig = BASE
+    shape: ModelConfig,
+    table: str | Table = "mup",
+    hyperparameters: BaseHyperparameters = HYPER,
+    base: ModelConfig = BASE,
+    decay: Decay = DECAY,
 ) -> Plan:
     return make_plan(
-        get_table(table),
+        get_table(table) if isinstance(table, str) else table,
         tensor_specs(shape, VOCAB),
         base_shape(base_config(base), like=shape),
         hyperparameters,
         depth=shape.depth,
         head_size=shape.size_per_head,
+        decay=decay,
     )
 
 

@@ -1,0 +1,142 @@
+"""Where a model multiplies: the modules of each site, the tensors that they act on, and the sites that lack one."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from mutune.errors import Refusal, require
+from mutune.parametrization.hyperparameters import BaseHyperparameters
+from mutune.parametrization.plan import TensorSpec
+from mutune.parametrization.roles import check_patterns
+from mutune.parametrization.rules import Table
+from mutune.parametrization.survey import Survey, Tensor
+
+#: The one site that may be left to the model: its value follows the head size alone.
+LOGITS = "attention_logits"
+_PROPOSALS = {LOGITS: "*.q_proj", "residual.attn": "*.attn", "residual.mlp": "*.mlp", "output": "lm_head"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module of a site: one that the user named (its output is multiplied), or one whose child is a Multiplier."""
+
+    module: str
+    named: bool
+
+
+def places_of(found: Survey, sites: Mapping[str, str]) -> dict[str, list[Place]]:
+    """Site → places: the Multipliers in the model's code, and the modules that the user's patterns name.
+
+    Raises:
+        Refusal: a pattern that matches nothing, or a site that has a Multiplier already.
+    """
+    places = {
+        site: [Place(name.rpartition(".")[0], named=False) for name in names]
+        for site, names in found.multipliers.items()
+    }
+    for site, pattern in sites.items():
+        require(
+            site not in places,
+            f"sites names {pattern} for {site}, where the model already has a Multiplier; leave one of them out.",
+        )
+        check_patterns(f"sites[{site!r}]", {pattern: None}, list(found.modules), "module")
+        places[site] = [Place(name, named=True) for name in found.modules if fnmatchcase(name, pattern)]
+    return places
+
+
+def sites_of(
+    found: Survey, roles: Mapping[str, str], in_block: Mapping[str, bool], places: Mapping[str, list[Place]]
+) -> dict[str, tuple[str, ...]]:
+    """Tensor → the sites that act on its product: at both ends by role, inside blocks by the module that multiplies."""
+    sites = {name: _end_sites(found.tensors[name], role, in_block[name]) for name, role in roles.items()}
+    tables = [name for name, role in roles.items() if role == "embedding" and not in_block[name]]
+    if "output" in places and tables and not any("output" in held for held in sites.values()):
+        sites[tables[0]] = ("embedding", "output")  # tied in the forward pass: the table is the output
+    matrices = [name for name, tensor in found.tensors.items() if len(tensor.shape) > 1]
+    for site in places.keys() - {"embedding", "output"}:
+        for place in places[site]:
+            target = _acted_on(site, place, matrices)
+            sites[target] = tuple(dict.fromkeys((*sites[target], site)))
+    return sites
+
+
+def _end_sites(tensor: Tensor, role: str, in_block: bool) -> tuple[str, ...]:
+    tied = all(any(issubclass(owner, end) for owner in tensor.owners) for end in (nn.Embedding, nn.Linear))
+    if tied:
+        return ("embedding", "output")
+    if role == "output":
+        return ("output",)
+    return ("embedding",) if role in ("embedding", "position_embedding") and not in_block else ()
+
+
+def _acted_on(site: str, place: Place, matrices: list[str]) -> str:
+    """The matrix whose product a site inside a block multiplies: what `multipliers.csv` shows.
+
+    `attention_logits`: the first matrix below its module, or below the module that holds its Multiplier. Others: the
+    last one, below the holder's child that the site is called after (`residual.attn` → `attn`) where there is one.
+    """
+    child = f"{place.module}.{site.rpartition('.')[2]}".removeprefix(".")
+    modules = [place.module] if place.named else [child, place.module]
+    while modules[-1]:
+        modules.append(modules[-1].rpartition(".")[0])
+    below = next(found for found in ([m for m in matrices if _below(m, module)] for module in modules) if found)
+    return below[0] if site == LOGITS else below[-1]
+
+
+def _below(name: str, module: str) -> bool:
+    return not module or name.startswith(f"{module}.")
+
+
+def check_sites(table: Table, places: Iterable[str], specs: Iterable[TensorSpec]) -> None:
+    """Refuse a place of a site that the table does not have, or that no trained tensor stands at."""
+    held = {site for spec in specs for site in spec.sites}
+    for site in places:
+        require(
+            site in table.sites,
+            f"the model multiplies at site {site}, which table {table.name} does not have; its sites: "
+            f"{list(table.sites)}.",
+        )
+        require(
+            site in held,
+            f"the model multiplies at site {site}, and no trained tensor stands there; take the multiplier out, or "
+            f"name the tensor's role, for example roles={{'lm_head.weight': 'output'}}.",
+        )
+
+
+def unplaced_sites(
+    table: Table, placed: Iterable[str], hyperparameters: BaseHyperparameters, proposals: Mapping[str, str]
+) -> tuple[str, ...]:
+    """The sites left to the model.
+
+    Raises:
+        Refusal: a site without a place whose number depends on the shape or is not 1.
+    """
+    unplaced = []
+    for name, site in table.sites.items():
+        alpha = getattr(hyperparameters, site.hyperparameter) if site.hyperparameter else 1.0
+        if name in placed or (alpha == 1.0 and not (site.width or site.depth or site.head)):
+            continue
+        if name == LOGITS and alpha == 1.0:
+            unplaced.append(name)
+            continue
+        easier = ", or, untied, take table=mup_table3, which needs none" if name == "output" and alpha == 1.0 else ""
+        raise Refusal(
+            f"table {table.name} multiplies at site {name} by {site.formula}, and the model has no place for it; put "
+            f"mutune.Multiplier({name!r}) into its code, or name the module whose output it multiplies, for example "
+            f"sites={{{name!r}: {proposals.get(name, 'block.module')!r}}}{easier}."
+        )
+    return tuple(unplaced)
+
+
+def proposals(found: Survey, specs: Iterable[TensorSpec]) -> dict[str, str]:
+    """Site → the module that a refusal proposes for it: where the embedding and the output matrix live."""
+    known = dict(_PROPOSALS)
+    for spec in specs:
+        tensor = found.tensors[spec.name]
+        for name, owner in zip(tensor.names, tensor.owners, strict=True):
+            for site, end in (("embedding", nn.Embedding), ("output", nn.Linear)):
+                if site in spec.sites and issubclass(owner, end):
+                    known[site] = name.rpartition(".")[0]
+    return known

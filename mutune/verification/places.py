@@ -1,0 +1,35 @@
+"""What a coordinate is, as plain data."""
+
+from dataclasses import dataclass
+
+#: What is measured. `activation`: RMS of a module's output, at init (of a matrix that no product uses, itself).
+#: `update`: RMS of its change since init. `weight_update`: RMS of (W_t - W_0)·x at the tensor's product (of W_t - W_0
+#: itself where there is none), times the multiplier after it where the product is the output. `gradient`: RMS of the
+#: loss's gradient, at init. Only to explain: `input`: RMS of what goes into a module, at init; `head_size`: d_head, as
+#: attention saw it.
+QUANTITIES = ("activation", "update", "weight_update", "gradient", "input", "head_size")
+
+LOGITS, ATTENTION_LOGITS, LAST_BLOCK, OUTPUT = "logits", "attention_logits", "last_block", "output"
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """One measured number.
+
+    Attributes:
+        size: width or depth.
+        seed, step: of the run; `step` counts updates done.
+        quantity: one of `QUANTITIES`.
+        place: module or tensor, with `*` for the block index; or `logits`, `attention_logits`, `last_block`, and
+            `output` for the second product of a tied table.
+        order: position in the forward pass.
+        value: the RMS, over all blocks of that place.
+    """
+
+    size: int
+    seed: int
+    step: int
+    quantity: str
+    place: str
+    order: int
+    value: float

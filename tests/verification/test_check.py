@@ -1,0 +1,245 @@
+"""The coordinate check: right tables pass, wrong ones are caught and named, and the command keeps its contract."""
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from examples import llama
+from mutune import Family
+from mutune.model.shape import ModelConfig
+from mutune.parametrization.hyperparameters import BaseHyperparameters
+from mutune.parametrization.rules import BTLM, MUP, MUP_TABLE3, MUP_TABLE9, SP, Table, completep
+from mutune.verification.check import coordinate_check
+from mutune.verification.coordinates import Probe, measure
+from mutune.verification.places import Coordinate
+from mutune.verification.subjects import DecoderSubject, Text
+from mutune.verification.verdict import DEPTH, WIDTH, Judgement, slopes
+from tests import doors
+from tests.verification.mutants import DEEP, EVERY_ROLE, HYPER, Mutant, judged, mutants
+
+#: A check for impatient tests; the full one is `make soak`'s.
+QUICK: dict[str, Any] = {"widths": (64, 128, 256), "text": Text(context_length=32)}
+
+
+def said(judgement: Judgement) -> str:
+    return judgement.findings[0].diagnosis if judgement.findings else "nothing"
+
+
+@pytest.mark.parametrize("table", [MUP, MUP_TABLE3, MUP_TABLE9], ids=lambda table: table.name)
+def test_a_right_table_passes_over_width(table: Table) -> None:
+    judgement = judged(table, **QUICK)
+    assert judgement.passed, said(judgement)
+    assert {slope.quantity for slope, _ in judgement.judged} == {"activation", "update", "weight_update", "gradient"}
+
+
+def test_completep_passes_over_depth_and_its_neighbours_do_not() -> None:
+    right = completep()
+    assert judged(right, DEPTH).passed
+    inside = [role for role, rule in right.rules.items() if rule.eps_depth]
+    slow = {role: replace(right.rules[role], lr_depth=-1.0) for role in inside}
+    lazy = judged(replace(right, rules={**right.rules, **slow}), DEPTH)
+    assert "the learning rate of h.*." in said(lazy)
+    assert "scales as m_L^-1.00, an exponent of about -1 too many" in said(lazy)
+    half = completep(0.5)
+    fast = {role: replace(half.rules[role], lr_depth=0.0) for role in inside}
+    assert not judged(replace(half, rules={**half.rules, **fast}), DEPTH).passed
+    assert not judged(MUP, DEPTH).passed
+
+
+def named(what: str) -> Mutant:
+    (found,) = [mutant for mutant in mutants(MUP) if mutant.what == what]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("what", "diagnosis"),
+    [
+        ("embedding.std +0.5", "the initial std of wte.weight scales as m^+0.50, an exponent of about +0.5 too many"),
+        ("hidden.std +0.5", "the initial std of h.*.attn.c_attn.weight scales as m^+0.00, an exponent of about +0.5"),
+        ("hidden.lr +0.5", "the learning rate of h.*.mlp.c_proj.weight scales as m^-1.00, an exponent"),
+        ("embedding.lr -0.5", "the learning rate of wte.weight scales as m^-0.50, an exponent of about -0.5 too many"),
+        ("gain.lr +0.5", ".weight scales as m^+0.50, an exponent of about +0.5 too many"),
+        ("hidden.eps +0.5", "its ε scales as m^-0.50 and must follow the gradient"),
+        ("site output.width -0.5", "the output multiplier scales as m^-1.50"),
+        ("site attention_logits.width +0.5", "the attention scale, or the query and key before it, have +0.5 too many"),
+    ],
+)
+def test_a_wrong_exponent_is_caught_and_named(what: str, diagnosis: str) -> None:
+    judgement = judged(named(what).table, **QUICK)
+    causes = [finding.diagnosis for finding in judgement.findings if not finding.consequence]
+    if what == "hidden.lr +0.5":  # hidden matrices and those that write into the stream have roles of their own
+        assert any("learning rate of h.*" in cause for cause in causes), causes
+    else:
+        assert any(diagnosis in cause for cause in causes), causes
+
+
+def test_every_table_gives_at_least_forty_mutants_in_all() -> None:
+    assert len(list(mutants(MUP))) >= 40
+    assert len({mutant.what for mutant in mutants(completep())}) == len(list(mutants(completep())))
+
+
+def test_sp_fails_and_every_unscaled_rule_is_named() -> None:
+    causes = " ".join(f.diagnosis for f in judged(SP, **QUICK).findings if not f.consequence)
+    for tensor in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        assert f"the initial std of h.*.{tensor}.weight scales as m^+0.00, an exponent of about +0.5" in causes
+    assert "the output multiplier scales as m^+0.00" in causes
+
+
+def test_a_slope_is_the_exponent_that_was_written() -> None:
+    written = [
+        Coordinate(size, seed, 0, "activation", "x", 0, (1 + seed) * size**exponent)
+        for seed, exponent in enumerate((0.4, 0.6))
+        for size in (16, 32, 128)
+    ]
+    (slope,) = slopes(written)
+    assert slope.mean == pytest.approx(0.5)
+    assert slope.half_width == pytest.approx(12.71 * math.sqrt(0.02) / math.sqrt(2))
+
+
+def test_a_coordinate_that_is_not_finite_is_a_finding_and_a_zero_one_is_left_out() -> None:
+    def at(value: float, place: str) -> list[Coordinate]:
+        return [Coordinate(size, 0, 0, "activation", place, 0, v) for size, v in ((16, 1.0), (32, value))]
+
+    assert slopes(at(math.inf, "x"))[0].mean == math.inf
+    assert slopes(at(math.nan, "x"))[0].mean == math.inf
+    assert slopes(at(0.0, "x")) == []
+
+
+def test_the_probe_sees_a_head_that_is_no_module_and_attention() -> None:
+    """A tied head is a plain call, and its change is counted as the logits feel it."""
+    subject = DecoderSubject(WIDTH, replace(EVERY_ROLE, tied=True), MUP, HYPER, vocab_size=31)
+    model, plan = subject.make(64, 0)
+    ids = torch.arange(24).reshape(2, 12) % 31
+    probe = Probe(model)
+    probe.take(ids)
+    with torch.no_grad():
+        dict(model.named_parameters())["wte.weight"].add_(0.5)
+    after = probe.take(ids)
+    assert after.products["wte.weight"] == pytest.approx(0.5, rel=1e-5)
+    assert after.products["output"] > 0
+    assert after.head_size == 16
+    assert [name for name in after.outputs if name.endswith("attention_logits")]
+    assert plan.multipliers["output"].value == 0.5
+
+
+def test_measuring_leaves_no_hook_behind_and_is_repeatable() -> None:
+    subject = DecoderSubject(WIDTH, DEEP, MUP, HYPER, vocab_size=1024)
+    text = Text(context_length=16, batch_sequences=2, steps=(1, 2))
+    assert measure(subject, 64, 0, text) == measure(subject, 64, 0, text)
+    model, _ = subject.make(64, 0)
+    Probe(model).take(text.probe)
+    assert not any(isinstance(m, nn.Module) and m._forward_hooks for m in model.modules())
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_the_command_leaves_numbers_figures_and_a_verdict(tmp_path: Path) -> None:
+    done = doors.run("check", "widths=[64,128]", "seeds=2", "model.depth=2", f"out={tmp_path}")
+    folder = tmp_path / "checks" / "mup"
+    assert "verdict    PASS: table mup over width 64-128" in done.stdout
+    assert json.loads((folder / "verdict.json").read_text()) == {"verdict": "PASS", "findings": []}
+    rows = rows_of(folder / "slopes-width.csv")
+    assert {"quantity", "place", "step", "mean", "half_width", "low", "high", "passed"} <= set(rows[0])
+    assert {row["passed"] for row in rows} == {"True"}
+    assert (folder / "figures" / "coordinates-width.png").stat().st_size > 10_000
+    assert {int(row["size"]) for row in rows_of(folder / "coordinates-width.csv")} == {64, 128}
+    refused = doors.run("check", "widths=[64,256]", "seeds=2", "model.depth=2", f"out={tmp_path}", expect=2)
+    assert "config.widths" in refused.stderr or "widths" in refused.stderr
+    assert "overwrite=true" in refused.stderr
+
+
+def test_a_wrong_table_exits_with_one_and_says_what_is_wrong(tmp_path: Path) -> None:
+    arguments = ["parametrization=sp", "widths=[64,128]", "seeds=1", "model.depth=1", f"out={tmp_path}"]
+    done = doors.run("check", *arguments, expect=1)
+    assert "likely cause   at init, h.*.attn.c_attn scales as width^+0." in done.stdout
+    assert "verdict    FAIL: table sp over width 64-128" in done.stdout
+    assert "Traceback" not in done.stderr
+    verdict = json.loads((tmp_path / "checks" / "sp" / "verdict.json").read_text())
+    assert verdict["verdict"] == "FAIL"
+    assert verdict["findings"][0]["place"] == "h.*.attn.c_attn"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["widths=[128]"], "widths=[128] must hold at least two different sizes; for example widths=[128, 256, 512]."),
+        (["widths=[]"], "widths=[] and depths=[] leave nothing to check"),
+        (["widths=[40,128]"], "does not divide model.width=40"),
+        (["widths=[0,128]"], "widths=0 must be a finite number at least 1"),
+        (["seeds=0"], "seeds=0 must be"),
+        (["run.num_steps=0"], "run.num_steps=0 must be"),
+        (["parametrization=mup_table3"], "and wte.weight is both; untie them (model.tied=false)"),
+        (["parametrization.decay=horizon"], "needs a run's length, which a check has not"),
+        (["parametrization.table=mop"], "parametrization.table=mop is unknown"),
+        (
+            ["family=examples.llama"],
+            "family=examples.llama must be module:name; for example family=examples.llama:family.",
+        ),
+        (["family=examples.nothing:family"], "family=examples.nothing:family cannot be loaded"),
+        (["family=examples.llama:build"], "family=examples.llama:build is a function; it must be a mutune.Family"),
+        (["family=examples.llama:family", "tokenizer=gpt2"], "choose another tokenizer, for example tokenizer=bytes"),
+        (["family=examples.llama:family", "depths=[1,2]"], "has one kind of shape; set widths=[] or depths=[]"),
+        (["name=a/b"], "name=a/b must be a plain folder name"),
+        (["run.context_length=100000000"], "does not fit into"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    refused = doors.run("check", *arguments, f"out={tmp_path / 'runs'}", expect=2)
+    assert sentence in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_users_own_family_is_checked_in_a_notebook_and_on_the_command_line(tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"training": Text(context_length=32), "seeds": 1}
+    right = coordinate_check(llama.family, [64, 128, 256], **quick)
+    assert right.passed, said(right)
+    assert not coordinate_check(llama.family, [64, 128, 256], table="sp", **quick).passed
+    arguments = ["family=examples.llama:family", "widths=[128,256]", "seeds=1", "run.context_length=32"]
+    done = doors.run("check", *arguments, f"out={tmp_path}")
+    assert "verdict    PASS: table mup over width 128-256" in done.stdout
+    assert (tmp_path / "checks" / "examples.llama.family-mup" / "verdict.json").exists()
+
+
+def test_a_forgotten_multiplier_of_a_users_model_is_seen_by_its_slopes() -> None:
+    """The model is built as if it had the multiplier, and its forward pass does not use it."""
+
+    class Forgets(llama.Llama):
+        def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+            x_BTD = self.scale_embedding(self.embed(ids_BT))
+            for layer in self.layers:
+                x_BTD = layer(x_BTD)
+            return self.head(self.norm(x_BTD))
+
+    shape = llama.LlamaShape
+    family: Family[int] = Family(lambda width: Forgets(shape(width, vocab_size=1024)), base=32, delta=64, head_size=16)
+    judgement = coordinate_check(family, [64, 128, 256], training=Text(context_length=32), seeds=1)
+    assert "the output multiplier scales as m^-1.00" in " ".join(f.diagnosis for f in judgement.findings)
+    assert not judgement.passed
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:
+    done = doors.run("check", "dry_run=true", f"out={tmp_path / 'runs'}")
+    assert "widths     [128, 256, 512]" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_btlm_passes_over_width_without_a_word_about_its_unscaled_epsilon() -> None:
+    judgement = judged(BTLM, model=ModelConfig(width=32, depth=2), **QUICK)
+    assert judgement.passed, said(judgement)
+    assert not [slope for slope, _ in judgement.judged if slope.quantity == "gradient"]
+
+
+def test_the_check_holds_at_other_multipliers_too() -> None:
+    plain = BaseHyperparameters(learning_rate=2**-8, init_std=0.11, embedding_multiplier=2.5, output_multiplier=1.3)
+    judgement = judged(MUP, hyperparameters=plain, seed=3, **QUICK)
+    assert judgement.passed, said(judgement)
