@@ -6,6 +6,7 @@ only chooses. Nothing below a door knows Hydra or OmegaConf.
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -14,10 +15,11 @@ from typing import Any, TypeVar
 
 import yaml
 
-from mutune.errors import Refusal
+from mutune.errors import Refusal, shown
 
 T = TypeVar("T")
 
+FREE = "search.space"  # the group whose keys a user chooses
 _NAMES = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
 _EXAMPLES = {int: "32", float: "0.01", str: "runs", bool: "true"}
 
@@ -40,7 +42,7 @@ def build(cls: type[T], data: Any, key: str = "") -> T:
         Refusal: an unknown key, a value of the wrong type, or a value that the dataclass itself refuses.
     """
     if not isinstance(data, dict):
-        raise Refusal(f"{key}={_show(data)} must be a group of keys ({', '.join(_field_names(cls))}).")
+        raise Refusal(f"{key}={shown(data)} must be a group of keys ({', '.join(_field_names(cls))}).")
     hints = typing.get_type_hints(cls)
     for name in data:
         if name not in hints:
@@ -49,7 +51,8 @@ def build(cls: type[T], data: Any, key: str = "") -> T:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in data:
             raise Refusal(f"{_join(key, field.name)} is missing; write it again with the command that made the file.")
-    values = {name: _convert(hints[name], value, _join(key, name)) for name, value in data.items()}
+    examples = {field.name: field.default for field in dataclasses.fields(typing.cast(Any, cls))}
+    values = {n: _convert(hints[n], value, _join(key, n), examples[n]) for n, value in data.items()}
     try:
         return cls(**values)
     except Refusal as refusal:
@@ -88,20 +91,25 @@ def compose(door: str, schema: type[T], overrides: Sequence[str]) -> T:
 
     store = ConfigStore.instance()
     store.store(name=f"{door}_defaults", node=plain(schema()))
-    for name, path in sweep_files().items():
-        store.store(group="sweep", name=name, node=_load_sweep(path), package="_global_", provider=str(path))
+    for name in _chosen_sweeps(overrides):
+        if door != "sweep":
+            raise Refusal(unknown_key("sweep", _all_keys(schema)))
+        store.store(group="sweep", name=name, node=_load_sweep(name), package="_global_", provider=name)
     try:
         with initialize_config_dir(config_dir=str(data_dir("conf")), version_base="1.3"):
             composed = OmegaConf.to_container(hydra_compose(door, overrides=list(overrides)), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise Refusal(_sentence(error, schema)) from error
+    except ValueError as error:  # of Python's own parser: a number of thousands of digits
+        raise Refusal(f"the command line cannot be read ({error}); write key=value, for example seed=1.") from error
     return build(schema, composed)
 
 
 def sweep_files() -> dict[str, Path]:
     """Name → file of every known sweep; those in `./sweeps` of the working directory shadow ours."""
     folders = [data_dir("sweeps"), Path.cwd() / "sweeps"]
-    return {path.stem: path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*.yaml"))}
+    paths = [path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*.yaml"))]
+    return {path.stem: path for path in paths if path.is_file()}
 
 
 def choices(group: str) -> list[str]:
@@ -109,7 +117,17 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (data_dir("conf") / group).glob("*.yaml"))
 
 
-def _load_sweep(path: Path) -> dict[str, Any]:
+def _chosen_sweeps(overrides: Sequence[str]) -> list[str]:
+    """The names in `+sweep=NAME`: only what is chosen is read, so that another file in `./sweeps` is no concern."""
+    words = [override.partition("=") for override in overrides]
+    return [value.strip("'\"") for key, _, value in words if key.lstrip("+") == "sweep"]
+
+
+def _load_sweep(name: str) -> dict[str, Any]:
+    files = sweep_files()
+    if name not in files:
+        raise Refusal(f"unknown sweep '{shown(name)}'; known: {', '.join(sorted(files))}.")
+    path = files[name]
     try:
         data = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -132,7 +150,7 @@ def _sentence(error: Exception, schema: type) -> str:
         group = text.split("'")[1]
         return f"{group} is added, not overridden: write +{group}=... (known: {', '.join(_known(group))})."
     if text.startswith("Could not override '"):
-        return unknown_key(text.split("'")[1], _all_keys(schema))
+        return _not_overridden(text.split("'")[1], error.__cause__, _all_keys(schema))
     if "Could not find '" in text:
         group, _, name = text.split("Could not find '")[1].split("'")[0].rpartition("/")
         return f"unknown {group} '{name}'; known: {', '.join(_known(group))}."
@@ -142,6 +160,17 @@ def _sentence(error: Exception, schema: type) -> str:
     cause = f" ({' '.join(str(error.__cause__).split())})" if error.__cause__ else ""
     return (
         f"the command line cannot be read: {text.split(' See https')[0]}{cause}; write key=value, for example seed=1."
+    )
+
+
+def _not_overridden(key: str, cause: BaseException | None, known: Sequence[str]) -> str:
+    """The sentence for a key that is not there, or for one that is, set to a group with a key that is not there."""
+    missing = str(getattr(cause, "full_key", None) or key)
+    if not missing.startswith(f"{FREE}."):
+        return unknown_key(missing, known)
+    return (
+        f"{missing} is not there yet, so it is added: write +{missing}=... and take out what it replaces, "
+        f"for example ~{FREE}.learning_rate '+{FREE}.learning_rate={{values: [0.01, 0.02]}}'."
     )
 
 
@@ -158,29 +187,30 @@ def _all_keys(cls: type, key: str = "") -> list[str]:
     return keys
 
 
-def _convert(hint: Any, value: Any, key: str) -> Any:
+def _convert(hint: Any, value: Any, key: str, example: Any = None) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, key)
+        return _convert(next(a for a in arguments if a is not type(None)), value, key, example)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, key)
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
-            raise Refusal(f"{key}={_show(value)} must be a list; for example {key}=[1,2].")
+            raise Refusal(f"{key}={shown(value)} must be a list; for example {key}=[1,2].")
         return origin(_convert(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise Refusal(f"{key}={_show(value)} must be a group of keys.")
+            raise Refusal(f"{key}={shown(value)} must be a group of keys.")
         return {str(name): _convert(arguments[1], item, _join(key, str(name))) for name, item in value.items()}
-    return _scalar(hint, value, key)
+    return _scalar(hint, value, key, example)
 
 
-def _scalar(hint: type, value: Any, key: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+def _scalar(hint: type, value: Any, key: str, example: Any) -> Any:
+    """`value` as a `hint`; `example` is the field's default, for the message where there is one."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
         try:
@@ -193,7 +223,9 @@ def _scalar(hint: type, value: Any, key: str) -> Any:
         return str(value)
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
-    raise Refusal(f"{key}={_show(value)} must be {_NAMES[hint]}; for example {key}={_EXAMPLES[hint]}.")
+    works = str(example).lower() if isinstance(example, bool) else example
+    works = works if isinstance(example, hint) and works != "" else _EXAMPLES[hint]
+    raise Refusal(f"{key}={shown(value)} must be {_NAMES[hint]}; for example {key}={works}.")
 
 
 def _plain(value: Any) -> Any:
@@ -210,7 +242,3 @@ def _field_names(cls: Any) -> list[str]:
 
 def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
-
-
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value)

@@ -5,15 +5,16 @@ from dataclasses import dataclass, field
 from mutune.certificate.config import LadderConfig, Overrides, TargetConfig
 from mutune.compose import plain
 from mutune.data.config import DataConfig, TokenizerConfig
-from mutune.errors import require, require_number
+from mutune.errors import Refusal, require, require_name, require_number
 from mutune.model.shape import ModelConfig, base_config
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import ParametrizationConfig
 from mutune.search.config import SearchConfig
-from mutune.training.config import LoopConfig, RunSpec, StageConfig
+from mutune.training.config import MAX_SEED, LoopConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 
 DEVICES = ("auto", "cpu", "cuda")
+PUBLISHED = "published"  # the name under which a transfer finds BTLM-3B-8K's own values
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class DoorConfig:
 
     def __post_init__(self) -> None:
         require(self.out != "", "out= is empty; for example out=runs.")
-        require_number("seed", self.seed, at_least=0, at_most=2**31 - 1, example=0)
+        require_number("seed", self.seed, at_least=0, at_most=MAX_SEED, example=0, whole=True)
         require(self.device in DEVICES, f"device={self.device} is unknown; known devices: {', '.join(DEVICES)}.")
 
 
@@ -59,6 +60,13 @@ class SweepConfig(DoorConfig):
     run: StageConfig = field(default_factory=StageConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.study is not None:
+            require_name("study", self.study)
+        if self.study == PUBLISHED:
+            raise Refusal(f"study={PUBLISHED} is the name of BTLM-3B-8K's own values; for example study=mine.")
 
     def spec(self) -> RunSpec:
         """The run at the base values: the proxy is its own base."""
@@ -102,6 +110,10 @@ class TransferConfig(DoorConfig):
     hyperparameters: Overrides = field(default_factory=Overrides)
     require_go: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_name("study", self.study)
+
 
 @dataclass(frozen=True)
 class TrainConfig(DoorConfig):
@@ -123,10 +135,12 @@ class TrainConfig(DoorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_number("keep_checkpoints", self.keep_checkpoints, at_least=1, example=2)
+        if self.name is not None:
+            require_name("name", self.name)
+        require_number("keep_checkpoints", self.keep_checkpoints, at_least=1, example=2, whole=True)
         for key, example in (("checkpoint_every", 50), ("threads", 2)):
             if getattr(self, key) is not None:
-                require_number(key, getattr(self, key), at_least=1, example=example)
+                require_number(key, getattr(self, key), at_least=1, example=example, whole=True)
 
 
 @dataclass(frozen=True)
@@ -173,11 +187,11 @@ class CheckConfig(DoorConfig):
                 f"{key}={sizes} must hold at least two different sizes; for example {key}={example}.",
             )
             for size in sizes:
-                require_number(key, size, at_least=1, example=example[0])
+                require_number(key, size, at_least=1, example=example[0], whole=True)
         require(
             self.family is None or not (self.widths and self.depths),
             f"family={self.family} has one kind of shape; set widths=[] or depths=[] to say which it is.",
         )
-        require_number("seeds", self.seeds, at_least=1, at_most=1000, example=3)
+        require_number("seeds", self.seeds, at_least=1, at_most=1000, example=3, whole=True)
         if self.workers is not None:
-            require_number("workers", self.workers, at_least=1, example=2)
+            require_number("workers", self.workers, at_least=1, example=2, whole=True)

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed while working, 2 refused, 3 verdict not good enough
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -18,11 +19,22 @@ from mutune.errors import Refusal, require
 
 T = TypeVar("T", bound="DoorConfig")
 
+NOTHING_WRITTEN = "dry run: nothing was written but tokenized text in the cache; leave out dry_run=true to start."
+
 OK, FAILED, REFUSED, NOT_GO, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
 
 class WorkFailed(Exception):
     """The work itself failed in a known way; the message says what happened and what to do. Exit code 1."""
+
+
+def drawn(draw: Callable[[], list[Path]]) -> list[Path]:
+    """The figures that `draw` makes. Where it cannot, a note on stderr and none: results do not wait for pictures."""
+    try:
+        return draw()
+    except (Refusal, OSError) as error:
+        print(f"figures    not drawn: {error}", file=sys.stderr)
+        return []
 
 
 class Terminated(BaseException):
@@ -81,7 +93,7 @@ def enter(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence
     except Refusal as refusal:
         print(f"mutune.{door}: {refusal}", file=sys.stderr)
         return REFUSED
-    except WorkFailed as failure:
+    except (WorkFailed, OSError) as failure:  # OSError: a full disk, a folder where a file goes
         print(f"mutune.{door}: {failure}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Result folders: whose they are, who holds them, and what changed since they were made."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mutune.errors import Refusal
-from mutune.files import read_yaml, write_yaml
+from mutune.files import fsync_directory, read_yaml, write_yaml
 from mutune.versions import versions
 
 CONFIG = "config.yaml"
@@ -37,41 +37,66 @@ def locked(directory: Path, key: str) -> Iterator[None]:
 
 
 def check_claim(directory: Path, inputs: Mapping[str, Any], key: str, overwrite: bool) -> None:
-    """Refuse a folder that holds results of other inputs, naming every difference; writes nothing.
+    """Refuse a folder that holds anything but results of these inputs, naming every difference; writes nothing.
 
     Args:
         inputs: everything that decides the results, as plain data.
         key: the setting that would choose another folder.
         overwrite: replace what is there instead.
     """
-    path = directory / CONFIG
-    if overwrite or not path.exists():
-        return
-    stored = read_yaml(path, "config")
-    changed = differences(stored.get("inputs", {}), inputs)
-    if changed:
-        raise Refusal(
-            f"{directory} holds results of other inputs ({'; '.join(changed)}); choose another {key}=NAME, "
-            f"or replace them with overwrite=true."
-        )
+    why = _foreign(directory, inputs)
+    if why and not (overwrite and directory.is_dir()):
+        replace = ", or replace them with overwrite=true" if directory.is_dir() else ""
+        raise Refusal(f"{why}; choose another {key}=NAME{replace}.")
 
 
-def claim(directory: Path, inputs: Mapping[str, Any], key: str, overwrite: bool) -> None:
-    """Make the folder, whose lock is held, this result's; what other inputs left in it goes only with `overwrite`."""
+def claim(directory: Path, inputs: Mapping[str, Any], key: str, overwrite: bool, keep: Collection[str] = ()) -> None:
+    """Make the folder, whose lock is held, this result's.
+
+    Results of the same inputs stay. What anything else left goes, with `overwrite`, but for the entries named in
+    `keep`, which tell by themselves what they belong to.
+    """
     check_claim(directory, inputs, key, overwrite)
-    if overwrite:
-        clear(directory)
+    if _foreign(directory, inputs):
+        clear(directory, keep)
     if not (directory / CONFIG).exists():
         write_yaml(directory / CONFIG, {"inputs": dict(inputs), "versions": versions()})
 
 
-def clear(directory: Path) -> None:
-    """Remove everything in a folder but the lock that is held on it."""
+def clear(directory: Path, keep: Collection[str] = ()) -> None:
+    """Remove everything in a folder but `keep` and the lock that is held on it.
+
+    The config goes first: where this is interrupted, the rest is nobody's, and `check_claim` refuses it.
+    """
+    (directory / CONFIG).unlink(missing_ok=True)
+    fsync_directory(directory)
     for entry in directory.iterdir():
-        if entry.is_dir():
+        if entry.name in (LOCK, *keep):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        elif entry.name != LOCK:
+        else:
             entry.unlink()
+
+
+def _foreign(directory: Path, inputs: Mapping[str, Any]) -> str:
+    """Why what is in a folder is not of these inputs; an empty string where it is, or where nothing is there."""
+    if not directory.exists():
+        return ""
+    if not directory.is_dir():
+        return f"{directory} is a file"
+    path = directory / CONFIG
+    if not path.exists():
+        found = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+        return f"{directory} holds {', '.join(found)} but no {CONFIG}, so what made them is unknown" if found else ""
+    try:
+        stored = read_yaml(path, "config").get("inputs")
+    except Refusal:
+        stored = None
+    if not isinstance(stored, Mapping):
+        return f"{path} does not say which inputs made the results beside it"
+    changed = differences(stored, inputs)
+    return f"{directory} holds results of other inputs ({'; '.join(changed)})" if changed else ""
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

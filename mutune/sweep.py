@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mutune.config import SweepConfig
-from mutune.door import OK, WorkFailed, enter
+from mutune.door import NOTHING_WRITTEN, OK, WorkFailed, drawn, enter
 from mutune.errors import Refusal
 from mutune.files import require_writable
 from mutune.folders import check_claim, claim, locked
@@ -26,19 +26,18 @@ def main(argv: list[str] | None = None) -> int:
 def work(config: SweepConfig) -> int:
     """Check everything, then run the study to its end."""
     from mutune.data.prepare import prepare
-    from mutune.search.study import check_space
+    from mutune.search.study import check_space, check_storage
     from mutune.search.workers import WorkError
     from mutune.training.run import check_data
 
     if not config.study:
         raise Refusal("no sweep was chosen; write for example +sweep=proxy (or study=NAME with a search.space).")
-    if "/" in config.study or config.study.startswith("."):
-        raise Refusal(f"study={config.study} must be a plain folder name; for example study=proxy.")
     spec = config.spec()
     space = check_space(spec, config.search)
     require_writable(Path(config.out))
     corpus = prepare(config.data, config.tokenizer)
-    check_data(spec, corpus)
+    check_data(spec, corpus, "run")
+    _check_memory(config, spec, space)
     if config.dry_run:
         print(describe(config, space))
         return OK
@@ -47,11 +46,24 @@ def work(config: SweepConfig) -> int:
     check_claim(directory, inputs, "study", config.overwrite)
     with locked(directory, "study"):
         claim(directory, inputs, "study", config.overwrite)
+        check_storage(directory)
         try:
             _search(config, spec, directory)
         except WorkError as error:
             raise WorkFailed(f"{error}\nThe same command continues the study.") from error
     return OK
+
+
+def _check_memory(config: SweepConfig, spec: RunSpec, space: list[Dimension]) -> None:
+    """Refuse a sweep whose largest trials do not fit side by side."""
+    from mutune.search.proposals import total_trials
+    from mutune.search.study import trial_spec
+    from mutune.search.workers import default_workers
+    from mutune.training.memory import require_memory
+
+    widest = max([spec.model.width, *(value for d in space if d.name == "width" for value in d.values)])
+    at_once = min(total_trials(config.search, space), config.search.workers or default_workers())
+    require_memory([trial_spec(spec, {"width": widest})] * at_once, config.device, "model.width or search.workers")
 
 
 def describe(config: SweepConfig, space: list[Dimension]) -> str:
@@ -68,8 +80,8 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
         f"trial      {config.run.num_steps} steps × {config.run.tokens_per_step} tokens = {config.run.tokens:,} "
         f"tokens, {cost.flops:.3g} FLOPs at the base width",
         f"search     {total} trials by {config.search.sampler}, {config.search.workers or default_workers()} workers",
-        *(f"space      {d.name}: {list(d.values) if d.values else f'{d.low:g} … {d.high:g}'}" for d in space),
-        "dry run: nothing was written; leave out dry_run=true to start.",
+        *(f"space      {dimension.name}: {dimension}" for dimension in space),
+        NOTHING_WRITTEN,
     ]
     return "\n".join(rows)
 
@@ -87,7 +99,7 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path) -> None:
         line.update(progress)
         if progress.best is not None and progress.best != line.written:
             hyper = trial_spec(spec, progress.best.params).hyperparameters
-            write_best(directory, progress.name, progress.best, hyper.as_dict())
+            write_best(directory, progress.name, progress.best, hyper)
             line.written = progress.best
 
     try:
@@ -99,16 +111,18 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path) -> None:
         raise WorkFailed(
             f"all {len(trials)} trials diverged; lower search.space.learning_rate and choose another study=."
         )
-    figures = draw_study(directory)
+    figures = drawn(lambda: draw_study(directory))
     print(
         f"best       trial {best.number}: held-out loss {best.value:.4f} nats per token "
         f"({best.user_attrs['bits_per_byte']:.4f} bits per byte)"
     )
     for key, value in best.params.items():
         print(f"           {key} = {value if isinstance(value, (str, int)) else format(value, '.5g')}")
-    print(f"written    {directory / 'best.yaml'}, {', '.join(map(str, figures))}")
+    print(f"written    {', '.join(map(str, [directory / 'best.yaml', *figures]))}")
     if "width" in best.params:
-        print(f"next       look at {figures[0]}; a transfer wants a study at one width, such as +sweep=proxy")
+        print(
+            f"next       look at {directory / 'figures'}; a transfer wants a study at one width, such as +sweep=proxy"
+        )
     else:
         print(f"next       python -m mutune.transfer study={config.study}")
 

@@ -5,8 +5,8 @@ Rerunning the same command resumes from the newest checkpoint. Results: metrics.
 """
 
 import json
+import os
 import sys
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 from mutune.certificate.config import TransferFile
 from mutune.compose import build, plain
 from mutune.config import TrainConfig
-from mutune.door import OK, StopRequest, WorkFailed, enter
+from mutune.door import OK, StopRequest, WorkFailed, drawn, enter
 from mutune.errors import Refusal, require
 from mutune.files import read_yaml, require_writable, write_text
 from mutune.folders import check_claim, claim, locked
 from mutune.parametrization.finding import AuditError
 from mutune.progress import ProgressLine, clock
 from mutune.training.config import RunSpec
-from mutune.training.price import price, price_table
+from mutune.training.price import price_table
 
 if TYPE_CHECKING:
     from mutune.training.loop import Record
@@ -39,17 +39,16 @@ def work(config: TrainConfig) -> int:
         raise Refusal("transfer= is missing; for example transfer=runs/transfer/proxy--small/transfer.yaml.")
     transfer = build(TransferFile, read_yaml(Path(config.transfer), "transfer file"))
     spec = transfer.spec(config.seed)
+    transfer.check_seal()
     name = config.name or transfer.target.name
-    require(
-        "/" not in name and not name.startswith("."),
-        f"name={name} must be a plain folder name; for example name=small.",
-    )
     if config.dry_run:
         print(price_table(name, spec))
         print("dry run: nothing was allocated or written; leave out dry_run=true to start.")
         return OK
+    from mutune.training.memory import require_memory
+
     require_writable(Path(config.out))
-    _require_memory(spec, config.device)
+    require_memory([spec], config.device, "the target (its price: dry_run=true) at the transfer, as in target=small")
     data_hash = _check_data(transfer, spec)
     directory = Path(config.out) / "train" / name
     inputs = {"run": plain(spec), "data_hash": data_hash, "verdict": transfer.verdict}
@@ -60,38 +59,16 @@ def work(config: TrainConfig) -> int:
     return OK
 
 
-def _require_memory(spec: RunSpec, device: str) -> None:
-    """Refuse a run whose state alone does not fit."""
-    import psutil
-    import torch
-
-    from mutune.training.run import resolve_device
-
-    where, need = resolve_device(device), price(spec).bytes
-    have = torch.cuda.mem_get_info()[0] if where.type == "cuda" else psutil.virtual_memory().available
-    require(
-        need <= have,
-        f"device={where} has {have / 2**30:.1f} GiB free and this run needs about {need / 2**30:.1f} GiB on one "
-        f"device; look at its price with dry_run=true, or choose a smaller target=small at the transfer.",
-    )
-
-
 def _check_data(transfer: TransferFile, spec: RunSpec) -> str:
     """The hash of the run's data; where it is the study's data, it must not have changed."""
     from mutune.data.prepare import prepare
     from mutune.training.run import check_data
 
     corpus = prepare(spec.data, spec.tokenizer)
-    check_data(spec, corpus)
-    data_hash = corpus.content_hash
-    same = (spec.data, spec.tokenizer) == (transfer.data, transfer.tokenizer)
-    known = transfer.provenance.data_hash
-    require(
-        not same or known is None or known == data_hash,
-        f"the text behind data.source={spec.data.source} has changed since the study ({str(known)[:12]} → "
-        f"{data_hash[:12]}); run the study and the transfer again.",
-    )
-    return data_hash
+    check_data(spec, corpus, "target.stages[{}]")
+    if (spec.data, spec.tokenizer) == (transfer.data, transfer.tokenizer):
+        transfer.check_text(corpus.content_hash)
+    return corpus.content_hash
 
 
 def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, Any]) -> None:
@@ -103,16 +80,20 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
     from mutune.training.run import METRICS, Run, describe, resolve_device
 
     torch.set_num_threads(config.threads or default_workers())
-    run = Run(spec, resolve_device(config.device))
-    meta = {"data_hash": run.corpus.content_hash, "tokenizer_hash": run.corpus.tokenizer.content_hash}
     checkpoint = newest(directory / "checkpoints")
-    start = 0
+    start = 0 if checkpoint is None else checkpoint.step
+    records = _records_until(directory / METRICS, start, finished=start == spec.num_steps)
+    run = Run(spec, resolve_device(config.device))
+    meta = {
+        "run": plain(spec),
+        "data_hash": run.corpus.content_hash,
+        "tokenizer_hash": run.corpus.tokenizer.content_hash,
+    }
     if checkpoint is not None:
         check_meta(checkpoint, run.plan, meta)
         restore(checkpoint, run.model, run.optimizer)
-        start = checkpoint.step
     describe(directory, run, note)
-    _cut_metrics(directory / METRICS, start)
+    write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
     if start:
         print(f"resuming   {directory.name} at step {start:,} of {spec.num_steps:,}", file=sys.stderr)
     if start < spec.num_steps:
@@ -121,7 +102,7 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
         except AuditError as error:
             raise WorkFailed(str(error)) from error
     last = json.loads((directory / METRICS).read_text().splitlines()[-1])
-    figures = draw_train(directory)
+    figures = drawn(lambda: draw_train(directory))
     loss, bits = last["heldout_loss"], last["heldout_bits_per_byte"]
     names = ["metrics.jsonl", f"checkpoints/{last['step']}", *(f"figures/{figure.name}" for figure in figures)]
     print(f"finished   step {last['step']:,}, {last['tokens']:,} tokens")
@@ -130,7 +111,7 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
     print("next       open analysis/transfer.ipynb to look at it")
 
 
-def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, meta: dict[str, str]) -> None:
+def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, meta: dict[str, Any]) -> None:
     from mutune.training.checkpoint import save
     from mutune.training.run import METRICS
 
@@ -141,11 +122,10 @@ def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, me
             step = record["step"]
             lines.write(json.dumps(record) + "\n")
             if record["diverged"]:
-                raise WorkFailed(
-                    f"the run diverged at step {step:,} (loss {record['loss']:.4g}, gradient norm "
-                    f"{record['grad_norm']:.4g}); the newest checkpoint is in {directory / 'checkpoints'}."
-                )
+                line.close()
+                raise WorkFailed(_diverged(record, directory / "checkpoints"))
             if step % every == 0 or step == total or stop.requested:
+                os.fsync(lines.fileno())  # a checkpoint never knows a step that the records do not
                 save(directory / "checkpoints", step, run.model, run.optimizer, run.plan, meta, config.keep_checkpoints)
             line.show(_progress(directory.name, record, start, total, line.elapsed), change=step % every == 0)
             if stop.requested and step < total:
@@ -161,17 +141,39 @@ def _progress(name: str, record: "Record", start: int, total: int, elapsed: floa
     )
 
 
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drop the records after `step`: those updates are about to be made again."""
-    if path.exists():
-        write_text(path, "".join(_lines_until(path, step)))
+def _diverged(record: "Record", checkpoints: Path) -> str:
+    """What to say of a run that diverged, and which checkpoint is from before it."""
+    from mutune.training.checkpoint import list_steps
+
+    step = record["step"]
+    good = [saved for saved in list_steps(checkpoints) if saved < step - 1]  # the loss is that of step - 1 updates
+    kept = f"the newest checkpoint before it is {checkpoints}/{max(good)}" if good else "no checkpoint is before it"
+    return (
+        f"the run diverged at step {step:,} (loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}); "
+        f"{kept}."
+    )
 
 
-def _lines_until(path: Path, step: int) -> Iterator[str]:
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            return  # a torn last line, or what came after the checkpoint
-        yield line
+def _records_until(path: Path, step: int, finished: bool) -> list[str]:
+    """The lines of the records of steps 1 to `step`, where a checkpoint was taken.
+
+    Raises:
+        Refusal: one of them is missing or damaged, or the last has no held-out loss though the run is finished.
+    """
+    lines = path.read_text(errors="replace").splitlines(keepends=True)[:step] if path.is_file() else []
+    last = {}
+    for number in range(1, step + 1):
+        try:
+            last = json.loads(lines[number - 1])
+            whole = last["step"] == number and (not finished or number < step or "heldout_loss" in last)
+        except (IndexError, ValueError, TypeError, KeyError):
+            whole = False
+        require(
+            whole,
+            f"{path} lacks the whole record of step {number:,}, though there is a checkpoint of step {step:,}; restore "
+            f"that file, or train again under another name=NAME.",
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ Writes the transfer file that `python -m mutune.train` takes, the plan, the cert
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mutune.certificate.config import Provenance, TransferFile
 from mutune.compose import build, data_dir, plain
-from mutune.config import SweepConfig, TransferConfig
-from mutune.door import NOT_GO, OK, WorkFailed, enter
+from mutune.config import PUBLISHED, SweepConfig, TransferConfig
+from mutune.door import NOT_GO, NOTHING_WRITTEN, OK, WorkFailed, drawn, enter
 from mutune.errors import Refusal
 from mutune.files import read_yaml, require_writable, write_yaml
 from mutune.folders import check_claim, claim, locked
@@ -24,7 +24,10 @@ from mutune.training.price import price, price_table
 from mutune.training.schedule import ScheduleConfig
 from mutune.versions import versions
 
-PUBLISHED = "published"
+if TYPE_CHECKING:
+    from mutune.certificate.ladder import LadderRun
+
+LADDER, SPARE = "ladder", "spare"
 
 
 @dataclass(frozen=True)
@@ -56,33 +59,64 @@ def work(config: TransferConfig) -> int:
     source = _published(config) if config.study == PUBLISHED else _from_study(config)
     target = source.transfer.spec(config.seed)
     require_writable(Path(config.out))
-    if config.dry_run:
-        print(_dry_run(config, source, target))
-        return OK
     directory = Path(config.out) / "transfer" / f"{config.study}--{config.target.name}"
-    inputs = _inputs(config, source)
+    runs = _plan_ladder(config, source, directory)
+    _check_target_data(source.transfer, target)
+    if config.dry_run:
+        print(_dry_run(config, runs, target))
+        return OK
+    inputs = _inputs(source)
     check_claim(directory, inputs, "target.name", config.overwrite)
     with locked(directory, "target.name"):
-        claim(directory, inputs, "target.name", config.overwrite)
-        verdict = _certify(config, source, target, directory)
+        claim(directory, inputs, "target.name", config.overwrite, keep=(LADDER, SPARE))
+        verdict = _certify(config, source, target, directory, runs)
     return NOT_GO if config.require_go and verdict != "GO" else OK
 
 
-def _inputs(config: TransferConfig, source: Source) -> dict[str, Any]:
-    """What two starts of one transfer must agree in."""
-    transfer, ladder = plain(source.transfer), plain(config.ladder)
-    del transfer["provenance"]["commit"], ladder["workers"]
-    inputs = {"transfer": transfer, "seed": config.seed}
-    return inputs if source.proxy is None else {**inputs, "ladder": ladder}
+def _inputs(source: Source) -> dict[str, Any]:
+    """What two starts of one transfer must agree in; each run of the ladder says for itself what made it."""
+    transfer = plain(source.transfer)
+    del transfer["provenance"]["commit"]
+    return {"transfer": transfer}
+
+
+def _plan_ladder(config: TransferConfig, source: Source, directory: Path) -> list["LadderRun"]:
+    """Every run of the ladder, checked against text and memory; none for published values."""
+    from mutune.certificate.ladder import ladder_runs
+    from mutune.data.prepare import prepare
+    from mutune.search.workers import default_workers
+    from mutune.training.memory import require_memory
+    from mutune.training.run import check_data
+
+    if (proxy := source.proxy) is None:
+        return []
+    corpus = prepare(proxy.data, proxy.tokenizer)
+    source.transfer.check_text(corpus.content_hash)
+    check_data(proxy, corpus, "the study's run")
+    runs = ladder_runs(proxy, config.ladder, directory / LADDER, config.device, corpus.content_hash)
+    at_once = min(len(runs), config.ladder.workers or default_workers())
+    require_memory([run.spec for run in runs[:at_once]], config.device, "ladder.widths or ladder.workers")
+    return runs
+
+
+def _check_target_data(transfer: TransferFile, target: RunSpec) -> None:
+    """Refuse a target whose text is here and does not serve it; text that lies elsewhere is for `mutune.train`."""
+    from mutune.data.prepare import prepare
+    from mutune.training.run import check_data
+
+    same = (target.data, target.tokenizer) == (transfer.data, transfer.tokenizer)
+    if same or transfer.target.data is not None:
+        check_data(target, prepare(target.data, target.tokenizer), "target.stages[{}]")
 
 
 def _from_study(config: TransferConfig) -> Source:
-    from mutune.search.results import load_study
+    from mutune.search.results import check_best, load_study
     from mutune.search.study import trial_spec
 
     study = load_study(Path(config.out) / "sweeps", config.study)
     stored = build(SweepConfig, study.config)
-    proxy = trial_spec(stored.spec(), study.best["params"])
+    check_best(study, stored.search.space, trial_spec(stored.spec(), study.best.params).hyperparameters)
+    proxy = replace(trial_spec(stored.spec(), study.best.params), seed=config.seed)
     hyper = config.hyperparameters.apply(proxy.hyperparameters)
     if proxy.model.width != proxy.base.width:
         raise Refusal(
@@ -93,10 +127,10 @@ def _from_study(config: TransferConfig) -> Source:
     provenance = Provenance(
         study=config.study,
         source=str(study.directory),
-        trial=study.best["trial"],
-        heldout_loss=study.best["heldout_loss"],
+        trial=study.best.trial,
+        heldout_loss=study.best.heldout_loss,
         data_hash=study.data_hash,
-        study_commit=study.versions["commit"],
+        study_commit=study.commit,
         commit=versions()["commit"],
         overridden=sorted(config.hyperparameters.given()),
     )
@@ -141,24 +175,21 @@ def _transfer_file(
     )
 
 
-def _dry_run(config: TransferConfig, source: Source, target: RunSpec) -> str:
+def _dry_run(config: TransferConfig, runs: list["LadderRun"], target: RunSpec) -> str:
     lines = [price_table(config.target.name, target)]
-    if source.proxy is not None:
-        widths = sorted({source.proxy.model.width, *config.ladder.widths})
-        runs = len(config.ladder.offsets) * config.ladder.seeds
-        flops = 0.0
-        for width in widths:
-            flops += runs * price(replace(source.proxy, model=source.proxy.model.at_width(width))).flops
+    if runs:
+        widths = sorted({run.width for run in runs})
+        flops = sum(price(run.spec).flops for run in runs)
         share = flops / price(target).flops
         lines.append(
             f"ladder     widths {', '.join(map(str, widths))} × {len(config.ladder.offsets)} rates × "
-            f"{config.ladder.seeds} seeds = {runs * len(widths)} runs, {flops:.3g} FLOPs, {share:.2g} of the target's"
+            f"{config.ladder.seeds} seeds = {len(runs)} runs, {flops:.3g} FLOPs, {share:.2g} of the target's"
         )
-    lines.append("dry run: nothing was written; leave out dry_run=true to start.")
+    lines.append(NOTHING_WRITTEN)
     return "\n".join(lines)
 
 
-def _certify(config: TransferConfig, source: Source, target: RunSpec, directory: Path) -> str:
+def _certify(config: TransferConfig, source: Source, target: RunSpec, directory: Path, runs: list["LadderRun"]) -> str:
     """Run the ladder, write every result, and return the verdict."""
     from mutune.certificate.certificate import certificate, write_certificate
     from mutune.certificate.ladder import Rung
@@ -173,11 +204,11 @@ def _certify(config: TransferConfig, source: Source, target: RunSpec, directory:
         differing = published_differences(source.transfer.base.width, target)
         figures: list[Path] = []
     else:
-        rungs, drift, verdict, differing = _ladder(config, source.proxy, target, directory)
+        rungs, drift, verdict, differing = _ladder(config, source.proxy, target, directory, runs)
         from mutune.reporting.figures import draw_transfer
 
-        figures = draw_transfer(directory)
-    transfer = replace(source.transfer, verdict=verdict.verdict)
+        figures = drawn(lambda: draw_transfer(directory))
+    transfer = source.transfer.sealed(verdict.verdict)
     data = certificate(transfer, verdict, differing, rungs, drift)
     write_certificate(directory, data)
     write_plan(directory, target.plan(target.tokenizer.num_ids))
@@ -186,16 +217,15 @@ def _certify(config: TransferConfig, source: Source, target: RunSpec, directory:
     return verdict.verdict
 
 
-def _ladder(config: TransferConfig, proxy: RunSpec, target: RunSpec, directory: Path) -> Any:
-    from mutune.certificate.ladder import fit_rungs, ladder_runs, run_ladder
+def _ladder(config: TransferConfig, proxy: RunSpec, target: RunSpec, directory: Path, runs: list["LadderRun"]) -> Any:
+    from mutune.certificate.ladder import fit_rungs, gather, optima, run_ladder
     from mutune.certificate.valley import fit_drift
     from mutune.certificate.verdict import difference_table, judge
     from mutune.data.prepare import prepare
     from mutune.progress import ProgressLine, clock
     from mutune.search.workers import WorkError
 
-    corpus = prepare(proxy.data, proxy.tokenizer)
-    runs = ladder_runs(proxy, config.ladder, directory / "ladder", config.device, corpus.content_hash)
+    gather(runs, directory / LADDER, directory / SPARE)
     line, seen = ProgressLine(), -1
 
     def report(done: int, total: int, running: list[str]) -> None:
@@ -211,10 +241,11 @@ def _ladder(config: TransferConfig, proxy: RunSpec, target: RunSpec, directory: 
     finally:
         line.close()
     rungs = fit_rungs(points)
-    seeds = rungs[0].valleys.keys()
-    drift = fit_drift({seed: {rung.width: rung.valleys[seed].optimum for rung in rungs} for seed in seeds})
-    differing = difference_table(proxy, target, corpus.vocab_size, target.tokenizer.num_ids, rungs[-1].width)
-    return rungs, drift, judge(proxy.parametrization.table, differing, rungs, drift, target.model.width), differing
+    drift = fit_drift(optima(rungs))
+    vocab_size = prepare(proxy.data, proxy.tokenizer).vocab_size
+    differing = difference_table(proxy, target, vocab_size, target.tokenizer.num_ids, rungs[-1].width)
+    table, rate = proxy.parametrization.table, proxy.hyperparameters.learning_rate
+    return rungs, drift, judge(table, differing, rungs, drift, rate, target.model.width), differing
 
 
 def _say(data: dict[str, Any], transfer: TransferFile, directory: Path, figures: list[Path]) -> None:

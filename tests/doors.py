@@ -9,6 +9,10 @@ from pathlib import Path
 
 import yaml
 
+from mutune.certificate.config import TransferFile
+from mutune.compose import build
+from mutune.files import write_yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -40,6 +44,12 @@ def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", 
         assert process.poll() is None, f"the process ended first: {process.communicate()}"
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.05)
+
+
+def seal(path: Path) -> None:
+    """Seal an edited transfer file, as `mutune.transfer` would have written it."""
+    transfer = build(TransferFile, yaml.safe_load(path.read_text()))
+    write_yaml(path, transfer.sealed(transfer.verdict).as_dict())
 
 
 def edit_yaml(path: Path, *keys: str, value: object) -> None:

@@ -40,10 +40,19 @@ SWEEP = [
         ["+sweep=smoke", "hyperparameters.learning_rate=nan"],
         "hyperparameters.learning_rate=nan must be a finite number",
     ),
-    (["+sweep=smoke", "search.space.learning_rate.low=-0.1"], "learning_rate=-0.1 must be a finite number above 0"),
+    (
+        ["+sweep=smoke", "search.space.learning_rate.low=-0.1"],
+        "search.space.learning_rate.low=-0.1 must be a finite number above 0",
+    ),
     (["+sweep=smoke", "search.space.learning_rate.low=1"], "search.space.learning_rate is empty"),
     (["+sweep=smoke", "search.n_trials=0"], "search.n_trials=0 must be"),
     (["+sweep=smoke", "search.n_trials=null"], "search.n_trials=null is for search.sampler=grid only"),
+    (
+        ["+sweep=proxy", "search.space.learning_rate.low=0.02"],
+        "search.initial[0].learning_rate=0.015625 lies outside search.space.learning_rate (0.02 … 0.125)",
+    ),
+    (["+sweep=smoke", "search.initial=[{learning_rate: foo}]"], "search.initial[0].learning_rate=foo must be a number"),
+    (["+sweep=valley", "search.n_trials=9"], "search.n_trials=9 is not read by search.sampler=grid"),
     (["+sweep=smoke", "run.num_steps=0"], "run.num_steps=0 must be"),
     (["+sweep=smoke", "schedule.warmup_steps=60"], "schedule.warmup_steps=60 must be shorter"),
     (["+sweep=smoke", "schedule=spiral"], "unknown schedule 'spiral'; known: constant, cosine, linear, wsd."),
@@ -51,6 +60,8 @@ SWEEP = [
     (["sweep=smoke"], "write +sweep=..."),
     ([], "no sweep was chosen; write for example +sweep=proxy"),
     (["+sweep=smoke", "study=../x"], "study=../x must be a plain folder name"),
+    (["+sweep=smoke", "study=published"], "study=published is the name of BTLM-3B-8K's own values"),
+    (["+sweep=smoke", f"study={'x' * 101}"], "must be a plain folder name of at most 100 bytes"),
     (
         ["+sweep=smoke", "parametrization=mupp"],
         "unknown parametrization 'mupp'; known: btlm, completep, mup, mup_table3,",
@@ -93,6 +104,30 @@ SWEEP = [
     (["+sweep=valley", "search.space.width.values=[24]"], "does not divide model.width=24"),
     (["+sweep=valley", "search.space.table.values=[mup,mop]"], "parametrization.table=mop is unknown"),
     (["+sweep=smoke", "run.context_length=999999999"], "999999999"),
+    (
+        ["+sweep=smoke", "search.space.learning_rate={values: [0.01, 0.02]}"],
+        "search.space.learning_rate.values is not there yet, so it is added: write +search.space.learning_rate.values=",
+    ),
+    (["+sweep=smoke", "search.space={width: {values: [16]}}"], "search.space.width is not there yet, so it is added"),
+    (["+sweep=smoke", "model={x: 1}"], "unknown key model.x;"),
+    (["+sweep=smoke", "device=[a]"], "device=['a'] must be a word; for example device=auto."),
+    (["+sweep=smoke", "parametrization.table=[a]"], "must be a word; for example parametrization.table=mup."),
+    (["+sweep=[smoke,proxy]"], "unknown sweep '[smoke,proxy]'; known: proxy, smoke, valley."),
+    (
+        ["+sweep=smoke", f"model.width={'9' * 400}"],
+        "model.width=a number of more than 100 digits must be a whole number",
+    ),
+    (["+sweep=smoke", f"model.width={'9' * 5000}"], "the command line cannot be read"),
+    (
+        ["+sweep=smoke", f"hyperparameters.learning_rate={'9' * 400}"],
+        "a number of more than 100 digits must be a number",
+    ),
+    (["+sweep=smoke", f"search.space.learning_rate.low={'9' * 400}"], "low=a number of more than 100 digits must be"),
+    (["+sweep=smoke", "seed=2147483648"], "seed=2147483648 must be a whole number at least 0 and at most 2147483647;"),
+    (["+sweep=smoke", "hyperparameters.beta1=1.0"], "beta1=1.0 must be a finite number at least 0 and below 1;"),
+    (["+sweep=smoke", "model.width=1000001"], "the nearest that do are model.head_size=1 and"),
+    (["+sweep=smoke", "search.workers=2", "model.width=1000000"], "2 runs at once need about"),
+    (["+sweep=smoke", "search.workers=1", "run.batch_sequences=1000000000000"], "and this run needs about"),
     (["seed=["], "the command line cannot be read"),
     (["seed"], "the command line cannot be read"),
 ]
@@ -105,6 +140,15 @@ def test_the_sweep_refuses(arguments: list[str], sentence: str, out: Path, capsy
 
 TRANSFER = [
     ([], "study=proxy does not exist in"),
+    (["study=../sweeps/smoke"], "study=../sweeps/smoke must be a plain folder name"),
+    (["study=published", "target.name=../x"], "target.name=../x must be a plain folder name"),
+    (["study=published", 'target.name="a\\nb"'], "must be a plain folder name"),
+    (["study=published", "target.data={source: text, path: no.txt}"], "no.txt does not exist"),
+    (
+        ["study=published", "target=small", "target.stages=[{context_length: 100000000}]"],
+        "target.stages[0].context_length=100000000 does not fit into the",
+    ),
+    (["+sweep=proxy"], "unknown key sweep;"),
     (["study=nope"], "run python -m mutune.sweep +sweep=proxy first"),
     (["study=published", "target=nope"], "unknown target 'nope'; known: btlm_3b, btlm_3b_clean, small."),
     (["study=published", "target.stages=[]"], "target.stages=[] is empty"),
@@ -113,6 +157,8 @@ TRANSFER = [
     (["study=published", "hyperparameters.learning_rate=0"], "hyperparameters.learning_rate=0.0 must be"),
     (["study=published", "hyperparameters.lr=0.1"], "unknown key hyperparameters.lr"),
     (["study=published", "ladder.offsets=[0,1]"], "ladder.offsets=[0.0, 1.0] must hold at least three"),
+    (["study=published", "ladder.offsets=[1,2,3]"], "ladder.offsets=[1.0, 2.0, 3.0] must lie on both sides of 0"),
+    (["study=published", "ladder.offsets=[-1,0,1e-5,1]"], "at least 0.01 octaves apart"),
     (["study=published", "ladder.widths=[64,64]"], "repeats a width"),
 ]
 
@@ -130,6 +176,7 @@ def test_the_transfer_refuses(
         ([], "transfer= is missing"),
         (["transfer=no/such.yaml"], "the transfer file no/such.yaml cannot be read"),
         (["transfer=LICENSE", "threads=0"], "threads=0 must be"),
+        (["transfer=LICENSE", "name=.x"], "name=.x must be a plain folder name"),
     ],
 )
 def test_train_refuses(arguments: list[str], sentence: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +207,9 @@ EDITS: list[tuple[list[str], object, str]] = [
     (["hyperparameters", "learning_rate"], -0.1, "hyperparameters.learning_rate=-0.1 must be"),
     (["hyperparameters", "lr"], 0.1, "unknown key hyperparameters.lr"),
     (["parametrization", "table"], "mop", "parametrization.table=mop is unknown"),
+    (["verdict"], "GO", "seal="),
+    (["hyperparameters", "learning_rate"], 0.006, "make it again with python -m mutune.transfer"),
+    (["seal"], "", "seal=none is not that of the transfer file's other keys"),
     (["verdict"], "FINE", "verdict=FINE is unknown; known verdicts: GO, GO WITH CARE, NO-GO, NOT CERTIFIED."),
     (["target", "stages"], [], "stages=[] is empty"),
     (["target", "stages"], 3, "target.stages=3 must be a list"),
@@ -189,13 +239,23 @@ def test_an_edited_transfer_file_is_refused(
         ("binary.txt", b"\x00\x01\xff" * 9999, "binary.txt"),
         ("broken.jsonl", b'{"text": "a"}\n{"text"\n', "line 2"),
         ("wrong.csv", b"a,b\n", "wrong.csv"),
+        (
+            "mute.jsonl",
+            b'{"text": ""}\n' * 10_000 + b'{"text": "some"}\n',
+            "held-out documents of mute.jsonl hold no text",
+        ),
+        (
+            "tiny.txt",
+            b"a few words in a line\n\n" * 20,
+            "run.context_length=64 does not fit into the 24 held-out tokens of tiny.txt; for example run.context_le",
+        ),
     ],
 )
 def test_a_corpus_that_cannot_be_used_is_refused(
     name: str, content: bytes, sentence: str, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    arguments = ["+sweep=smoke", "data=text", f"data.path={tmp_path / name}"]
+    arguments = ["+sweep=smoke", "data=text", f"data.path={tmp_path / name}", "tokenizer=bytes"]
     assert sentence in refuse("sweep", arguments, out, capsys)
 
 
@@ -226,6 +286,17 @@ def test_a_refusal_is_the_same_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert result.stderr == "mutune.sweep: unknown key model.widht; did you mean model.width?\n"
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_file_among_the_sweeps_of_the_working_folder_is_no_concern(tmp_path: Path) -> None:
+    (tmp_path / "sweeps" / "folder.yaml").mkdir(parents=True)
+    (tmp_path / "sweeps" / "list.yaml").write_text("- 1\n")
+    (tmp_path / "sweeps" / "torn.yaml").write_text("{")
+    mine = doors.ROOT / "sweeps" / "smoke.yaml"
+    (tmp_path / "sweeps" / "mine.yaml").write_text(mine.read_text())
+    doors.run("sweep", "+sweep=mine", "dry_run=true", cwd=tmp_path)
+    for name, sentence in (("list", "list.yaml holds no keys"), ("torn", "torn.yaml is not valid YAML")):
+        assert sentence in doors.run("sweep", f"+sweep={name}", cwd=tmp_path, expect=2).stderr
 
 
 def test_a_dry_run_writes_nothing(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

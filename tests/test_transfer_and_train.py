@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -238,13 +239,36 @@ def test_a_run_of_another_shape_in_the_same_folder_is_refused(house: Path, undis
     path = tmp_path / "transfer.yaml"
     path.write_text((house / "transfer/proxy--tiny/transfer.yaml").read_text())
     doors.edit_yaml(path, "target", "model", "width", value=48)
+    doors.seal(path)
     refused = doors.run("train", f"transfer={path}", f"out={undisturbed}", expect=2)
     assert "run.model.width: 32 → 48" in refused.stderr
 
 
-def test_a_checkpoint_of_another_plan_is_refused(house: Path, undisturbed: Path, tmp_path: Path) -> None:
-    import shutil
+def test_weights_of_another_seed_are_never_taken_for_this_ones(house: Path, undisturbed: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed / "train", tmp_path / "train")
+    (tmp_path / "train/tiny/config.yaml").unlink()
+    refused = doors.run("train", *train_arguments(house, tmp_path), "seed=5", expect=2)
+    assert "but no config.yaml, so what made them is unknown" in refused.stderr
+    theirs = yaml.safe_load((undisturbed / "train/tiny/config.yaml").read_text())
+    theirs["inputs"]["run"]["seed"] = 5  # even a config that lies does not help
+    (tmp_path / "train/tiny/config.yaml").write_text(yaml.safe_dump(theirs))
+    refused = doors.run("train", *train_arguments(house, tmp_path), "seed=5", expect=2)
+    assert "run.seed is 0 there and 5 now" in refused.stderr
 
+
+def test_a_finished_target_without_its_records_is_refused_and_left_alone(
+    house: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(undisturbed / "train", tmp_path / "train")
+    (tmp_path / "train/tiny/metrics.jsonl").unlink()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    refused = doors.run("train", *train_arguments(house, tmp_path), expect=2)
+    assert refused.stderr.count("\n") == 1
+    assert "metrics.jsonl lacks the whole record of step 1, though there is a checkpoint of step 40" in refused.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_checkpoint_of_another_plan_is_refused(house: Path, undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed / "train", tmp_path / "train")
     meta = tmp_path / "train/tiny/checkpoints/40/meta.json"
     data = json.loads(meta.read_text())

@@ -26,7 +26,7 @@ def certificate(
         "target": asdict(transfer.target),
         "learning_rate": transfer.hyperparameters.learning_rate,
         "table": transfer.parametrization.table,
-        "rungs": [_rung(rung, rungs[0]) for rung in rungs],
+        "rungs": [_rung(rung, _base(rungs, transfer)) for rung in rungs],
         "drift": None if drift is None else {key: _finite(value) for key, value in asdict(drift).items()},
         "prediction": None,
         "regret": [{"width": rung.width, "nats_per_token": _regret(rung)} for rung in rungs] or None,
@@ -63,6 +63,11 @@ def markdown(data: dict[str, Any]) -> str:
     lines.append("|---|---|---|---|---|")
     lines += [_difference_row(difference) for difference in data["differences"]]
     return "\n".join(lines) + "\n"
+
+
+def _base(rungs: list[Rung], transfer: TransferFile) -> Rung:
+    """The rung at the study's own width."""
+    return next(rung for rung in rungs if rung.width == transfer.base.width)
 
 
 def _rung(rung: Rung, base: Rung) -> dict[str, Any]:

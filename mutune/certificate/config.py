@@ -1,16 +1,22 @@
 """What a transfer is asked for (target, ladder), and what it hands on (the transfer file)."""
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 
+from mutune.compose import build, plain
 from mutune.data.config import DataConfig, TokenizerConfig
-from mutune.errors import require, require_number
-from mutune.model.shape import BaseConfig, ModelConfig
+from mutune.errors import require, require_name, require_number
+from mutune.model.shape import MAX_WIDTH, BaseConfig, ModelConfig
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import ParametrizationConfig
 from mutune.training.config import LoopConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 
 VERDICTS = ("GO", "GO WITH CARE", "NO-GO", "NOT CERTIFIED")
+MIN_GAP = 0.01  # octaves between two learning rates of a ladder
+MAX_SEEDS = 100
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,7 @@ class TargetConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
 
     def __post_init__(self) -> None:
-        plain_name = self.name != "" and "/" not in self.name and not self.name.startswith(".")
-        require(plain_name, f"target.name={self.name} must be a plain folder name; for example target.name=small.")
+        require_name("target.name", self.name)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class LadderConfig:
     def __post_init__(self) -> None:
         require(len(self.widths) > 0, "ladder.widths=[] is empty; for example ladder.widths=[48,64,96,128].")
         for width in self.widths:
-            require_number("ladder.widths", width, at_least=1, example=64)
+            require_number("ladder.widths", width, at_least=1, at_most=MAX_WIDTH, example=64, whole=True)
         require(
             len(set(self.widths)) == len(self.widths),
             f"ladder.widths={self.widths} repeats a width; for example ladder.widths=[48,64,96,128].",
@@ -69,9 +74,15 @@ class LadderConfig:
         )
         for offset in self.offsets:
             require_number("ladder.offsets", offset, at_least=-20, at_most=20, example=1)
-        require_number("ladder.seeds", self.seeds, at_least=1, example=2)
+        gaps = [high - low for low, high in pairwise(sorted(self.offsets))]
+        require(
+            min(self.offsets) < 0 < max(self.offsets) and min(gaps) >= MIN_GAP,
+            f"ladder.offsets={self.offsets} must lie on both sides of 0, which is the transferred rate, and at least "
+            f"{MIN_GAP:g} octaves apart; for example ladder.offsets=[-1,0,1].",
+        )
+        require_number("ladder.seeds", self.seeds, at_least=1, at_most=MAX_SEEDS, example=2, whole=True)
         if self.workers is not None:
-            require_number("ladder.workers", self.workers, at_least=1, example=2)
+            require_number("ladder.workers", self.workers, at_least=1, example=2, whole=True)
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,8 @@ class Provenance:
 class TransferFile:
     """All that `mutune.train` needs: base hyperparameters, the shape they live at, and the target.
 
-    The schedule is kept as ratios of the run wherever the study gave it so.
+    The schedule is kept as ratios of the run wherever the study gave it so. `seal` is a hash of everything else: the
+    verdict is about these values and no others.
     """
 
     provenance: Provenance
@@ -139,6 +151,7 @@ class TransferFile:
     tokenizer: TokenizerConfig
     target: TargetConfig
     verdict: str
+    seal: str = ""
     format: int = 1
 
     def __post_init__(self) -> None:
@@ -166,3 +179,31 @@ class TransferFile:
     def as_dict(self) -> dict[str, object]:
         """Plain data, as it is written."""
         return asdict(self)
+
+    def sealed(self, verdict: str) -> "TransferFile":
+        """The same values with a verdict, and with the seal that ties both."""
+        judged = replace(self, verdict=verdict)
+        return replace(judged, seal=judged._hash())
+
+    def check_seal(self) -> None:
+        """Refuse values or a verdict that were changed since they were judged."""
+        require(
+            self.seal == self._hash(),
+            f"seal={self.seal or 'none'} is not that of the transfer file's other keys, so its verdict is about other "
+            "values; make it again with python -m mutune.transfer, which takes any value, for example "
+            "hyperparameters.learning_rate=0.01.",
+        )
+
+    def check_text(self, content_hash: str) -> None:
+        """Refuse the study's text where it is another than it was: `content_hash` is today's."""
+        known = self.provenance.data_hash
+        require(
+            known in (None, content_hash),
+            f"the text behind data.source={self.data.source} has changed since the study ({str(known)[:12]} → "
+            f"{content_hash[:12]}); run the study and the transfer again.",
+        )
+
+    def _hash(self) -> str:
+        """Of the values as they are read back from a file, where every number has the type of its field."""
+        written = plain(build(TransferFile, plain(replace(self, seal=""))))
+        return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()[:16]

@@ -3,15 +3,18 @@
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mutune.certificate.config import LadderConfig
 from mutune.certificate.valley import Valley, fit_valley
+from mutune.compose import build
+from mutune.errors import require
 from mutune.files import write_json
 from mutune.search.workers import default_workers, run_all
-from mutune.training.config import RunSpec
+from mutune.training.config import MAX_SEED, RunSpec
 from mutune.training.run import RunResult, run_to_end
 
 RESULT = "result.json"
@@ -61,11 +64,24 @@ class Rung:
 
 
 def ladder_runs(spec: RunSpec, ladder: LadderConfig, directory: Path, device: str, data_hash: str) -> list[LadderRun]:
-    """Every run of the ladder, the base width included, the most expensive first."""
-    base_width = spec.model.width
+    """Every run of the ladder, the base width included, the most expensive first.
+
+    Raises:
+        Refusal: no width besides the base's, one that the study's head size does not divide, or too many seeds.
+    """
+    base_width, head = spec.model.width, spec.model.size_per_head
+    widths, key = sorted({base_width, *ladder.widths}, reverse=True), f"ladder.widths={ladder.widths}"
+    works = f"for example ladder.widths=[{2 * base_width},{4 * base_width}]"
+    require(len(widths) > 1, f"{key} holds only the study's own width; {works}.")
+    for width in widths:
+        require(width % head == 0, f"{key}: the study's head size of {head} does not divide {width}; {works}.")
+    require(
+        spec.seed + ladder.seeds - 1 <= MAX_SEED,
+        f"seed={spec.seed} and ladder.seeds={ladder.seeds} go beyond the largest seed, {MAX_SEED}; for example seed=0.",
+    )
     runs = []
-    for width in sorted({base_width, *ladder.widths}, reverse=True):
-        model = spec.model if width == base_width else spec.model.at_width(width)
+    for width in widths:
+        model = spec.model.at_width(width)
         for seed in range(ladder.seeds):
             for offset in sorted(ladder.offsets):
                 rate = spec.hyperparameters.learning_rate * 2.0**offset
@@ -74,6 +90,24 @@ def ladder_runs(spec: RunSpec, ladder: LadderConfig, directory: Path, device: st
                 name = f"w{width}_lr{rate:.4g}_s{run.seed}"
                 runs.append(LadderRun(width, offset, run.seed, run, directory / name, device, data_hash))
     return runs
+
+
+def gather(runs: list[LadderRun], ladder: Path, spare: Path) -> None:
+    """Let `ladder` hold these runs alone: what another ladder left goes to `spare`, and comes back when asked for."""
+    wanted = {run.directory.name for run in runs}
+    for folder in list(ladder.glob("*/")):
+        if folder.name not in wanted:
+            _move(folder, spare / folder.name)
+    for folder in list(spare.glob("*/")):
+        if folder.name in wanted and not (ladder / folder.name).exists():
+            _move(folder, ladder / folder.name)
+
+
+def _move(folder: Path, place: Path) -> None:
+    if place.exists():
+        shutil.rmtree(place)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(place)
 
 
 def run_ladder(
@@ -118,14 +152,21 @@ def fit_rungs(points: list[Point]) -> list[Rung]:
     return rungs
 
 
+def optima(rungs: list[Rung]) -> dict[int, dict[int, float]]:
+    """Seed → width → log2 of the best base learning rate, as `fit_drift` takes them."""
+    return {seed: {rung.width: rung.valleys[seed].optimum for rung in rungs} for seed in rungs[0].valleys}
+
+
 def _finished(run: LadderRun) -> RunResult | None:
+    """The result of a run that is over; None where there is none, or one of something else, or a damaged one."""
     try:
         data = json.loads((run.directory / RESULT).read_text())
+        if not isinstance(data, dict) or data.pop("fingerprint", None) != run.fingerprint:
+            return None
+        result = build(RunResult, data)
     except (OSError, ValueError):
         return None
-    if data.pop("fingerprint", None) != run.fingerprint:
-        return None
-    return RunResult(**data)
+    return result if math.isfinite(result.value) else None
 
 
 def _point(run: LadderRun, result: RunResult) -> Point:

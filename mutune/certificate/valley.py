@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, linear_regression, stdev
 
 EDGES = ("low", "high")
 
@@ -34,9 +34,11 @@ def fit_valley(log2_rates: Sequence[float], losses: Sequence[float]) -> Valley:
         losses: finite, nats per token; a diverged run counts with the value it was told as.
 
     Raises:
-        ValueError: fewer than three rates, or repeated ones.
+        ValueError: fewer than three rates, or repeated ones, or a loss that is not finite.
     """
     points = sorted(zip(log2_rates, losses, strict=True))
+    if not all(math.isfinite(y) for _, y in points):
+        raise ValueError(f"a valley needs finite losses, got {[y for _, y in points]}")
     if len(points) < 3 or len({x for x, _ in points}) < len(points):
         raise ValueError(f"a valley needs at least three distinct rates, got {[x for x, _ in points]}")
     lowest = min(range(len(points)), key=lambda i: points[i][1])
@@ -65,6 +67,7 @@ class Drift:
         spread: standard deviation of that slope over seeds; NaN with one seed.
         total: mean over seeds of the optimum at the widest minus the one at the narrowest rung, in octaves.
         range: largest minus smallest optimum over the rungs (means over seeds), in octaves.
+        residual: the furthest that an optimum (mean over seeds) lies from the fitted line, in octaves.
         num_seeds: how many seeds were measured.
     """
 
@@ -72,27 +75,43 @@ class Drift:
     spread: float
     total: float
     range: float
+    residual: float
     num_seeds: int
-
-    def at(self, doublings: float) -> float:
-        """The drift extrapolated over that many doublings of the width, in octaves."""
-        return self.octaves_per_doubling * doublings
 
 
 def fit_drift(optima: dict[int, dict[int, float]]) -> Drift:
     """Drift from `optima[seed][width]`, log2 learning rates; every seed has the same widths, at least two."""
     widths = sorted(next(iter(optima.values())))
-    slopes = [_slope([math.log2(w) for w in widths], [rates[w] for w in widths]) for rates in optima.values()]
-    means = [fmean(rates[w] for rates in optima.values()) for w in widths]
+    slopes = [linear_regression(*_points(rates)).slope for rates in optima.values()]
+    means = {w: fmean(rates[w] for rates in optima.values()) for w in widths}
     return Drift(
         octaves_per_doubling=fmean(slopes),
-        spread=stdev(slopes) if len(slopes) > 1 else math.nan,
-        total=means[-1] - means[0],
-        range=max(means) - min(means),
+        spread=_spread(slopes),
+        total=means[widths[-1]] - means[widths[0]],
+        range=max(means.values()) - min(means.values()),
+        residual=max(abs(mean - _line(means, width)) for width, mean in means.items()),
         num_seeds=len(slopes),
     )
 
 
-def _slope(x: Sequence[float], y: Sequence[float]) -> float:
-    mean_x, mean_y = fmean(x), fmean(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+def expected_optimum(optima: dict[int, dict[int, float]], width: float) -> tuple[float, float]:
+    """Where each seed's fitted line is at `width`: the mean, and its standard deviation over seeds (NaN with one).
+
+    Takes `optima` as `fit_drift` does; log2 learning rates.
+    """
+    ends = [_line(rates, width) for rates in optima.values()]
+    return fmean(ends), _spread(ends)
+
+
+def _line(rates: dict[int, float], width: float) -> float:
+    """The least-squares line of the optimum on log2 width, at `width`."""
+    fit = linear_regression(*_points(rates))
+    return fit.intercept + fit.slope * math.log2(width)
+
+
+def _points(rates: dict[int, float]) -> tuple[list[float], list[float]]:
+    return [math.log2(width) for width in rates], list(rates.values())
+
+
+def _spread(values: Sequence[float]) -> float:
+    return stdev(values) if len(values) > 1 else math.nan

@@ -5,19 +5,21 @@ Octaves are of the base learning rate. The thresholds are judgements, stated onc
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mutune.certificate.config import TransferFile
-from mutune.certificate.ladder import Rung
-from mutune.certificate.valley import Drift
+from mutune.certificate.ladder import Rung, optima
+from mutune.certificate.valley import Drift, expected_optimum
 from mutune.model.shape import tensor_specs
 from mutune.parametrization.rules import get_table
 from mutune.scaling.arithmetic import parameter_count
 from mutune.training.config import RunSpec, total_tokens
 
-GO_OCTAVES = 0.5  # the optimum at the target is expected, spread included, this close to the transferred rate
-NO_GO_OCTAVES = 1.0  # the expected drift at the target is larger than this
+GO_OCTAVES = 0.5  # the optimum at the target is expected, uncertainty included, this close to the transferred rate
+NO_GO_OCTAVES = 1.0  # it is expected, uncertainty taken off, further from the transferred rate than this
+MAX_RESIDUAL = 0.5  # the furthest, in octaves, that an optimum may lie from the line that is extrapolated
 MAX_WIDTH_RATIO = 4.0  # target width over the widest rung: two doublings of extrapolation
+FFN = "feed-forward width over width"
 MAX_RATIO = 4.0  # target over proxy, or the inverse, on an axis that the ladder did not measure
 
 
@@ -56,6 +58,7 @@ def difference_table(
         ("depth", proxy.model.depth, target.model.depth),
         ("heads (and so the ALiBi spectrum)", proxy.model.heads, target.model.heads),
         ("head size", proxy.model.size_per_head, target.model.size_per_head),
+        *_ffn(proxy, target),
         ("positions", proxy.model.positions, target.model.positions),
         ("activation", proxy.model.activation, target.model.activation),
         ("vocabulary", proxy_vocab, target_vocab),
@@ -70,6 +73,7 @@ def difference_table(
         ("context", _context(proxy), _context(target)),
         ("schedule", proxy.schedule.kind, target.schedule.kind),
         ("warm-up share", _warmup(proxy), _warmup(target)),
+        ("decay share", _decay(proxy), _decay(target)),
         ("end ratio", _end_ratio(proxy), _end_ratio(target)),
         ("clip norm", proxy.loop.clip_norm, target.loop.clip_norm),
     ]
@@ -84,28 +88,34 @@ def published_differences(base_width: float, target: RunSpec) -> list[Difference
 
 
 def judge(
-    transfer_table: str, differences: list[Difference], rungs: list[Rung], drift: Drift, target_width: int
+    transfer_table: str,
+    differences: list[Difference],
+    rungs: list[Rung],
+    drift: Drift,
+    learning_rate: float,
+    target_width: int,
 ) -> Verdict:
-    """The verdict of a ladder.
+    """The verdict of a ladder, for the transferred base `learning_rate`.
 
-    A drift that is too large is NO-GO whatever else holds; then what was not measured makes NOT CERTIFIED; then the
-    drift expected at the target decides between GO and GO WITH CARE.
+    What decides is how far from that rate the optimum is expected at the target: too far is NO-GO whatever else
+    holds; then what was not measured makes NOT CERTIFIED; then the distance decides between GO and GO WITH CARE. Its
+    uncertainty is the spread over seeds or the largest residual of the fit, whichever is larger.
     """
-    base = rungs[0].width
-    doublings = math.log2(target_width / base)
-    expected, spread = drift.at(doublings), drift.spread * abs(doublings)
+    optimum, spread = expected_optimum(optima(rungs), target_width)
+    distance = optimum - math.log2(learning_rate)
+    uncertainty = max(drift.residual, spread) if math.isfinite(spread) else drift.residual
     said = (
         f"the optimum moves {drift.octaves_per_doubling:+.2f} ± {drift.spread:.2f} octaves per doubling of the width "
-        f"over widths {base}-{rungs[-1].width} ({drift.num_seeds} seeds), {expected:+.2f} ± {spread:.2f} at width "
-        f"{target_width}"
+        f"over widths {rungs[0].width}-{rungs[-1].width} ({drift.num_seeds} seeds); at width {target_width} it is "
+        f"expected {distance:+.2f} ± {uncertainty:.2f} octaves from the transferred rate"
     )
-    if abs(expected) - (spread if math.isfinite(spread) else 0.0) > NO_GO_OCTAVES:
-        return Verdict("NO-GO", [f"{said}: more than {NO_GO_OCTAVES:g} octave"])
     missing = [rule.reason(differences, rungs, drift, transfer_table) for rule in NOT_CERTIFIED]
     reasons = [reason for reason in missing if reason]
+    if abs(distance) - uncertainty > NO_GO_OCTAVES:
+        return Verdict("NO-GO", [f"{said}: more than {NO_GO_OCTAVES:g} octave", *reasons])
     if reasons:
         return Verdict("NOT CERTIFIED", [*reasons, said])
-    if abs(expected) + spread <= GO_OCTAVES:
+    if abs(distance) + uncertainty <= GO_OCTAVES:
         return Verdict("GO", [f"{said}: within {GO_OCTAVES:g} octave"])
     return Verdict("GO WITH CARE", [f"{said}: not within {GO_OCTAVES:g} octave, but not beyond {NO_GO_OCTAVES:g}"])
 
@@ -169,10 +179,20 @@ def _seeds(differences: list[Difference], rungs: list[Rung], drift: Drift, table
     return "" if drift.num_seeds > 1 else "one seed gives no spread; set ladder.seeds=2"
 
 
+def _line(differences: list[Difference], rungs: list[Rung], drift: Drift, table: str) -> str:
+    if drift.residual <= MAX_RESIDUAL:
+        return ""
+    return (
+        f"the optimum does not follow the width: it lies up to {drift.residual:.2f} octaves from its fitted line "
+        f"(range {drift.range:.2f}), so nothing can be extrapolated; raise ladder.seeds, or sweep at larger widths"
+    )
+
+
 NOT_CERTIFIED = (
     Rule("width", _width),
     Rule("depth", _depth),
     _differs("head size", "ladders fix the head size; sweep with the target's"),
+    _differs(FFN, "ladders keep this ratio; sweep with the target's"),
     _differs("positions", "sweep with the target's"),
     _differs("activation", "sweep with the target's"),
     _beyond("vocabulary", "sweep with the target's tokenizer"),
@@ -180,8 +200,10 @@ NOT_CERTIFIED = (
     _beyond("batch, tokens per step", "the best rate also moves with the batch; raise run.batch_sequences"),
     _beyond("context", "sweep at a longer run.context_length"),
     _differs("schedule", "the best rate belongs to its schedule; sweep with the target's"),
+    _beyond("decay share", "the best rate belongs to its schedule; sweep with the target's schedule.decay_fraction"),
     Rule("edge", _edge),
     Rule("seeds", _seeds),
+    Rule("line", _line),
 )
 
 
@@ -215,6 +237,20 @@ def _context(spec: RunSpec) -> int:
 
 def _warmup(spec: RunSpec) -> float:
     return round(spec.schedule.warmup(spec.num_steps) / spec.num_steps, 6)
+
+
+def _ffn(proxy: RunSpec, target: RunSpec) -> list[tuple[str, float | str, float | str]]:
+    """The ratio's row, unless the target has the feed-forward width of the proxy's family up to its rounding."""
+    width, ffn = target.model.width, target.model.ffn
+    family = proxy.model.ffn_width_at(width) or replace(proxy.model, width=width, num_heads=1).ffn
+    if abs(ffn - family) <= 1:
+        return []
+    return [(FFN, round(proxy.model.ffn / proxy.model.width, 3), round(ffn / width, 3))]
+
+
+def _decay(spec: RunSpec) -> float | str:
+    """Share of the run in which the rate falls; only `wsd` has one of its own."""
+    return spec.schedule.decay_fraction if spec.schedule.kind == "wsd" else "the schedule's own"
 
 
 def _end_ratio(spec: RunSpec) -> float:

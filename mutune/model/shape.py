@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, replace
 
-from mutune.errors import Refusal, require, require_number
+from mutune.errors import MAX_WHOLE, Refusal, require, require_number
 from mutune.parametrization.plan import BaseShape, TensorSpec, base_of
 
 POSITIONS = ("alibi", "learned")
 ACTIVATIONS = ("swiglu", "gelu")
+MAX_WIDTH, MAX_DEPTH = 2**20, 2**12  # far beyond any model; a plan of more tensors would only take time
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,18 @@ class ModelConfig:
     tied: bool = True
 
     def __post_init__(self) -> None:
-        for name, example in (("width", 64), ("depth", 4), ("head_size", 16), ("max_positions", 2048)):
-            require_number(f"model.{name}", getattr(self, name), at_least=1, example=example)
+        bounds = (("width", MAX_WIDTH, 64), ("depth", MAX_DEPTH, 4), ("head_size", MAX_WIDTH, 16))
+        for name, most, example in (*bounds, ("max_positions", MAX_WHOLE, 2048)):
+            require_number(f"model.{name}", getattr(self, name), at_least=1, at_most=most, example=example, whole=True)
         for name, known in (("positions", POSITIONS), ("activation", ACTIVATIONS)):
             value = getattr(self, name)
             require(value in known, f"model.{name}={value} is unknown; known values: {', '.join(known)}.")
         if self.ffn_width is not None:
-            require_number("model.ffn_width", self.ffn_width, at_least=1, example=8 * self.width // 3)
+            require_number("model.ffn_width", self.ffn_width, at_least=1, example=8 * self.width // 3, whole=True)
         if self.num_heads is None:
             self._check_divides("head_size", self.head_size, self.width // self.head_size)
         else:
-            require_number("model.num_heads", self.num_heads, at_least=1, example=max(1, self.width // 16))
+            require_number("model.num_heads", self.num_heads, at_least=1, example=max(1, self.width // 16), whole=True)
             self._check_divides("num_heads", self.num_heads, self.num_heads)
 
     def _check_divides(self, key: str, divisor: int, heads: int) -> None:
@@ -75,11 +77,19 @@ class ModelConfig:
         return self.ffn_width if self.ffn_width is not None else 8 * self.width // 3
 
     def at_width(self, width: int) -> "ModelConfig":
-        """The same family at another width: head size, depth and switches kept, FFN by its default rule.
+        """The same family at another width: head size, depth and switches kept, so that the head count grows.
 
-        Ladders fix d_head and grow the head count (DESIGN decision 3).
+        The feed-forward width follows its default rule, or where it was set, the width's ratio (rounded, at least 1).
         """
-        return replace(self, width=width, head_size=self.size_per_head, num_heads=None, ffn_width=None)
+        if width == self.width:
+            return self
+        return replace(
+            self, width=width, head_size=self.size_per_head, num_heads=None, ffn_width=self.ffn_width_at(width)
+        )
+
+    def ffn_width_at(self, width: int) -> int | None:
+        """`ffn_width` of this family at another width."""
+        return None if self.ffn_width is None else max(1, round(self.ffn_width * width / self.width))
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def _write(parameter: nn.Parameter, value: torch.Tensor) -> None:
 
 def initial_tensor(row: TensorPlan, shape: torch.Size, seed: int) -> torch.Tensor:
     """The initial value of one tensor, float32, on the CPU."""
-    value = torch.empty(shape)
+    value = torch.empty(shape, dtype=torch.float32)
     generator = torch.Generator().manual_seed(_seed_of(seed, row.name))
     if row.init == NORMAL:
         return value.normal_(0.0, row.init_std, generator=generator)

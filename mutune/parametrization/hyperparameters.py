@@ -38,7 +38,7 @@ class BaseHyperparameters:
             require_number(f"hyperparameters.{name}", getattr(self, name), above=0.0, example=EXAMPLES[name])
         require_number("hyperparameters.weight_decay", self.weight_decay, at_least=0.0, example=0.1)
         for name in ("beta1", "beta2"):
-            require_number(f"hyperparameters.{name}", getattr(self, name), at_least=0.0, at_most=1 - 1e-9, example=0.95)
+            require_number(f"hyperparameters.{name}", getattr(self, name), at_least=0.0, below=1.0, example=0.95)
         if self.adam_eps is not None:
             require_number("hyperparameters.adam_eps", self.adam_eps, above=0.0, example=1e-12)
         if self.decay_timescale is not None:

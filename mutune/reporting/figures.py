@@ -22,15 +22,16 @@ VALLEY_SPACE = {"width", "table", "seed", "learning_rate"}
 
 
 def draw_study(directory: Path) -> list[Path]:
-    """The figures of a study: `valley.png` and `drift.png` for a grid over width and learning rate and nothing more
-    than table and seed, else `history.png` and `slices.png`.
+    """The figures of a study: `valley.png` and `drift.png` for a full grid over width and learning rate and nothing
+    more than table and seed, else `history.png` and `slices.png`.
 
     Raises:
         Refusal: there is no study, or it has no run yet; the command that makes one is named.
     """
     space = frames.load_space(directory)
     runs = frames.load_runs(directory)
-    if {"width", "learning_rate"} <= set(space) <= VALLEY_SPACE:
+    is_valley = {"width", "learning_rate"} <= set(space) <= VALLEY_SPACE
+    if is_valley and frames.load_sampler(directory) == "grid":
         return _draw_valleys(directory, runs)
     folder = directory / "figures"
     return [

@@ -6,6 +6,7 @@ takes a frame and returns a frame. Losses are in nats per token; `log2_lr` and `
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,19 @@ def load_runs(directory: Path) -> pd.DataFrame:
         finished: reached its total steps. A row with neither is a run in progress, or one that was cut off.
         steps: updates done; total_steps: updates asked for; tokens; seconds.
 
+    A run whose files are damaged is left out, with a note on stderr.
+
     Raises:
         Refusal: there is no run below `directory`; the command that makes one is named.
     """
-    rows = [_run_row(path, directory) for path in _metrics(directory)]
+    rows = []
+    for path in _metrics(directory):
+        try:
+            rows.append(_run_row(path, directory))
+        except Refusal as damage:  # one record less in a figure; the rest is still worth seeing
+            print(f"left out   {damage}", file=sys.stderr)
+    if not rows:
+        raise _nothing(directory)
     frame = pd.DataFrame(rows).astype({"trial": "Int64", "adam_eps": "float64"})
     return frame.sort_values(["trial", "run"], ignore_index=True)
 
@@ -75,14 +85,23 @@ def load_space(directory: Path) -> dict[str, bool]:
     Raises:
         Refusal: there is no study; the command that makes one is named.
     """
+    return {name: _is_log(data) for name, data in _search(directory)["space"].items()}
+
+
+def load_sampler(directory: Path) -> str:
+    """How the study in `directory` searches; raises as `load_space` does."""
+    return str(_search(directory)["sampler"])
+
+
+def _search(directory: Path) -> dict[str, Any]:
     if not (directory / CONFIG).is_file():
         raise _nothing(directory)
     stored = read_yaml(directory / CONFIG, "study's config")
     try:
-        space = stored["inputs"]["config"]["search"]["space"]
-        return {name: _is_log(data) for name, data in space.items()}
-    except KeyError as error:
-        raise Refusal(f"{directory / CONFIG} lacks {error}; run its sweep again with overwrite=true.") from None
+        search = stored["inputs"]["config"]["search"]
+        return {"space": dict(search["space"]), "sampler": search["sampler"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refusal(f"{directory / CONFIG} is damaged ({error}); restore it from a copy.") from None
 
 
 def history(runs: pd.DataFrame) -> pd.DataFrame:
@@ -289,12 +308,14 @@ def _name(path: Path, directory: Path) -> str:
 
 def _records(path: Path) -> list[dict[str, Any]]:
     records = []
-    with path.open() as lines:
+    with path.open(errors="replace") as lines:
         for line in lines:
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:  # torn: the run is in progress, or was killed while it wrote
                 continue
+            if isinstance(record, dict):
+                records.append(record)
     return records
 
 
@@ -302,10 +323,8 @@ def _run_row(path: Path, directory: Path) -> dict[str, Any]:
     config, records = read_yaml(path.parent / CONFIG, "run's config"), _records(path)
     try:
         return _facts(config, _name(path, directory)) | _outcome(config, records)
-    except KeyError as error:
-        raise Refusal(
-            f"the run {path.parent} lacks {error} in {CONFIG} or {METRICS}; run its command again with overwrite=true."
-        ) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Refusal(f"the run {path.parent} is damaged ({error!r} in {CONFIG} or {METRICS})") from None
 
 
 def _facts(config: dict[str, Any], name: str) -> dict[str, Any]:

@@ -5,13 +5,15 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from mutune.errors import Refusal, require, require_number
+from mutune.errors import Refusal, require, require_number, shown
 from mutune.parametrization.hyperparameters import NAMES, BaseHyperparameters
 
 SAMPLERS = ("random", "tpe", "grid")
 
 #: What a space may name besides the base hyperparameters: the run's shape, its table and its seed.
 STRUCTURAL = ("width", "table", "seed")
+MAX_TRIALS = 10**6
+EXAMPLES = {"width": 32, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,15 @@ class Dimension:
     high: float | None = None
     log: bool = True
     values: tuple[Any, ...] = ()
+
+    def contains(self, value: Any) -> bool:
+        """Whether the search could propose `value`."""
+        if self.values:
+            return value in self.values
+        return value is not None and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return str(list(self.values)) if self.values else f"{self.low:g} … {self.high:g}"
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,8 @@ class SearchConfig:
             equal to an undisturbed one. At least the number of workers, to keep them busy.
         workers: single-threaded worker processes; null takes the number of cores.
         space: name → {low, high, log} or {values: [...]}.
-        initial: known-good values, tried first; what they leave out takes the configured base value.
+        initial: known-good values, tried first; what they leave out takes the configured base value, or where that
+            lies outside its range, the sampler's own. A grid has none.
     """
 
     sampler: str = "tpe"
@@ -53,16 +65,24 @@ class SearchConfig:
             self.sampler in SAMPLERS,
             f"search.sampler={self.sampler} is unknown; known samplers: {', '.join(SAMPLERS)}.",
         )
-        for name, example in (("n_startup_trials", 16), ("cohort", 8)):
-            require_number(f"search.{name}", getattr(self, name), at_least=1, example=example)
-        for name, example in (("n_trials", 32), ("workers", 2)):
-            if getattr(self, name) is not None:
-                require_number(f"search.{name}", getattr(self, name), at_least=1, example=example)
-        for point in self.initial:
+        for name, example in (("n_startup_trials", 16), ("cohort", 8), ("n_trials", 32), ("workers", 2)):
+            value, key = getattr(self, name), f"search.{name}"
+            if value is not None or name in ("n_startup_trials", "cohort"):
+                require_number(key, value, at_least=1, at_most=MAX_TRIALS, example=example, whole=True)
+        if self.sampler == "grid":
+            for name, unset in (("n_trials", None), ("initial", [])):
+                value = getattr(self, name)
+                require(
+                    value == unset,
+                    f"search.{name}={value} is not read by search.sampler=grid, which tries every combination once; "
+                    f"for example search.{name}={'null' if unset is None else unset}.",
+                )
+        for i, point in enumerate(self.initial):
             for name in point:
                 require(
                     name in self.space,
-                    f"search.initial names {name}, which is not in search.space; add search.space.{name} or remove it.",
+                    f"search.initial[{i}] names {name}, which is not in search.space; add search.space.{name} or "
+                    "remove it.",
                 )
 
 
@@ -73,6 +93,28 @@ def dimensions(space: dict[str, Any]) -> list[Dimension]:
         Refusal: an unknown name, an empty range, a bound that the hyperparameter itself refuses.
     """
     return [_dimension(name, data) for name, data in space.items()]
+
+
+def initial_points(search: SearchConfig, space: list[Dimension]) -> list[dict[str, Any]]:
+    """`search.initial` with every value checked.
+
+    Raises:
+        Refusal: a value of the wrong kind, or outside its range.
+    """
+    by_name = {dimension.name: dimension for dimension in space}
+    points = []
+    for i, given in enumerate(search.initial):
+        point = {}
+        for name, value in given.items():
+            key = f"search.initial[{i}].{name}"
+            point[name] = _value(name, key, value)
+            require(
+                by_name[name].contains(point[name]),
+                f"{key}={shown(value)} lies outside search.space.{name} ({by_name[name]}); move it inside, or try no "
+                "known values first with search.initial=[].",
+            )
+        points.append(point)
+    return points
 
 
 def grid(space: list[Dimension]) -> list[dict[str, Any]]:
@@ -107,8 +149,7 @@ def _listed(name: str, key: str, data: dict[str, Any]) -> Dimension:
     others = " ".join(f"~{key}.{part}" for part in data if part != "values")
     require(len(data) == 1, f"{key} has both values and a range; take the range out with {others}.")
     require(isinstance(values, list) and len(values) > 0, f"{key}.values={values} is empty; list at least one value.")
-    if name in NAMES:
-        values = [_checked(name, key, value) for value in values]
+    values = [_value(name, f"{key}.values[{i}]", value) for i, value in enumerate(values)]
     require(len(set(values)) == len(values), f"{key}.values={values} repeats a value; list each once.")
     return Dimension(name, values=tuple(values))
 
@@ -117,7 +158,7 @@ def _interval(name: str, key: str, data: dict[str, Any]) -> Dimension:
     require(name in NAMES, f"{key} must list its values; for example {key}={{values: [32, 64]}}.")
     for bound in ("low", "high"):
         require(bound in data, f"{key}.{bound} is missing; for example {key}={{low: 0.001, high: 0.1}}.")
-    low, high = _checked(name, key, data["low"]), _checked(name, key, data["high"])
+    low, high = (_number(name, f"{key}.{bound}", data[bound]) for bound in ("low", "high"))
     log = data.get("log", True)
     require(isinstance(log, bool), f"{key}.log={log} must be true or false.")
     require(
@@ -127,12 +168,28 @@ def _interval(name: str, key: str, data: dict[str, Any]) -> Dimension:
     return Dimension(name, low, high, log)
 
 
-def _checked(name: str, key: str, value: Any) -> float:
+def _value(name: str, key: str, value: Any) -> Any:
+    """A value of `name` as what it stands for: a float, a whole number (`width`, `seed`) or a word (`table`)."""
+    if name in NAMES:
+        return _number(name, key, value)
+    if name == "table":
+        require(isinstance(value, str), f"{key}={shown(value)} must be a word; for example {key}=mup.")
+        return value
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
+    require(whole, f"{key}={shown(value)} must be a whole number; for example {key}={EXAMPLES[name]}.")
+    return int(value)
+
+
+def _number(name: str, key: str, value: Any) -> float:
     """The value as a float that `BaseHyperparameters` accepts."""
+    require(not isinstance(value, bool), f"{key}={shown(value)} must be a number; for example 0.01.")
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise Refusal(f"{key}={value} must be a number; for example 0.01.") from None
-    require(math.isfinite(number), f"{key}={value} must be finite; for example 0.01.")
-    BaseHyperparameters(**{name: number})  # refuses what is out of its range
+    except (TypeError, ValueError, OverflowError):
+        raise Refusal(f"{key}={shown(value)} must be a number; for example 0.01.") from None
+    require(math.isfinite(number), f"{key}={shown(value)} must be finite; for example 0.01.")
+    try:
+        BaseHyperparameters(**{name: number})
+    except Refusal as refusal:
+        raise Refusal(str(refusal).replace(f"hyperparameters.{name}", key)) from refusal
     return number

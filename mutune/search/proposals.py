@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial
 
 from mutune.errors import Refusal
-from mutune.search.config import Dimension, SearchConfig, grid
+from mutune.search.config import Dimension, SearchConfig, grid, initial_points
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # the sweep has its own progress line
 
@@ -47,7 +47,8 @@ def propose(
     Args:
         search: sampler and cohort size.
         space: the searched quantities.
-        defaults: their configured base values, for what `search.initial` leaves out.
+        defaults: their configured base values, for what `search.initial` leaves out; one that lies outside its range
+            is left to the sampler.
         seed: the study's seed.
         finished: every earlier trial, in the order of their numbers, all of them finished.
 
@@ -61,20 +62,22 @@ def propose(
         return [points[number] for number in numbers]
     study = optuna.create_study(study_name="proposals", sampler=optuna.samplers.RandomSampler(seed=0))
     study.add_trials(finished)
-    return [_propose_one(study, search, space, defaults, seed, number) for number in numbers]
+    inside = {d.name: defaults[d.name] for d in space if d.name in defaults and d.contains(defaults[d.name])}
+    known = [{**inside, **point} for point in initial_points(search, list(space))]
+    return [_propose_one(study, search, space, known, seed, number) for number in numbers]
 
 
 def _propose_one(
     study: optuna.Study,
     search: SearchConfig,
     space: Sequence[Dimension],
-    defaults: dict[str, Any],
+    known: list[dict[str, Any]],
     seed: int,
     number: int,
 ) -> dict[str, Any]:
     study.sampler = _sampler(search, _seed_of(seed, number))
-    if number < len(search.initial):
-        study.enqueue_trial({name: search.initial[number].get(name, defaults[name]) for name in distributions(space)})
+    if number < len(known):
+        study.enqueue_trial(known[number])
     trial = study.ask(fixed_distributions=distributions(space))
     assert trial.number == number, (trial.number, number)
     return dict(trial.params)

@@ -1,50 +1,71 @@
 """What a study leaves for others: its best values, beside the inputs that made them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from mutune.compose import build, plain
 from mutune.errors import Refusal
 from mutune.files import read_yaml, write_yaml
 from mutune.folders import CONFIG
+from mutune.parametrization.hyperparameters import BaseHyperparameters
 
 BEST = "best.yaml"
 
 
 @dataclass(frozen=True)
+class BestValues:
+    """`best.yaml`: the best trial's number, losses, searched parameters, and all its base hyperparameters.
+
+    Losses are held-out ones, in nats per token and in bits per byte.
+    """
+
+    study: str
+    trial: int
+    heldout_loss: float
+    heldout_bits_per_byte: float
+    searched: list[str]
+    params: dict[str, Any]
+    hyperparameters: BaseHyperparameters
+
+
+@dataclass(frozen=True)
 class StoredStudy:
-    """A study on disk: its name, its configuration as plain data, the hash of its data, and its best trial."""
+    """A study on disk: its name, its configuration as plain data, the hash of its data, its best trial, its code."""
 
     name: str
     directory: Path
     config: dict[str, Any]
     data_hash: str
-    best: dict[str, Any]
-    versions: dict[str, str]
+    best: BestValues
+    commit: str
 
 
-def write_best(directory: Path, name: str, best: FrozenTrial, hyperparameters: Mapping[str, Any]) -> None:
-    """Write `best.yaml`: the best trial's base hyperparameters, its number and its losses."""
-    data = {
-        "study": name,
-        "trial": best.number,
-        "heldout_loss": best.value,
-        "heldout_bits_per_byte": best.user_attrs["bits_per_byte"],
-        "searched": sorted(best.params),
-        "params": dict(best.params),
-        "hyperparameters": dict(hyperparameters),
-    }
-    write_yaml(directory / BEST, data, "base hyperparameters of the best finished trial; losses in nats per token")
+def write_best(directory: Path, name: str, best: FrozenTrial, hyperparameters: BaseHyperparameters) -> None:
+    """Write `best.yaml`."""
+    assert best.value is not None
+    values = BestValues(
+        study=name,
+        trial=best.number,
+        heldout_loss=best.value,
+        heldout_bits_per_byte=best.user_attrs["bits_per_byte"],
+        searched=sorted(best.params),
+        params=dict(best.params),
+        hyperparameters=hyperparameters,
+    )
+    comment = "base hyperparameters of the best finished trial; losses in nats per token"
+    write_yaml(directory / BEST, plain(values), comment)
 
 
 def load_study(sweeps: Path, name: str) -> StoredStudy:
     """Read a study that has a best trial.
 
     Raises:
-        Refusal: it does not exist, or has no finished trial yet; the known ones are listed.
+        Refusal: it does not exist, or has no finished trial yet (the known ones are listed), or one of its files is
+            damaged.
     """
     directory = sweeps / name
     if not (directory / CONFIG).is_file():
@@ -57,10 +78,35 @@ def load_study(sweeps: Path, name: str) -> StoredStudy:
         raise Refusal(f"study={name} has no finished trial yet; run python -m mutune.sweep with study={name} first.")
     stored, best = read_yaml(directory / CONFIG, "study's config"), read_yaml(directory / BEST, "study's best values")
     try:
-        return StoredStudy(
-            name, directory, stored["inputs"]["config"], stored["inputs"]["data_hash"], best, stored["versions"]
-        )
-    except KeyError as error:
+        inputs, commit = stored["inputs"], stored["versions"]["commit"]
+        config, data_hash = inputs["config"], str(inputs["data_hash"])
+    except (KeyError, TypeError) as error:
         raise Refusal(
-            f"study={name}: {directory / CONFIG} lacks {error}; run its sweep again with overwrite=true."
+            f"study={name}: {directory / CONFIG} is damaged ({error}); restore it, or remove {directory} and run the "
+            "sweep again."
         ) from None
+    try:
+        values = build(BestValues, best)
+    except Refusal as refusal:
+        raise Refusal(f"study={name}: {directory / BEST} is damaged ({refusal}); run its sweep again.") from refusal
+    return StoredStudy(name, directory, config, data_hash, values, str(commit))
+
+
+def check_best(study: StoredStudy, searched: Collection[str], hyperparameters: BaseHyperparameters) -> None:
+    """Refuse best values that were edited: they must be what the search found.
+
+    Args:
+        searched: the names in the study's space.
+        hyperparameters: those that the best trial's parameters give.
+    """
+    path, best = study.directory / BEST, study.best
+    odd = sorted(set(best.params) ^ set(searched))
+    if odd:
+        raise Refusal(f"{path} and the study's space differ in params.{odd[0]}; run the sweep again to write it anew.")
+    for name, value in hyperparameters.as_dict().items():
+        said = getattr(best.hyperparameters, name)
+        if said != value:
+            raise Refusal(
+                f"{path} says hyperparameters.{name}={said}, but trial {best.trial} had {value}; leave that file alone "
+                f"and transfer another value with hyperparameters.{name}={said}."
+            )

@@ -4,6 +4,7 @@ Only the parent process touches the storage, under a lock; a trial is in it with
 Trials that were running when a parent died are run again under the same number with the same parameters.
 """
 
+import contextlib
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from mutune.errors import Refusal
 from mutune.model.shape import base_config
 from mutune.parametrization.hyperparameters import NAMES
-from mutune.search.config import Dimension, SearchConfig, dimensions, grid
+from mutune.search.config import Dimension, SearchConfig, dimensions, grid, initial_points
 from mutune.search.proposals import distributions, propose, total_trials
+from mutune.search.results import BEST
 from mutune.search.workers import default_workers, run_all
 from mutune.training.config import RunSpec
 from mutune.training.run import RunResult, run_to_end
@@ -72,7 +74,7 @@ def check_space(spec: RunSpec, search: SearchConfig) -> list[Dimension]:
     """The searched quantities, each value of the listed ones tried against the run they would make.
 
     Raises:
-        Refusal: an empty space, or a value that no run can have.
+        Refusal: an empty space, a value that no run can have, or a known-good one outside its range.
     """
     space = dimensions(search.space)
     if not space:
@@ -83,7 +85,42 @@ def check_space(spec: RunSpec, search: SearchConfig) -> list[Dimension]:
     if spec.base != base_config(spec.model):
         raise Refusal("the base of a study is its own model; set model.width instead of base.width.")
     total_trials(search, space)
+    initial_points(search, space)
     return space
+
+
+def base_values(spec: RunSpec) -> dict[str, Any]:
+    """The configured value of everything that can be searched; ε is the table's own where none is given."""
+    values = {"width": spec.model.width, "table": spec.parametrization.table, "seed": spec.seed}
+    values |= {name: getattr(spec.hyperparameters, name) for name in NAMES}
+    if spec.hyperparameters.adam_eps is None:
+        values["adam_eps"] = spec.parametrization.theory().adam_eps
+    return values
+
+
+def check_storage(directory: Path) -> None:
+    """Refuse a folder with trials or best values that its storage does not have; reads only.
+
+    Raises:
+        Refusal: the storage is missing, is no database, or lacks a trial that has begun.
+    """
+    path, begun = directory / STORAGE, directory / "trials"
+    if not any(place.exists() for place in (path, begun, directory / BEST)):
+        return
+    cure = f"restore it, or remove {directory} to start the study over"
+    if not path.is_file():
+        raise Refusal(f"{path} is missing beside the study's results; {cure}.")
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            known = {str(number) for (number,) in connection.execute("SELECT number FROM trials")}
+    except sqlite3.Error as error:
+        raise Refusal(f"{path} cannot be read as a study ({error}); {cure}.") from error
+    have = {entry.name for entry in begun.iterdir()} if begun.is_dir() else set()
+    lost = sorted(name for name in have - known if name.isdecimal())
+    if state != "ok" or lost:
+        why = f"lacks trial {lost[0]}, whose records are there" if lost else f"is damaged ({state})"
+        raise Refusal(f"{path} {why}; {cure}.")
 
 
 def run_study(
@@ -110,14 +147,12 @@ def run_study(
     study = open_study(directory, name)
     total = total_trials(search, space)
     workers = search.workers or default_workers()
-    defaults = {"width": spec.model.width, "table": spec.parametrization.table, "seed": spec.seed}
-    defaults |= {key: getattr(spec.hyperparameters, key) for key in NAMES}
     while True:
         trials = study.get_trials(deepcopy=False)
         if len([t for t in trials if t.state.is_finished()]) >= total:
             report(_progress(study, search, space, []))
             return trials
-        _add_cohort(study, search, space, defaults, spec.seed, trials)
+        _add_cohort(study, search, space, base_values(spec), spec.seed, trials)
         work = [
             Trial(t.number, trial_spec(spec, t.params), directory / "trials" / str(t.number), device, name, t.params)
             for t in study.get_trials(deepcopy=False)
@@ -141,9 +176,8 @@ def run_trial(trial: Trial) -> RunResult:
 def open_study(directory: Path, name: str) -> optuna.Study:
     """The study's Optuna object, created where it does not exist. SQLite in WAL mode."""
     path = directory / STORAGE
-    with sqlite3.connect(path) as connection:
+    with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
-    connection.close()
     return optuna.create_study(
         storage=f"sqlite:///{path}",
         study_name=name,

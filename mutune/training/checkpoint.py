@@ -50,10 +50,12 @@ def save(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    if target.exists():  # the same step again after a crash between rename and clean-up
-        shutil.rmtree(target)
+    stale = root / f".{step}.old.partial"
+    if target.exists():  # the same step again, after a crash between rename and clean-up
+        os.replace(target, stale)
     os.replace(partial, target)
     fsync_directory(root)
+    shutil.rmtree(stale, ignore_errors=True)
     for old in sorted(list_steps(root))[:-keep]:
         shutil.rmtree(root / str(old))
     return target
@@ -72,7 +74,8 @@ def _write(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 def list_steps(root: Path) -> list[int]:
     """Steps that have a complete checkpoint under `root`."""
-    return [int(path.name) for path in root.glob("*") if path.name.isdigit()] if root.is_dir() else []
+    names = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    return [int(name) for name in names if name.isdecimal() and str(int(name)) == name]
 
 
 def newest(root: Path) -> Checkpoint | None:

@@ -11,6 +11,8 @@ from mutune.parametrization.plan import Decay, Plan, make_plan
 from mutune.parametrization.rules import ParametrizationConfig
 from mutune.training.schedule import ScheduleConfig
 
+MAX_SEED = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -30,7 +32,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         for name, example in (("context_length", 128), ("batch_sequences", 4), ("num_steps", 240)):
-            require_number(f"stages.{name}", getattr(self, name), at_least=1, example=example)
+            require_number(f"stages.{name}", getattr(self, name), at_least=1, example=example, whole=True)
         if self.end_ratio is not None:
             require_number("stages.end_ratio", self.end_ratio, at_least=0.0, at_most=1.0, example=0.0085)
 
@@ -67,12 +69,12 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         require_number("loop.clip_norm", self.clip_norm, above=0.0, example=1.0)
-        require_number("loop.heldout_windows", self.heldout_windows, at_least=1, example=128)
-        require_number("loop.eval_every", self.eval_every, at_least=0, example=50)
-        require_number("loop.audit_every", self.audit_every, at_least=0, example=100)
+        require_number("loop.heldout_windows", self.heldout_windows, at_least=1, example=128, whole=True)
+        require_number("loop.eval_every", self.eval_every, at_least=0, example=50, whole=True)
+        require_number("loop.audit_every", self.audit_every, at_least=0, example=100, whole=True)
         require_number("loop.divergence_factor", self.divergence_factor, above=1.0, example=2.0)
         if self.micro_sequences is not None:
-            require_number("loop.micro_sequences", self.micro_sequences, at_least=1, example=4)
+            require_number("loop.micro_sequences", self.micro_sequences, at_least=1, example=4, whole=True)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class RunSpec:
         require(
             len(self.stages) > 0, "stages=[] is empty; a run needs at least one, for example stages=[{num_steps: 240}]."
         )
-        require_number("seed", self.seed, at_least=0, at_most=2**31 - 1, example=0)
+        require_number("seed", self.seed, at_least=0, at_most=MAX_SEED, example=0, whole=True)
         self.schedule.warmup(self.num_steps)
         longest = max(stage.context_length for stage in self.stages)
         if self.model.positions == "learned":

@@ -14,6 +14,7 @@ import torch
 
 from mutune.data.prepare import TokenizedCorpus, prepare
 from mutune.data.windows import Stage, WindowLoader, heldout_windows
+from mutune.errors import require
 from mutune.files import write_text, write_yaml
 from mutune.model.decoder import Decoder
 from mutune.parametrization.apply import initialise, make_optimizer
@@ -32,11 +33,27 @@ METRICS = "metrics.jsonl"
 PROBE_TOKENS = 8
 
 
-def check_data(spec: RunSpec, corpus: TokenizedCorpus) -> None:
-    """Refuse a run whose windows the text cannot give, before anything is written."""
-    window_loader(spec, corpus)
-    for stage in spec.stages:
-        heldout_windows(corpus.heldout, stage.context_length, spec.loop.heldout_windows)
+def check_data(spec: RunSpec, corpus: TokenizedCorpus, key: str) -> None:
+    """Refuse a run whose windows the text cannot give, before anything is written.
+
+    Args:
+        key: what a stage is called, for the message; `{}` is its number.
+    """
+    tokens, split = min((corpus.train_tokens, "training"), (corpus.heldout_tokens, "held-out"))
+    for i, stage in enumerate(spec.stages):
+        context = f"{key.format(i)}.context_length"
+        works = f"{context}={min(128, tokens - 1)}" if tokens > 1 else "a longer text"
+        require(
+            stage.context_length < tokens,
+            f"{context}={stage.context_length} does not fit into the {tokens:,} {split} tokens of {corpus.name}; "
+            f"for example {works}.",
+        )
+        windows = heldout_windows(corpus.heldout, stage.context_length, spec.loop.heldout_windows)
+        require(
+            bool(corpus.tokenizer.token_bytes[windows[:, 1:]].any()),
+            f"the held-out documents of {corpus.name} hold no text, so nothing can be measured on them; "
+            "for example twenty documents that are not empty.",
+        )
 
 
 def window_loader(spec: RunSpec, corpus: TokenizedCorpus) -> WindowLoader:
@@ -73,8 +90,9 @@ class Run:
         """Train and evaluate from `start_step`; one record per step, with the held-out loss where it was measured.
 
         Adds to the loop's records: `tokens` counted from the start of the run, `context_length`, `seconds` since
-        this call, and `heldout_loss`, `heldout_bits_per_byte` at the end of each stage and every `eval_every` steps.
-        The run is held against its plan before the first update and every `audit_every` steps.
+        this call, and `heldout_loss`, `heldout_bits_per_byte` at the end of each stage and every `eval_every` steps. A
+        held-out loss that is not finite is left out, and ends the run as diverged. The run is held against its plan
+        before the first update and every `audit_every` steps.
 
         Raises:
             AuditError: the model or the optimizer is not what the plan says.
@@ -104,9 +122,13 @@ class Run:
                 audit(self.model, self.optimizer, self.plan, factor=rate(step - 1), betas=self._betas)
             every = spec.loop.eval_every
             if not record["diverged"] and (step in ends or (every and step % every == 0)):
-                record |= evaluate(self.model, self._heldout(stage.context_length))
+                measured = evaluate(self.model, self._heldout(stage.context_length))
+                record["diverged"] = not math.isfinite(measured["heldout_loss"])  # the update itself broke the weights
+                record |= {} if record["diverged"] else measured
             record["seconds"] = round(time.monotonic() - started, 4)
             yield record
+            if record["diverged"]:
+                return
 
     @property
     def _betas(self) -> tuple[float, float]:

@@ -36,9 +36,9 @@ class ScheduleConfig:
         for name, example in (("warmup_fraction", 0.05), ("end_ratio", 0.0), ("decay_fraction", 0.2)):
             require_number(f"schedule.{name}", getattr(self, name), at_least=0.0, at_most=1.0, example=example)
         if self.warmup_steps is not None:
-            require_number("schedule.warmup_steps", self.warmup_steps, at_least=0, example=10)
+            require_number("schedule.warmup_steps", self.warmup_steps, at_least=0, example=10, whole=True)
         if self.kind == "wsd":
-            shares = self.warmup_fraction + self.decay_fraction
+            shares = self.decay_fraction + (self.warmup_fraction if self.warmup_steps is None else 0.0)
             require(
                 self.decay_fraction > 0 and shares <= 1,
                 f"schedule.decay_fraction={self.decay_fraction} must be above 0 and leave room for "
@@ -48,13 +48,17 @@ class ScheduleConfig:
     def warmup(self, num_steps: int) -> int:
         """Warm-up length in steps of a run of `num_steps`."""
         steps = round(self.warmup_fraction * num_steps) if self.warmup_steps is None else self.warmup_steps
+        name, works = ("warmup_fraction", 0.05) if self.warmup_steps is None else ("warmup_steps", num_steps // 20)
         require(
             steps < num_steps,
-            f"schedule.warmup_steps={steps} must be shorter than the run of {num_steps} steps; "
-            f"for example schedule.warmup_steps={num_steps // 20}.",
+            f"schedule.{name}={getattr(self, name)} must be shorter than the run of {num_steps} steps; "
+            f"for example schedule.{name}={works}.",
         )
         require(
-            self.kind != "wsd" or steps + self.decay_fraction * num_steps < num_steps + 1,  # one step for rounding
+            self.kind != "wsd"
+            or (
+                self.decay_fraction > 0 and steps + self.decay_fraction * num_steps < num_steps + 1
+            ),  # one for rounding
             f"schedule.decay_fraction={self.decay_fraction} leaves no room for the warm-up of {steps} of {num_steps} "
             f"steps; for example schedule.decay_fraction={(num_steps - steps) / num_steps / 2:.3g}.",
         )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mutune.certificate.valley import fit_drift, fit_valley
+from mutune.certificate.valley import expected_optimum, fit_drift, fit_valley
 
 
 @given(
@@ -50,8 +50,28 @@ def test_drift_is_octaves_per_doubling_with_its_spread_over_seeds() -> None:
     assert drift.spread == pytest.approx(math.sqrt(2) / 8)  # of -0.5 and -0.25
     assert drift.total == pytest.approx(-0.75)
     assert drift.range == pytest.approx(0.75)
-    assert drift.at(2.0) == pytest.approx(-0.75)
+    assert drift.residual == pytest.approx(0.0, abs=1e-12)
 
 
 def test_one_seed_has_no_spread() -> None:
     assert math.isnan(fit_drift({0: {32: -6.0, 64: -6.5}}).spread)
+    assert math.isnan(expected_optimum({0: {32: -6.0, 64: -6.5}}, 128)[1])
+
+
+def test_the_residual_is_the_furthest_that_an_optimum_lies_from_the_line() -> None:
+    bent = fit_drift({0: {32: -5.0, 64: -7.0, 128: -5.0}})
+    assert bent.octaves_per_doubling == pytest.approx(0.0, abs=1e-12)
+    assert bent.residual == pytest.approx(4 / 3)  # the line is at -17/3
+
+
+def test_the_expected_optimum_is_where_the_lines_of_the_seeds_meet_the_width() -> None:
+    optima = {0: {32: -6.0, 64: -6.5, 128: -7.0}, 1: {32: -5.0, 64: -5.0, 128: -5.0}}
+    mean, spread = expected_optimum(optima, 256)
+    assert mean == pytest.approx((-7.5 - 5.0) / 2)
+    assert spread == pytest.approx(2.5 / math.sqrt(2))
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_no_point_of_a_valley(loss: float) -> None:
+    with pytest.raises(ValueError, match="finite losses"):
+        fit_valley([-8, -7, -6], [3.0, loss, 2.0])

@@ -73,6 +73,29 @@ def test_head_count_and_head_size_follow_from_each_other() -> None:
     assert (ModelConfig(width=96, head_size=32).heads, ModelConfig(width=96, head_size=32).size_per_head) == (3, 32)
 
 
+def test_a_feed_forward_width_that_was_set_keeps_its_ratio_at_other_widths() -> None:
+    wide = ModelConfig(width=32, ffn_width=100)
+    assert wide.at_width(64).ffn == 200
+    assert wide.at_width(16).ffn == 50
+    assert ModelConfig(width=64, ffn_width=1).at_width(16).ffn == 1  # never nothing
+    assert wide.at_width(32) is wide
+    assert ModelConfig(width=32).at_width(64).ffn_width is None
+
+
+@pytest.mark.parametrize("key", ["width", "depth", "num_heads"])
+@pytest.mark.parametrize("value", [16.0, True, 10**400])
+def test_a_size_is_a_whole_number_of_reasonable_length(key: str, value: Any) -> None:
+    with pytest.raises(Refusal, match=rf"model\.{key}=.* must be a whole number at least 1"):
+        ModelConfig(**{key: value})
+
+
+@pytest.mark.parametrize(("key", "value"), [("width", 1_000_000_001), ("depth", 100_000_000)])
+def test_a_shape_beyond_any_model_is_refused_at_once(key: str, value: int) -> None:
+    arguments: dict[str, Any] = {key: value}
+    with pytest.raises(Refusal, match=rf"model\.{key}={value} must be .* at most \d+; for example"):
+        ModelConfig(**arguments)
+
+
 def test_a_ladder_keeps_the_head_size_and_grows_the_head_count() -> None:
     narrow = BTLM_3B.at_width(640)
     assert (narrow.width, narrow.heads, narrow.size_per_head, narrow.ffn, narrow.depth) == (640, 8, 80, 1706, 32)
@@ -95,14 +118,23 @@ def test_a_base_built_from_a_proxy_has_its_integer_sizes() -> None:
             r"model\.head_size=16 does not divide model\.width=40; the nearest that do are "
             r"model\.head_size=10 and model\.head_size=20\.",
         ),
-        ({"width": 0}, r"model\.width=0 must be a finite number at least 1; for example model\.width=64\."),
-        ({"depth": -1}, r"model\.depth=-1 must be a finite number at least 1; for example model\.depth=4\."),
-        ({"head_size": 0}, r"model\.head_size=0 must be a finite number at least 1; for example model\.head_size=16\."),
-        ({"num_heads": 0}, r"model\.num_heads=0 must be a finite number at least 1; for example model\.num_heads=2\."),
-        ({"ffn_width": 0}, r"model\.ffn_width=0 must be a finite number at least 1; for example model\.ffn_width=85\."),
+        (
+            {"width": 0},
+            r"model\.width=0 must be a whole number at least 1 and at most \d+; .*width=64\.",
+        ),
+        (
+            {"depth": -1},
+            r"model\.depth=-1 must be a whole number at least 1 and at most 4096; .*depth=4\.",
+        ),
+        (
+            {"head_size": 0},
+            r"model\.head_size=0 must be a whole number at least 1 and at most \d+; .*head_size=16\.",
+        ),
+        ({"num_heads": 0}, r"model\.num_heads=0 must be a whole number at least 1; for example model\.num_heads=2\."),
+        ({"ffn_width": 0}, r"model\.ffn_width=0 must be a whole number at least 1; for example model\.ffn_width=85\."),
         ({"positions": "rope"}, r"model\.positions=rope is unknown; known values: alibi, learned\."),
         ({"activation": "relu"}, r"model\.activation=relu is unknown; known values: swiglu, gelu\."),
-        ({"max_positions": 0}, r"model\.max_positions=0 must be a finite number at least 1"),
+        ({"max_positions": 0}, r"model\.max_positions=0 must be a whole number at least 1"),
     ],
 )
 def test_shapes_that_cannot_be_built_are_refused(arguments: dict[str, Any], message: str) -> None:

@@ -226,7 +226,7 @@ def test_a_base_keeps_one_fan_in_per_kind() -> None:
         ),
         ("init_std", math.nan, r"hyperparameters\.init_std=nan must be a finite number above 0"),
         ("weight_decay", -0.1, r"hyperparameters\.weight_decay=-0\.1 must be a finite number at least 0"),
-        ("beta2", 1.0, r"hyperparameters\.beta2=1\.0 must be a finite number at least 0 and at most 1; .*=0\.95"),
+        ("beta2", 1.0, r"hyperparameters\.beta2=1\.0 must be a finite number at least 0 and below 1; .*=0\.95"),
         ("adam_eps", 0.0, r"hyperparameters\.adam_eps=0\.0 must be a finite number above 0; .*=1e-12"),
     ],
 )

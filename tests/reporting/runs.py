@@ -113,11 +113,12 @@ def write_valleys(
                     number += 1
     values = {"width": sorted(next(iter(optima.values()))), "table": list(optima), "seed": list(seeds)}
     space: dict[str, Any] = {name: {"values": listed} for name, listed in values.items()}
-    write_space(directory, space | {"learning_rate": {"values": [2.0**e for e in exponents]}})
+    write_space(directory, space | {"learning_rate": {"values": [2.0**e for e in exponents]}}, sampler="grid")
     return directory
 
 
-def write_space(directory: Path, space: dict[str, Any]) -> None:
+def write_space(directory: Path, space: dict[str, Any], sampler: str = "tpe") -> None:
     """The study's own configuration."""
-    config = {"inputs": {"config": {"search": {"space": space}}, "data_hash": "0"}, "versions": {}}
+    search = {"space": space, "sampler": sampler}
+    config = {"inputs": {"config": {"search": search}, "data_hash": "0"}, "versions": {}}
     (directory / "config.yaml").write_text(yaml.safe_dump(config))

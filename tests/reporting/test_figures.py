@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from mutune.errors import Refusal
 from mutune.reporting import figures, frames, plots
-from tests.reporting.runs import cut, diverge, write_run, write_search, write_valleys
+from tests.reporting.runs import cut, diverge, write_run, write_search, write_space, write_valleys
 
 KNOWN = {"mup": {32: -7.0, 64: -7.0, 128: -6.75}, "sp": {32: -6.0, 64: -7.0, 128: -11.0}}
 
@@ -123,6 +124,16 @@ def test_a_grid_over_width_and_learning_rate_has_valleys_of_the_readmes_size(tmp
     drawn = figures.draw_study(write_valleys(tmp_path / "valley", KNOWN))
     assert [path.name for path in drawn] == ["valley.png", "drift.png"]
     assert imread(drawn[0]).shape[1] == 1660
+
+
+def test_a_search_over_listed_widths_and_rates_that_is_no_grid_has_a_history(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"width": {"values": [32, 64]}, "table": {"values": ["mup", "sp"]}}
+    for number in range(4):  # the first two are the same point, as a random search may propose
+        note = {"study": "mine", "trial": number}
+        width, table = (64 if number == 2 else 32), ("sp" if number == 3 else "mup")
+        write_run(tmp_path / "trials" / str(number), width=width, table=table, note=note, learning_rate=0.01)
+    write_space(tmp_path, values | {"learning_rate": {"values": [0.01, 0.02]}}, sampler="random")
+    assert [path.name for path in figures.draw_study(tmp_path)] == ["history.png", "slices.png"]
 
 
 def test_the_valley_says_how_far_the_optimum_moves(tmp_path: Path) -> None:

@@ -102,10 +102,43 @@ def test_a_missing_folder_is_refused_with_the_command_that_makes_it(tmp_path: Pa
         frames.load_runs(tmp_path / folder)
 
 
-def test_a_run_folder_with_another_schema_is_refused_with_the_missing_key(tmp_path: Path) -> None:
-    (write_run(tmp_path / "a") / "config.yaml").write_text("vocab_size: 5\n")
-    with pytest.raises(Refusal, match="lacks 'run'"):
+DAMAGE: list[tuple[str, bytes]] = [
+    ("config.yaml", b"vocab_size: 5\n"),
+    ("config.yaml", b"run: 3\n"),
+    ("config.yaml", b"\xff\xfe"),
+    ("metrics.jsonl", b'{"step": 20}\n'),
+]
+
+
+@pytest.mark.parametrize(("file", "content"), DAMAGE)
+def test_a_damaged_run_is_left_out_with_a_note_and_the_others_are_shown(
+    file: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path / "a")
+    (write_run(tmp_path / "b") / file).write_bytes(content)
+    assert frames.load_runs(tmp_path).run.tolist() == ["a"]
+    note = capsys.readouterr().err
+    assert note.startswith("left out   the ")
+    assert str(tmp_path / "b") in note
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    with pytest.raises(Refusal, match="there are no runs in"):
         frames.load_runs(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"[]\n", b"null\n", b"3\n"])
+def test_a_line_that_is_no_record_is_passed_over(content: bytes, tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a") / "metrics.jsonl"
+    whole = frames.load_records(tmp_path)
+    path.write_bytes(content + path.read_bytes())
+    assert frames.load_runs(tmp_path).finished.tolist() == [True]
+    pd.testing.assert_frame_equal(frames.load_records(tmp_path), whole)
+
+
+@pytest.mark.parametrize("text", ["inputs: null", "inputs: {config: 3}", "inputs: {config: {search: {space: 3}}}"])
+def test_a_damaged_config_of_a_study_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(Refusal, match=r"config\.yaml is damaged"):
+        frames.load_space(tmp_path)
 
 
 def test_history_keeps_the_best_so_far_and_no_diverged_run_wins(tmp_path: Path) -> None:

@@ -90,6 +90,31 @@ def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
     assert newest(tmp_path).meta["data"] == "new"
 
 
+def test_the_old_state_stands_until_the_new_one_of_the_same_step_has_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 5, meta={"data": "old"})
+    with monkeypatch.context() as crash:
+        crash.setattr(checkpoint, "fsync_directory", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            saved(tmp_path, 5, meta={"data": "new"})
+    assert newest(tmp_path).meta["data"] == "new"
+    model, optimizer, _ = fresh(seed=99)
+    checkpoint.restore(newest(tmp_path), model, optimizer)
+    saved(tmp_path, 9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "9"]
+
+
+@pytest.mark.parametrize("name", ["²", "007", "x", "٣"])
+def test_a_folder_that_is_not_named_as_a_step_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / "77").touch()  # a file is none either
+    assert checkpoint.newest(tmp_path) is None
+    saved(tmp_path, 5, keep=1)
+    assert newest(tmp_path).step == 5
+    assert (tmp_path / name).is_dir()
+
+
 def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) is None
     assert checkpoint.newest(tmp_path / "none") is None

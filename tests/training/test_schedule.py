@@ -128,7 +128,7 @@ def test_factors_stay_between_zero_and_one_and_never_rise_after_warm_up(kind: st
             {"warmup_fraction": -0.1},
             r"schedule\.warmup_fraction=-0\.1 must be .*; for example schedule\.warmup_fraction=0\.05",
         ),
-        ({"warmup_steps": -1}, r"schedule\.warmup_steps=-1 must be a finite number at least 0; .*=10"),
+        ({"warmup_steps": -1}, r"schedule\.warmup_steps=-1 must be a whole number at least 0; .*=10"),
         ({"kind": "wsd", "decay_fraction": 0.0}, r"schedule\.decay_fraction=0\.0 must be above 0 and leave room for"),
         ({"kind": "wsd", "decay_fraction": 0.97}, r"schedule\.decay_fraction=0\.97 must be above 0 and leave room for"),
     ],
@@ -139,14 +139,25 @@ def test_settings_out_of_range_are_refused(arguments: dict[str, Any], message: s
 
 
 @pytest.mark.parametrize(
-    "schedule",
-    [ScheduleConfig(warmup_steps=100), ScheduleConfig(warmup_steps=101), ScheduleConfig(warmup_fraction=1.0)],
+    ("schedule", "key", "works"),
+    [
+        (ScheduleConfig(warmup_steps=100), r"warmup_steps=100", "5"),
+        (ScheduleConfig(warmup_steps=101), r"warmup_steps=101", "5"),
+        (ScheduleConfig(warmup_fraction=1.0), r"warmup_fraction=1\.0", r"0\.05"),
+    ],
 )
-def test_a_warm_up_as_long_as_the_run_is_refused(schedule: ScheduleConfig) -> None:
+def test_a_warm_up_as_long_as_the_run_is_refused(schedule: ScheduleConfig, key: str, works: str) -> None:
     with pytest.raises(
-        Refusal, match=r"warmup_steps=10[01] must be shorter than the run of 100 steps; for example .*=5\."
+        Refusal, match=rf"schedule\.{key} must be shorter than the run of 100 steps; for example .*={works}\."
     ):
         multiplier(schedule, 100)
+
+
+def test_a_warm_up_in_steps_is_not_judged_by_the_fraction_that_it_overrides() -> None:
+    schedule = ScheduleConfig(kind="wsd", warmup_steps=1, warmup_fraction=0.9, decay_fraction=0.5)
+    assert schedule.warmup(100) == 1
+    with pytest.raises(Refusal, match=r"decay_fraction=0\.0 must be above 0"):
+        ScheduleConfig(kind="wsd", warmup_steps=1, decay_fraction=0.0)
 
 
 def test_a_wsd_decay_that_would_begin_during_warm_up_is_refused() -> None:

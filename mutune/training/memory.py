@@ -1,0 +1,28 @@
+"""Whether runs fit into the memory that is free, before any of them allocates it."""
+
+from collections.abc import Sequence
+
+import psutil
+import torch
+
+from mutune.errors import require
+from mutune.training.config import RunSpec
+from mutune.training.price import price
+from mutune.training.run import resolve_device
+
+
+def require_memory(specs: Sequence[RunSpec], device: str, smaller: str) -> None:
+    """Refuse runs that do not fit side by side: parameters, gradients, Adam's moments, activations.
+
+    Args:
+        specs: what runs at the same time on `device`.
+        smaller: what to make smaller where they do not fit, for the message.
+    """
+    where, need = resolve_device(device), sum(price(spec).bytes for spec in specs)
+    have = torch.cuda.mem_get_info()[0] if where.type == "cuda" else psutil.virtual_memory().available
+    at_once = f"{len(specs)} runs at once need" if len(specs) > 1 else "this run needs"
+    require(
+        need <= have,
+        f"device={where} has {have / 2**30:.1f} GiB free and {at_once} about {need / 2**30:.1f} GiB on it; choose a "
+        f"smaller {smaller}.",
+    )

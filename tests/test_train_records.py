@@ -1,0 +1,66 @@
+"""A target that continues: its records must reach its checkpoint, without a gap."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mutune.errors import Refusal
+from mutune.train import _diverged, _records_until
+
+
+def write(path: Path, steps: int) -> list[str]:
+    lines = [json.dumps({"step": step, "loss": 5.0}) + "\n" for step in range(1, steps)]
+    lines.append(json.dumps({"step": steps, "heldout_loss": 4.0}) + "\n")
+    path.write_text("".join(lines))
+    return lines
+
+
+def test_records_after_the_checkpoint_are_dropped_and_a_torn_line_there_is_no_concern(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = write(path, 8)
+    path.write_text("".join(lines[:6]) + '{"ste')
+    assert _records_until(path, 5, finished=False) == lines[:5]
+    assert _records_until(path, 0, finished=False) == []
+    assert _records_until(tmp_path / "none", 0, finished=False) == []
+
+
+@pytest.mark.parametrize("line", ['{"ste', "[]\n", "null\n", "\n", '{"step": 9}\n', "{}\n"])
+@pytest.mark.parametrize("index", [0, 3, 7])
+def test_a_record_that_is_damaged_before_the_checkpoint_is_refused_by_its_step(
+    index: int, line: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = write(path, 8)
+    lines[index] = line
+    path.write_text("".join(lines))
+    with pytest.raises(Refusal, match=rf"lacks the whole record of step {index + 1}, though .* step 8; restore"):
+        _records_until(path, 8, finished=True)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 7])
+def test_records_that_end_before_the_checkpoint_are_refused(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(write(path, 8)[:kept]))
+    with pytest.raises(Refusal, match=rf"lacks the whole record of step {kept + 1}"):
+        _records_until(path, 8, finished=True)
+    path.unlink()
+    with pytest.raises(Refusal, match="lacks the whole record of step 1,"):
+        _records_until(path, 8, finished=True)
+
+
+def test_a_finished_run_must_have_been_measured(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 8)
+    with pytest.raises(Refusal, match="step 7"):
+        _records_until(path, 7, finished=True)
+    assert len(_records_until(path, 7, finished=False)) == 7
+
+
+def test_a_diverged_run_names_no_checkpoint_of_the_weights_that_diverged(tmp_path: Path) -> None:
+    record = {"step": 10, "loss": 99.0, "grad_norm": 1.0}
+    assert "no checkpoint is before it" in _diverged(record, tmp_path / "none")
+    (tmp_path / "9").mkdir()  # nine updates made the loss of record 10
+    assert "no checkpoint is before it" in _diverged(record, tmp_path)
+    (tmp_path / "8").mkdir()
+    assert _diverged(record, tmp_path).endswith(f"the newest checkpoint before it is {tmp_path}/8.")
