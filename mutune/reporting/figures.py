@@ -29,7 +29,7 @@ def draw_study(directory: Path) -> list[Path]:
         Refusal: there is no study, or it has no run yet; the command that makes one is named.
     """
     space = frames.load_space(directory)
-    runs = frames.load_runs(directory)
+    runs = frames.load_runs(directory).dropna(subset=["trial"])  # a ladder may lie beside the trials
     is_valley = {"width", "learning_rate"} <= set(space) <= VALLEY_SPACE
     if is_valley and frames.load_sampler(directory) == "grid":
         return _draw_valleys(directory, runs)
