@@ -24,7 +24,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import cloudpickle
 import pandas as pd
@@ -50,13 +50,15 @@ from mutune.reporting.figures import draw_study, draw_transfer
 from mutune.search.config import Dimension, SearchConfig, dimensions, initial_points
 from mutune.search.display import followed
 from mutune.search.own_code import fingerprints
-from mutune.search.own_trial import OwnModel, OwnRun, Train, rehearse, run_own, run_own_trial
+from mutune.search.own_trial import OwnModel, OwnRung, Train, rehearse, run_task
 from mutune.search.proposals import total_trials
 from mutune.search.results import BEST, OWN_MODEL, BestValues
 from mutune.search.study import best_trial, check_storage, run_study
-from mutune.search.workers import UserCodeError, WorkError, default_workers, run_all
+from mutune.search.workers import UserCodeError, WorkError, Workers, default_workers
 from mutune.training.config import MAX_SEED
 from mutune.training.run import RunResult
+
+Pool: TypeAlias = Workers[Any, RunResult]  # of `Trial`s and `OwnRung`s
 
 LADDER, SPARE, FAILURE = "ladder", "spare", "failure.txt"
 
@@ -96,9 +98,9 @@ class OwnSearch:
         best = (
             f"best trial {self.best.trial} of {len(self.trials)}: held-out loss {self.best.heldout_loss:.4f}, {values}"
         )
-        return "\n".join([best, *map(self._words, self.drift.to_dict("records"))])
+        return "\n".join([best, *(self._words(row) for _, row in self.drift.iterrows())])
 
-    def _words(self, drift: dict[str, Any]) -> str:
+    def _words(self, drift: "pd.Series[Any]") -> str:
         seeds = f"{drift['num_seeds']} seed{'s' if drift['num_seeds'] > 1 else ''}"
         where = f"widths {self.ladder.width.min()} to {self.ladder.width.max()}, {seeds}"
         if drift["edge"]:
@@ -111,19 +113,6 @@ class OwnSearch:
         images = [base64.b64encode(path.read_bytes()).decode() for path in self.figures if path.is_file()]
         shown = "".join(f'<img src="data:image/png;base64,{image}" width="830">' for image in images)
         return f"<pre>{html.escape(str(self))}</pre>{shown}"
-
-
-@dataclass(frozen=True)
-class OwnRung:
-    """One run of the ladder; `offset` is in octaves from the best trial's learning rate."""
-
-    run: OwnRun
-    offset: float
-    directory: Path
-    fingerprint: str
-
-    def __str__(self) -> str:
-        return f"ladder run {self.directory.name}"
 
 
 def run(
@@ -157,8 +146,8 @@ def run(
     """Search the base hyperparameters of a user's own model, then measure whether the best rate holds at other widths.
 
     Running it again continues, finished it returns at once, and what came from other inputs or other code is refused.
-    A killed kernel loses at most the runs in progress. Before anything is written, `train` is rehearsed up to its first
-    report at the width `delta`.
+    A killed kernel loses at most the runs in progress. Before anything is written, a copy of `train` is rehearsed here
+    up to its first report, at the width `delta`.
 
     Where `train` raises, all stops with its traceback; once it is mended, running it again keeps what was finished, and
     `config.yaml` keeps the fingerprints of the code that made it.
@@ -266,7 +255,7 @@ class _Work:
         if not mended:
             check_claim(directory, self.inputs, "name", overwrite)
         if mended or overwrite or not (directory / CONFIG).exists():
-            self._rehearse()
+            rehearse(self.model.at({"width": self.model.family.delta}))
         with locked(directory, "name"):
             if mended:
                 self._adopt()
@@ -274,8 +263,9 @@ class _Work:
                 claim(directory, self.inputs, "name", overwrite)
             check_storage(directory)
             try:
-                best = self._search()
-                rungs = self._climb(best)
+                with Workers(partial(run_task, self.model), self.workers) as pool:
+                    best = self._search(pool)
+                    rungs = self._climb(best, pool)
             except (WorkError, UserCodeError, AuditError) as error:
                 write_text(directory / FAILURE, f"{error}\n")
                 raise
@@ -294,11 +284,6 @@ class _Work:
                 require_number("space.seed.values", value, at_least=0, at_most=MAX_SEED, example=0, whole=True)
             self.model.at({name: value}).parametrized()
 
-    def _rehearse(self) -> None:
-        delta = self.model.at({"width": self.model.family.delta})
-        for _ in run_all(rehearse, [delta], min(self.workers, 1)):
-            pass
-
     def _is_mended(self) -> bool:
         """Whether the study stopped at an error and what differs since is nothing but the code."""
         path = self.directory / CONFIG
@@ -315,26 +300,18 @@ class _Work:
         write_yaml(path, {**stored, "inputs": self.inputs, "earlier_code": earlier})
         (self.directory / FAILURE).unlink()
 
-    def _search(self) -> BestValues:
+    def _search(self, pool: Pool) -> BestValues:
         model, directory = self.model, self.directory
         base = {"table": model.table, "seed": model.seed, **model.hyperparameters.as_dict()}
         with followed(directory, self.workers, lambda params: model.at(params).hyperparameters) as report:
-            trials = run_study(
-                directory,
-                directory.name,
-                self.search,
-                run=partial(run_own_trial, model),
-                base=base,
-                workers=self.workers,
-                report=report,
-            )
+            trials = run_study(directory, directory.name, self.search, pool.run, base=base, report=report)
         if best_trial(trials) is None:
             raise WorkFailed(
                 f"all {len(trials)} trials diverged; lower the learning rates in space, under another name."
             )
         return build_dataclass(BestValues, read_yaml(directory / BEST, "study's best values"))
 
-    def _climb(self, best: BestValues) -> list[OwnRung]:
+    def _climb(self, best: BestValues, pool: Pool) -> list[OwnRung]:
         """Run the ladder around the best trial; returns its runs."""
         if self.ladder is None:
             return []
@@ -349,7 +326,7 @@ class _Work:
                 line.show(f"ladder {done}/{total} runs{now} · {clock(line.elapsed)} elapsed", change=done != seen)
                 seen = done
 
-            run_open(run_rung, rungs, self.workers, report)
+            run_open(rungs, pool.run, report)
         return rungs
 
     def _rungs(self, best: BestValues, ladder: LadderConfig) -> list[OwnRung]:
@@ -385,11 +362,6 @@ class _Work:
             drift=frames.drift(optima),
             figures=figures,
         )
-
-
-def run_rung(rung: OwnRung) -> RunResult:
-    """One run of the ladder; a worker's whole job."""
-    return run_own(rung.run, rung.directory, {"rung": rung.run.width, "offset": rung.offset})
 
 
 def _check_arguments(

@@ -91,19 +91,14 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path) -> None:
     from mutune.reporting.figures import draw_study
     from mutune.search.display import followed
     from mutune.search.study import base_values, best_trial, run_study, run_trial, trial_spec
-    from mutune.search.workers import default_workers
+    from mutune.search.workers import Workers, default_workers
 
     workers = config.search.workers or default_workers()
-    with followed(directory, workers, lambda params: trial_spec(spec, params).hyperparameters) as report:
-        trials = run_study(
-            directory,
-            str(config.study),
-            config.search,
-            run=partial(run_trial, spec, config.device),
-            base=base_values(spec),
-            workers=workers,
-            report=report,
-        )
+    with (
+        Workers(partial(run_trial, spec, config.device), workers) as pool,
+        followed(directory, workers, lambda params: trial_spec(spec, params).hyperparameters) as report,
+    ):
+        trials = run_study(directory, str(config.study), config.search, pool.run, base=base_values(spec), report=report)
     best = best_trial(trials)
     if best is None:
         raise WorkFailed(

@@ -14,7 +14,7 @@ from mutune.certificate.valley import Valley, fit_valley
 from mutune.compose import build
 from mutune.errors import require
 from mutune.files import write_json
-from mutune.search.workers import default_workers, run_all
+from mutune.search.workers import RunAll, default_workers, run_all
 from mutune.training.config import MAX_SEED, RunSpec
 from mutune.training.run import RunResult, run_to_end
 
@@ -138,24 +138,25 @@ def run_ladder(
     Args:
         report: called with (finished, total, names of the running) at every change and about once a second.
     """
-    results = run_open(train_rung, runs, workers or default_workers(), report)
+    results = run_open(runs, lambda some, tick: run_all(train_rung, some, workers or default_workers(), tick), report)
     return [_point(run, result) for run, result in zip(runs, results, strict=True)]
 
 
 def run_open(
-    train: Callable[[AnyRun], RunResult],
-    runs: Sequence[AnyRun],
-    workers: int,
-    report: Callable[[int, int, list[str]], None],
+    runs: Sequence[AnyRun], run_some: RunAll[AnyRun, RunResult], report: Callable[[int, int, list[str]], None]
 ) -> list[RunResult]:
-    """The results of `runs`, in their order; those of finished ones are read from their folders. As `run_ladder`."""
+    """The results of `runs`, in their order; those of finished ones are read from their folders. As `run_ladder`.
+
+    Args:
+        run_some: runs those that are not, as `Workers.run` does.
+    """
     done = {run.directory: result for run in runs if (result := _finished(run)) is not None}
     open_runs = [run for run in runs if run.directory not in done]
 
     def tick(running: list[AnyRun]) -> None:
         report(len(done), len(runs), [run.directory.name for run in running])
 
-    for run, result in run_all(train, open_runs, workers, tick):
+    for run, result in run_some(open_runs, tick):
         write_json(run.directory / RESULT, {"fingerprint": run.fingerprint, **asdict(result)})
         done[run.directory] = result
     tick([])

@@ -55,8 +55,10 @@ def _visit(name: str, thing: Any, found: dict[str, str], seen: set[int]) -> None
 def _is_users(thing: Any) -> bool:
     """Whether it is of the user's own code: neither Python's, nor ours, nor an installed library's."""
     name = str(thing.__module__ if hasattr(thing, "__qualname__") else type(thing).__module__)
+    if name == "__main__":  # a script's or a notebook's own, whatever file started it
+        return True
     if name.partition(".")[0] in ("builtins", "mutune", *sys.stdlib_module_names):
-        return name == "__main__"
+        return False
     file = getattr(sys.modules.get(name), "__file__", None) or ""
     return not {"site-packages", "dist-packages"} & set(Path(file).parts)
 

@@ -2,12 +2,14 @@
 
 import json
 import math
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+import cloudpickle
 import torch
 from torch import nn
 
@@ -96,18 +98,33 @@ class OwnRun:
         }
 
 
-def run_own_trial(model: OwnModel, trial: Trial) -> RunResult:
-    """A trial of a study; a worker's whole job."""
-    return run_own(model.at(trial.params), trial.directory, trial.note)
+@dataclass(frozen=True)
+class OwnRung:
+    """One run of the ladder; `offset` is in octaves from the best trial's learning rate."""
+
+    run: OwnRun
+    offset: float
+    directory: Path
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"ladder run {self.directory.name}"
+
+
+def run_task(model: OwnModel, task: Trial | OwnRung) -> RunResult:
+    """A trial of the study or a run of its ladder; a worker's whole job."""
+    if isinstance(task, Trial):
+        return run_own(model.at(task.params), task.directory, task.note)
+    return run_own(task.run, task.directory, {"rung": task.run.width, "offset": task.offset})
 
 
 def rehearse(run: OwnRun) -> None:
-    """Build, audit and train up to the first report, writing nothing.
+    """Build, audit and train up to the first report, writing nothing, on a copy of the user's functions.
 
     It is done at a width besides the base, where a table gives tensors different rates: there a schedule that destroys
     their ratios shows, and at the base it does not.
     """
-    _train(run, None, stop_at_first=True)
+    _train(pickle.loads(cloudpickle.dumps(run)), None, stop_at_first=True)
 
 
 def run_own(run: OwnRun, directory: Path, note: dict[str, Any]) -> RunResult:
@@ -176,7 +193,7 @@ class Recorder:
 
     def report(self, step: int, loss: float) -> None:
         """Record the training loss of step `step`, counted from 0 or from 1; a tensor of one number will do."""
-        step, loss = int(step), float(loss)
+        step, loss = int(step), _number(loss)
         self.count += 1
         self.diverged |= not math.isfinite(loss)
         group = self.optimizer.param_groups[0]
@@ -212,8 +229,12 @@ def _loss(value: Any) -> float:
     """What a user's loop returned, as a number."""
     try:
         require(value is not None and not isinstance(value, bool), "")
-        return float(value)
+        return _number(value)
     except (TypeError, ValueError, RuntimeError):
         raise Refusal(
             f"train returned {value!r}; return the final held-out loss as a number, for example return loss.item()."
         ) from None
+
+
+def _number(value: Any) -> float:
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)

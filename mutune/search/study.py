@@ -22,7 +22,7 @@ from mutune.parametrization.hyperparameters import NAMES
 from mutune.search.config import Dimension, SearchConfig, dimensions, grid, initial_points
 from mutune.search.proposals import distributions, propose, total_trials
 from mutune.search.results import BEST
-from mutune.search.workers import run_all
+from mutune.search.workers import RunAll
 from mutune.training.config import RunSpec
 from mutune.training.run import RunResult, run_to_end
 
@@ -133,10 +133,9 @@ def run_study(
     directory: Path,
     name: str,
     search: SearchConfig,
+    run: RunAll[Trial, RunResult],
     *,
-    run: Callable[[Trial], RunResult],
     base: dict[str, Any],
-    workers: int,
     report: Callable[[Progress], None],
 ) -> list[FrozenTrial]:
     """Run the study until `n_trials` are finished; continue it where it stands.
@@ -144,9 +143,8 @@ def run_study(
     Args:
         directory: the study's folder; its lock must be held.
         search: what is searched and how.
-        run: a trial to its end: a worker's whole job, sent to it by value.
+        run: runs trials, as `Workers.run` does.
         base: the configured value of everything that can be searched; `seed` seeds the proposals too.
-        workers: processes at once; 0 runs the trials in this one.
         report: called at every change and about once a second.
 
     Returns:
@@ -166,11 +164,8 @@ def run_study(
             for t in study.get_trials(deepcopy=False)
             if not t.state.is_finished()
         ]
-        for trial, result in run_all(
-            run,
-            work,
-            workers,
-            lambda running: report(_progress(study, search, space, [t.number for t in running])),
+        for trial, result in run(
+            work, lambda running: report(_progress(study, search, space, [t.number for t in running]))
         ):
             _tell(study, trial.number, result)
 

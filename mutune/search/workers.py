@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import cloudpickle
 
@@ -26,6 +26,8 @@ from mutune.parametrization.finding import AuditError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+#: (tasks, tick) → (task, result) of each as it finishes: what `Workers.run` is.
+RunAll: TypeAlias = Callable[[Sequence[Task], Callable[[list[Task]], None]], Iterator[tuple[Task, Result]]]
 
 #: Workers that may die (out of memory, kill -9) without any task finishing in between, before the work stops.
 MAX_LOSSES = 3
@@ -85,25 +87,52 @@ def run_all(
     workers: int,
     tick: Callable[[list[Task]], None] = lambda running: None,
 ) -> Iterator[tuple[Task, Result]]:
-    """Run `function` on every task in worker processes; yield (task, result) as they finish.
+    """Run `function` on every task in worker processes; as `Workers.run`, with workers of its own."""
+    with Workers(function, workers) as pool:
+        yield from pool.run(tasks, tick)
 
-    A task whose worker dies is run again in a new worker.
+
+class Workers(Generic[Task, Result]):
+    """Worker processes for one function. They start when there is work, and stay for more until the block is left.
 
     Args:
         function: any function; it and its tasks are sent by value, and results are pickled.
         workers: at most so many processes; 0 runs the tasks in this one, where what they raise is not caught.
-        tick: called about once a second, and after every result, with the tasks now running.
-
-    Raises:
-        WorkError: `function` raised, or workers keep dying.
     """
-    if workers == 0:
-        yield from _run_here(function, tasks, tick)
-        return
-    waiting, losses = list(tasks), 0
-    pickled = cloudpickle.dumps(function)
-    pool = [_start(pickled) for _ in range(min(workers, len(tasks)))]
-    try:
+
+    def __init__(self, function: Callable[[Task], Result], workers: int) -> None:
+        self._function, self._workers = function, workers
+        self._pickled = cloudpickle.dumps(function) if workers else b""
+        self._pool: list[_Worker[Task]] = []
+
+    def __enter__(self) -> "Workers[Task, Result]":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self._pool:
+            worker.process.kill()
+        for worker in self._pool:
+            worker.process.join()
+            worker.connection.close()
+        self._pool.clear()
+
+    def run(
+        self, tasks: Sequence[Task], tick: Callable[[list[Task]], None] = lambda running: None
+    ) -> Iterator[tuple[Task, Result]]:
+        """Run every task; yield (task, result) as they finish. A task whose worker dies is run again in a new one.
+
+        Args:
+            tick: called about once a second, and after every result, with the tasks now running.
+
+        Raises:
+            WorkError: the function raised, or workers keep dying. What is running then ends with the block.
+        """
+        if self._workers == 0:
+            yield from _run_here(self._function, tasks, tick)
+            return
+        waiting, losses, pool = list(tasks), 0, self._pool
+        while len(pool) < min(self._workers, len(waiting)):
+            pool.append(_start(self._pickled))
         while waiting or any(worker.task is not None for worker in pool):
             for worker in pool:
                 if worker.task is None and waiting:
@@ -122,19 +151,13 @@ def run_all(
                     if losses > MAX_LOSSES:
                         raise WorkError(f"worker processes keep dying, the last one in {task}; is memory short?")
                     waiting.insert(0, task)
-                    pool[pool.index(worker)] = _start(pickled)
+                    pool[pool.index(worker)] = _start(self._pickled)
                     continue
                 worker.task, losses = None, 0
                 failure, result = answer
                 if failure is not None:
                     raise WorkError(f"{task} failed:\n{failure}") from (failure if isinstance(failure, KNOWN) else None)
                 yield task, result
-    finally:
-        for worker in pool:
-            worker.process.kill()
-        for worker in pool:
-            worker.process.join()
-            worker.connection.close()
 
 
 def _run_here(
