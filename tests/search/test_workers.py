@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mutune.parametrization.finding import AuditError, Finding
 from mutune.errors import Refusal
-from mutune.search.workers import UserCodeError, Workers, WorkError, run_all
+from mutune.parametrization.finding import AuditError, Finding
+from mutune.search.workers import UserCodeError, WorkError, Workers, run_all
 
 
 def square(x: int) -> int:
@@ -95,7 +95,7 @@ def test_workers_stay_for_more_work() -> None:
     with Workers(threads_and_sleep, 1) as pool:
         pids = {pid for _ in range(2) for _, (_, pid) in pool.run([1])}
         assert len(pids) == 1
-    assert list(run_all(threads_and_sleep, [1], workers=0))[0][1][1] == os.getpid()
+    assert [pid for _, (_, pid) in run_all(threads_and_sleep, [1], workers=0)] == [os.getpid()]
 
 
 def test_what_a_task_raises_here_comes_as_it_is_and_names_the_task() -> None:
