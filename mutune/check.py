@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mutune.compose import plain
 from mutune.config import CheckConfig
 from mutune.door import FAILED, OK, WorkFailed, enter
-from mutune.errors import Refusal, require
+from mutune.errors import Refusal, require_name
 from mutune.files import require_writable, write_json, write_text
 from mutune.folders import check_claim, claim, locked
 from mutune.parametrization.plan import Decay
@@ -40,10 +40,7 @@ def work(config: CheckConfig) -> int:
     from mutune.verification.subjects import check_runs
 
     name = config.name or _default_name(config)
-    require(
-        "/" not in name and not name.startswith("."),
-        f"name={name} must be a plain folder name; for example name=mup.",
-    )
+    require_name("name", name)
     axes = [(axis, sizes) for axis, sizes in (("width", config.widths), ("depth", config.depths)) if sizes]
     require_writable(Path(config.out))
     vocab_size = prepare(config.data, config.tokenizer).vocab_size

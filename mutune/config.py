@@ -195,3 +195,5 @@ class CheckConfig(DoorConfig):
         require_number("seeds", self.seeds, at_least=1, at_most=1000, example=3, whole=True)
         if self.workers is not None:
             require_number("workers", self.workers, at_least=1, example=2, whole=True)
+        if self.name is not None:
+            require_name("name", self.name)

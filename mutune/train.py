@@ -122,7 +122,6 @@ def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, me
             step = record["step"]
             lines.write(json.dumps(record) + "\n")
             if record["diverged"]:
-                line.close()
                 raise WorkFailed(_diverged(record, directory / "checkpoints"))
             if step % every == 0 or step == total or stop.requested:
                 os.fsync(lines.fileno())  # a checkpoint never knows a step that the records do not

@@ -64,7 +64,7 @@ SWEEP = [
     (["+sweep=smoke", f"study={'x' * 101}"], "must be a plain folder name of at most 100 bytes"),
     (
         ["+sweep=smoke", "parametrization=mupp"],
-        "unknown parametrization 'mupp'; known: btlm, completep, mup, mup_table3,",
+        "unknown parametrization 'mupp'; known: btlm, completep, mup,",
     ),
     (
         ["+sweep=smoke", "parametrization.table=mupp"],

@@ -104,7 +104,7 @@ def _parts(scheduler: Any) -> Iterator[Any]:
 
 
 def _over(scheduler: Any) -> bool:
-    return isinstance(scheduler, lr_scheduler.OneCycleLR) and scheduler.last_epoch + 1 >= scheduler.total_steps
+    return isinstance(scheduler, lr_scheduler.OneCycleLR) and scheduler.last_epoch >= scheduler.total_steps
 
 
 def _stand_in(optimizer: Optimizer) -> Optimizer:

@@ -91,8 +91,8 @@ class Run:
 
         Adds to the loop's records: `tokens` counted from the start of the run, `context_length`, `seconds` since
         this call, and `heldout_loss`, `heldout_bits_per_byte` at the end of each stage and every `eval_every` steps. A
-        held-out loss that is not finite is left out, and ends the run as diverged. The run is held against its plan
-        before the first update and every `audit_every` steps.
+        held-out loss that is not finite is left out, and ends the run as diverged.
+        The run is held against its plan before the first update and every `audit_every` steps.
 
         Raises:
             AuditError: the model or the optimizer is not what the plan says.

@@ -289,7 +289,7 @@ def test_a_scheduler_that_keeps_the_ratios_is_correct_at_every_step_and_untouche
         for group in run.optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
     run.scheduler = RELATIVE[name](run.optimizer)
-    for step in range(39):
+    for step in range(40):  # to the last that OneCycleLR takes
         before = state(run.scheduler), state(run.optimizer.param_groups)
         if step % 12 in (0, 2):
             assert not findings(run.model, run.optimizer, run.plan, run.scheduler), step

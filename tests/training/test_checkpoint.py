@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,16 @@ def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
     assert newest(tmp_path).meta["data"] == "new"
 
 
-def test_the_old_state_stands_until_the_new_one_of_the_same_step_has_its_place(
+def test_a_step_that_is_saved_again_is_never_half_removed_under_its_own_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def die_half_way(path: Path, ignore_errors: bool = False) -> None:
+        (path / "state.safetensors").unlink()
+        raise KeyboardInterrupt
+
     saved(tmp_path, 5, meta={"data": "old"})
     with monkeypatch.context() as crash:
-        crash.setattr(checkpoint, "fsync_directory", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        crash.setattr(shutil, "rmtree", die_half_way)
         with pytest.raises(KeyboardInterrupt):
             saved(tmp_path, 5, meta={"data": "new"})
     assert newest(tmp_path).meta["data"] == "new"

@@ -45,12 +45,11 @@ def test_such_a_run_ends_where_it_was_measured(tmp_path: Path) -> None:
 def test_a_context_must_fit_into_the_shorter_split_which_is_named(tmp_path: Path) -> None:
     (tmp_path / "tiny.txt").write_text("a few words in a line\n\n" * 20)
     corpus = prepare(DataConfig("text", str(tmp_path / "tiny.txt")), TokenizerConfig("bytes"))
-    wide = replace(
-        spec(5, 0.01), stages=tuple(replace(s, context_length=c) for s in spec(5, 0.01).stages for c in (8, 99))
-    )
+    (stage,) = spec(5, 0.01).stages
+    wide = replace(spec(5, 0.01), stages=tuple(replace(stage, context_length=c) for c in (8, 99)))
     with pytest.raises(Refusal) as refusal:
         check_data(wide, corpus, "target.stages[{}]")
     sentence = str(refusal.value)
     assert "target.stages[1].context_length=99 does not fit into the 24 held-out tokens of tiny.txt" in sentence
     works = int(sentence.rpartition("=")[2].rstrip("."))
-    check_data(replace(wide, stages=(replace(stage, context_length=works),)), corpus, "run")
+    check_data(replace(wide, stages=(replace(wide.stages[0], context_length=works),)), corpus, "run")
