@@ -174,7 +174,7 @@ def test_a_wrong_table_exits_with_one_and_says_what_is_wrong(tmp_path: Path) -> 
         (["widths=[128]"], "widths=[128] must hold at least two different sizes; for example widths=[128, 256, 512]."),
         (["widths=[]"], "widths=[] and depths=[] leave nothing to check"),
         (["widths=[40,128]"], "does not divide model.width=40"),
-        (["widths=[0,128]"], "widths=0 must be a finite number at least 1"),
+        (["widths=[0,128]"], "widths=0 must be a whole number at least 1"),
         (["seeds=0"], "seeds=0 must be"),
         (["run.num_steps=0"], "run.num_steps=0 must be"),
         (["parametrization=mup_table3"], "and wte.weight is both; untie them (model.tied=false)"),
