@@ -180,7 +180,6 @@ def run(
         WorkError: `train` raised, with its traceback; or workers kept dying.
         WorkFailed: every trial diverged.
     """
-    __tracebackhide__ = True  # IPython then shows the user's cell and the message
     with _as_arguments():
         search = SearchConfig(
             sampler=sampler,

@@ -1,6 +1,7 @@
 """The search. `run`, its door for notebooks, lies in the hall since it also draws; it is loaded on first use."""
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,4 +14,6 @@ def __getattr__(name: str) -> Any:
     """Load `run` when it is asked for, so that the room's modules start without torch and Optuna."""
     if name != "run":
         raise AttributeError(f"module mutune.search has no attribute {name}")
-    return importlib.import_module("mutune.own_model").run
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")  # Optuna's, of a progress bar that is not drawn here
+        return importlib.import_module("mutune.own_model").run
