@@ -147,7 +147,7 @@ def run(
 
     Running it again continues, finished it returns at once, and what came from other inputs or other code is refused.
     A killed kernel loses at most the runs in progress. Before anything is written, a copy of `train` is rehearsed here
-    up to its first report, at the width `delta`.
+    up to its first report, at the width `delta`; one that reports nothing is run to its end.
 
     Where `train` raises, all stops with its traceback; once it is mended, running it again keeps what was finished, and
     `config.yaml` keeps the fingerprints of the code that made it.

@@ -1,5 +1,6 @@
 """A fingerprint of a user's functions: what they do, not how they are written, followed into what they call."""
 
+import dataclasses
 import dis
 import functools
 import hashlib
@@ -10,6 +11,9 @@ from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
+import numpy as np
+import torch
+
 #: Values that decide what a function does, and that print as themselves.
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
@@ -17,9 +21,10 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None))
 def fingerprints(functions: Mapping[str, Callable[..., Any]]) -> dict[str, str]:
     """Name → hash of every function that `functions` consist of, under the names given here or their own.
 
-    Followed are functions, the methods of classes, and plain values that they find in closures, defaults or globals, as
-    long as they are not of an installed library, which is known by its version. Comments and layout do not count. What
-    is reached through data or by name at run time is not seen.
+    Followed are functions, the methods and constants of classes, and what they find in closures, defaults or globals:
+    plain values, tuples, dicts and dataclasses of them, tensors and arrays. Installed libraries are not followed, and
+    are known by their version. Comments and layout do not count. Lists, which loops fill, other objects, and what is
+    reached by name at run time are not seen.
 
     Hashes are of Python's bytecode, so they differ between its minor versions.
     """
@@ -38,13 +43,16 @@ def _visit(name: str, thing: Any, found: dict[str, str], seen: set[int]) -> None
     if inspect.isclass(thing):
         for base in thing.__bases__:
             _visit(base.__qualname__, base, found, seen)
+        constants = {key: _value(value) for key, value in vars(thing).items() if not key.startswith("__")}
+        if any(value is not None for value in constants.values()):
+            found[name] = _hash(found.get(name), sorted(constants.items()))
         for key, member in vars(thing).items():
             if isinstance(member, (FunctionType, staticmethod, classmethod, property, functools.partial)):
                 _visit(f"{name}.{key}", member, found, seen)
     elif isinstance(thing, FunctionType):
         used = sorted(_used(thing), key=lambda pair: pair[0])
-        values = [(key, value) for key, value in used if isinstance(value, PLAIN)]
-        defaults = [value for value in thing.__defaults__ or () if isinstance(value, PLAIN)]
+        values = [(key, _value(value)) for key, value in used]
+        defaults = [*map(_value, thing.__defaults__ or ()), _value(thing.__kwdefaults__ or {})]
         found[name] = _hash(found.get(name), _facts(thing.__code__), values, defaults)
         for key, value in used:
             _visit(key, value, found, seen)
@@ -104,6 +112,23 @@ def _facts(code: CodeType) -> tuple[Any, ...]:
 
 def _constant(value: Any) -> str:
     return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
+
+
+def _value(value: Any) -> str | None:
+    """A value that decides what a function does, as text; None where it is none of those that are followed."""
+    if isinstance(value, PLAIN):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # any dtype, bfloat16 too
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} {hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()}"
+    if isinstance(value, tuple):
+        return repr([_value(part) for part in value])
+    if isinstance(value, dict):
+        return repr([(repr(key), _value(part)) for key, part in value.items()])
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return repr([(field.name, _value(getattr(value, field.name))) for field in dataclasses.fields(value)])
+    return None
 
 
 def _hash(*data: Any) -> str:

@@ -57,8 +57,8 @@ def write_best(directory: Path, name: str, best: FrozenTrial, hyperparameters: B
         params=dict(best.params),
         hyperparameters=hyperparameters,
     )
-    comment = "base hyperparameters of the best finished trial; losses in nats per token"
-    write_yaml(directory / BEST, plain(values), comment)
+    unit = "" if values.heldout_bits_per_byte is None else "; losses in nats per token"
+    write_yaml(directory / BEST, plain(values), f"base hyperparameters of the best finished trial{unit}")
 
 
 def load_study(sweeps: Path, name: str) -> StoredStudy:

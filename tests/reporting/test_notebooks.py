@@ -28,7 +28,9 @@ def _execute(name: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any
     """The outputs of all cells of a notebook that was executed beside `runs`."""
     monkeypatch.setenv("MUTUNE_RUNS", str(runs))
     notebook = nbformat.read(ANALYSIS / f"{name}.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=120, kernel_name="python3", coalesce_streams=True).execute(cwd=str(ANALYSIS.parent))
+    NotebookClient(notebook, timeout=120, kernel_name="python3", coalesce_streams=True).execute(
+        cwd=str(ANALYSIS.parent)
+    )
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 

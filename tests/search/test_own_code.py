@@ -1,9 +1,13 @@
 """The fingerprint of a user's functions: changed by what they do, and by nothing else."""
 
+import copy
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from mutune.search.own_code import fingerprints
@@ -36,6 +40,24 @@ def test_an_operation_a_constant_a_default_and_a_global_value_count() -> None:
     assert made(F.replace("x)", "x=1)"), STEPS=3) != made(F.replace("x)", "x=2)"), STEPS=3)
 
 
+@dataclass
+class Settings:
+    steps: int
+
+
+def test_settings_and_data_count_and_lists_that_loops_fill_do_not() -> None:
+    for one, other in (
+        ({"steps": 3}, {"steps": 4}),
+        ((1, 2), (1, 3)),
+        (Settings(3), Settings(4)),
+        (torch.zeros(3), torch.ones(3)),
+        (torch.zeros(2, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.bfloat16)),
+        (np.zeros(3), np.zeros(3, dtype=np.float32)),
+    ):
+        assert made(F, STEPS=one) == made(F, STEPS=copy.deepcopy(one)) != made(F, STEPS=other)
+    assert made(F, STEPS=[1]) == made(F, STEPS=[1, 2])
+
+
 def test_a_global_that_is_not_read_does_not_count() -> None:
     source = "def f(x):\n    return x.item()\n"
     assert made(source, item=1) == made(source, item=2)
@@ -51,11 +73,13 @@ def test_what_it_calls_counts_by_name() -> None:
 
 def test_the_methods_of_a_class_and_of_its_bases_count_and_a_librarys_do_not() -> None:
     class Child(own.Net):
+        steps = 3
+
         @property
         def size(self) -> int:
             return 3
 
-    assert set(of(lambda width: Child(width))) == {"f", "Child.size", "Net.__init__", "Net.forward"}
+    assert set(of(lambda width: Child(width))) == {"f", "Child", "Child.size", "Net.__init__", "Net.forward"}
     assert set(of(lambda width: nn.Linear(width, width))) == {"f"}
 
 
