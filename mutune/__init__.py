@@ -4,6 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mutune import search as search
+    from mutune.parametrization.apply import set_rates
     from mutune.parametrization.audit import audit
     from mutune.parametrization.finding import AuditError
     from mutune.parametrization.infer import Family, parametrize
@@ -21,6 +23,7 @@ __all__ = [
     "audit",
     "coordinate_check",
     "parametrize",
+    "set_rates",
 ]
 
 #: Public name → the module that has it.
@@ -33,11 +36,16 @@ PUBLIC = {
     "audit": "mutune.parametrization.audit",
     "coordinate_check": "mutune.verification.check",
     "parametrize": "mutune.parametrization.infer",
+    "set_rates": "mutune.parametrization.apply",
 }
+#: Rooms that a user reaches by name, for what their own fronts hand out.
+ROOMS = ("search",)
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name on first use, so that `import mutune` and every `--help` start without torch."""
+    if name in ROOMS:
+        return importlib.import_module(f"mutune.{name}")
     if name not in PUBLIC:
         raise AttributeError(f"module mutune has no attribute {name}")
     return getattr(importlib.import_module(PUBLIC[name]), name)

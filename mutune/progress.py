@@ -1,16 +1,17 @@
-"""One line of progress: rewritten in place on a terminal, printed at every change elsewhere."""
+"""One line of progress: rewritten in place on a terminal and in a notebook, printed at every change elsewhere."""
 
 import sys
 import time
 
 
 class ProgressLine:
-    """Shows the latest state of long work on stderr."""
+    """Shows the latest state of long work on stderr, or in the output of a notebook's cell."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
         self._shown = ""
         self._terminal = sys.stderr.isatty()
+        self._notebook = type(sys.stdout).__module__ == "ipykernel.iostream"
 
     @property
     def elapsed(self) -> float:
@@ -21,14 +22,16 @@ class ProgressLine:
         """Show `text`; off a terminal only where it reports a `change`."""
         if self._terminal:
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif self._notebook:
+            print(f"\r{text:<{len(self._shown)}}", end="", flush=True)  # a cell's output knows \r, and no escape codes
         elif change and text != self._shown:
             print(text, file=sys.stderr, flush=True)
         self._shown = text
 
     def close(self) -> None:
         """End the line."""
-        if self._terminal and self._shown:
-            print(file=sys.stderr)
+        if self._shown and (self._terminal or self._notebook):
+            print(file=sys.stderr if self._terminal else sys.stdout)
 
 
 def clock(seconds: float) -> str:

@@ -5,6 +5,7 @@ records and the figures under <out>/sweeps/<study>/.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from mutune.config import SweepConfig
@@ -88,24 +89,16 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
 
 def _search(config: SweepConfig, spec: RunSpec, directory: Path) -> None:
     from mutune.reporting.figures import draw_study
-    from mutune.search.display import SweepProgress
-    from mutune.search.results import write_best
-    from mutune.search.study import Progress, best_trial, run_study, trial_spec
-    from mutune.search.workers import default_workers
+    from mutune.search.display import followed
+    from mutune.search.study import base_values, best_trial, run_study, run_trial, trial_spec
+    from mutune.search.workers import Workers, default_workers
 
-    line = SweepProgress(config.search.workers or default_workers())
-
-    def report(progress: Progress) -> None:
-        line.update(progress)
-        if progress.best is not None and progress.best != line.written:
-            hyper = trial_spec(spec, progress.best.params).hyperparameters
-            write_best(directory, progress.name, progress.best, hyper)
-            line.written = progress.best
-
-    try:
-        trials = run_study(directory, str(config.study), spec, config.search, device=config.device, report=report)
-    finally:
-        line.close()
+    workers = config.search.workers or default_workers()
+    with (
+        Workers(partial(run_trial, spec, config.device), workers) as pool,
+        followed(directory, workers, lambda params: trial_spec(spec, params).hyperparameters) as report,
+    ):
+        trials = run_study(directory, str(config.study), config.search, pool.run, base=base_values(spec), report=report)
     best = best_trial(trials)
     if best is None:
         raise WorkFailed(

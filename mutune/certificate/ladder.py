@@ -4,20 +4,36 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from mutune.certificate.config import LadderConfig
 from mutune.certificate.valley import Valley, fit_valley
 from mutune.compose import build
 from mutune.errors import require
 from mutune.files import write_json
-from mutune.search.workers import default_workers, run_all
+from mutune.search.workers import RunAll, default_workers, run_all
 from mutune.training.config import MAX_SEED, RunSpec
 from mutune.training.run import RunResult, run_to_end
 
 RESULT = "result.json"
+
+
+class OnLadder(Protocol):
+    """What is run on a ladder, whatever the model: it has a folder, and knows what decides its losses."""
+
+    @property
+    def directory(self) -> Path:
+        """Where its records and its result go."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides its losses."""
+
+
+AnyRun = TypeVar("AnyRun", bound=OnLadder)
 
 
 @dataclass(frozen=True)
@@ -38,8 +54,7 @@ class LadderRun:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides its losses."""
-        data = json.dumps([asdict(self.spec), self.data_hash], sort_keys=True)
-        return hashlib.sha256(data.encode()).hexdigest()[:16]
+        return fingerprint(asdict(self.spec), self.data_hash)
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,12 @@ def ladder_runs(spec: RunSpec, ladder: LadderConfig, directory: Path, device: st
     return runs
 
 
-def gather(runs: list[LadderRun], ladder: Path, spare: Path) -> None:
+def fingerprint(*data: Any) -> str:
+    """Hash of plain data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def gather(runs: Sequence[OnLadder], ladder: Path, spare: Path) -> None:
     """Let `ladder` hold these runs alone: what another ladder left goes to `spare`, and comes back when asked for."""
     wanted = {run.directory.name for run in runs}
     for folder in list(ladder.glob("*/")):
@@ -118,17 +138,29 @@ def run_ladder(
     Args:
         report: called with (finished, total, names of the running) at every change and about once a second.
     """
+    results = run_open(runs, lambda some, tick: run_all(train_rung, some, workers or default_workers(), tick), report)
+    return [_point(run, result) for run, result in zip(runs, results, strict=True)]
+
+
+def run_open(
+    runs: Sequence[AnyRun], run_some: RunAll[AnyRun, RunResult], report: Callable[[int, int, list[str]], None]
+) -> list[RunResult]:
+    """The results of `runs`, in their order; those of finished ones are read from their folders. As `run_ladder`.
+
+    Args:
+        run_some: runs those that are not, as `Workers.run` does.
+    """
     done = {run.directory: result for run in runs if (result := _finished(run)) is not None}
     open_runs = [run for run in runs if run.directory not in done]
 
-    def tick(running: list[LadderRun]) -> None:
+    def tick(running: list[AnyRun]) -> None:
         report(len(done), len(runs), [run.directory.name for run in running])
 
-    for run, result in run_all(train_rung, open_runs, workers or default_workers(), tick):
+    for run, result in run_some(open_runs, tick):
         write_json(run.directory / RESULT, {"fingerprint": run.fingerprint, **asdict(result)})
         done[run.directory] = result
     tick([])
-    return [_point(run, done[run.directory]) for run in runs]
+    return [done[run.directory] for run in runs]
 
 
 def train_rung(run: LadderRun) -> RunResult:
@@ -157,7 +189,7 @@ def optima(rungs: list[Rung]) -> dict[int, dict[int, float]]:
     return {seed: {rung.width: rung.valleys[seed].optimum for rung in rungs} for seed in rungs[0].valleys}
 
 
-def _finished(run: LadderRun) -> RunResult | None:
+def _finished(run: OnLadder) -> RunResult | None:
     """The result of a run that is over; None where there is none, or one of something else, or a damaged one."""
     try:
         data = json.loads((run.directory / RESULT).read_text())
@@ -166,7 +198,7 @@ def _finished(run: LadderRun) -> RunResult | None:
         result = build(RunResult, data)
     except (OSError, ValueError):
         return None
-    return result if math.isfinite(result.value) else None
+    return result if result.diverged or math.isfinite(result.value) else None
 
 
 def _point(run: LadderRun, result: RunResult) -> Point:

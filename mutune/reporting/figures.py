@@ -29,14 +29,14 @@ def draw_study(directory: Path) -> list[Path]:
         Refusal: there is no study, or it has no run yet; the command that makes one is named.
     """
     space = frames.load_space(directory)
-    runs = frames.load_runs(directory)
+    runs = frames.load_runs(directory).dropna(subset=["trial"])  # a ladder may lie beside the trials
     is_valley = {"width", "learning_rate"} <= set(space) <= VALLEY_SPACE
     if is_valley and frames.load_sampler(directory) == "grid":
         return _draw_valleys(directory, runs)
     folder = directory / "figures"
     return [
-        save(history_figure(runs), folder / "history.png"),
-        save(slices_figure(runs, space), folder / "slices.png"),
+        save(_unit(history_figure(runs), runs), folder / "history.png"),
+        save(_unit(slices_figure(runs, space), runs), folder / "slices.png"),
     ]
 
 
@@ -77,7 +77,8 @@ def history_figure(runs: pd.DataFrame) -> Figure:
     plots.plot_history(history, axes)
     best = history.best.iloc[-1] if len(history) else math.nan
     if not math.isnan(best):
-        axes.set_title(f"{len(history)} trials, best held-out loss {best:.4f} nats per token", loc="left")
+        unit = "" if _is_own(runs) else " nats per token"
+        axes.set_title(f"{len(history)} trials, best held-out loss {best:.4f}{unit}", loc="left")
     return figure
 
 
@@ -188,10 +189,23 @@ def save(figure: Figure, path: Path) -> Path:
 def _draw_valleys(directory: Path, runs: pd.DataFrame) -> list[Path]:
     valleys = frames.valleys(runs)
     optima = frames.optima(valleys)
-    drawn = [save(valley_figure(valleys, optima), directory / "figures" / "valley.png")]
+    drawn = [save(_unit(valley_figure(valleys, optima), runs), directory / "figures" / "valley.png")]
     if optima.optimum.notna().any():
         drawn.append(save(drift_figure(optima), directory / "figures" / "drift.png"))
     return drawn
+
+
+def _unit(figure: Figure, runs: pd.DataFrame) -> Figure:
+    """Take the unit from the axes where losses have one of their user's."""
+    for axes in figure.axes if _is_own(runs) else []:
+        if axes.get_ylabel() == plots.HELDOUT_LABEL:
+            axes.set_ylabel(plots.HELDOUT_LABEL.partition(" (")[0])
+    return figure
+
+
+def _is_own(runs: pd.DataFrame) -> bool:
+    """Whether they are of a user's own model, whose tokens nobody counts."""
+    return bool(runs.tokens.isna().all())
 
 
 def _figure(width: float, height: float) -> Figure:

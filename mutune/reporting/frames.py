@@ -39,10 +39,12 @@ def load_runs(directory: Path) -> pd.DataFrame:
     Columns: `RUN_COLUMNS`, then
         heldout_loss, heldout_bits_per_byte: at the end of the run; NaN where it did not reach it.
         value: what a search is told: the held-out loss, or for a diverged run the worst finite training loss and at
-            least ln(vocabulary); NaN for an unfinished run.
+            least ln(vocabulary); NaN for an unfinished run. Of a user's own model no vocabulary is known, so that
+            it is infinite where no finite loss was reported.
         diverged: stopped because its loss left the bounds.
         finished: reached its total steps. A row with neither is a run in progress, or one that was cut off.
-        steps: updates done; total_steps: updates asked for; tokens; seconds.
+        steps: updates done; total_steps: updates asked for; tokens; seconds. How many updates a user's own loop will
+            do is not known before its end, nor what its tokens are.
 
     A run whose files are damaged is left out, with a note on stderr.
 
@@ -126,7 +128,8 @@ def best_trials(runs: pd.DataFrame, count: int = 10) -> pd.DataFrame:
 def valleys(runs: pd.DataFrame) -> pd.DataFrame:
     """Loss over learning rate: one row per table, width, seed and `log2_lr`, with `learning_rate`, `loss`, `diverged`.
 
-    A diverged run counts with the value it was told as; unfinished runs are left out.
+    A diverged run counts with the value it was told as, or where that is infinite, with the worst loss of its valley;
+    unfinished runs are left out.
 
     Raises:
         Refusal: the runs differ in something else too, so that a point would have two losses.
@@ -140,6 +143,9 @@ def valleys(runs: pd.DataFrame) -> pd.DataFrame:
             f"runs {twice.run.iloc[0]} and {twice.run.iloc[1]} differ in neither table, width, seed nor learning rate; "
             "give valleys() only runs of one ladder, for example runs[runs.study == 'valley']."
         )
+    finite = frame.loss.where(np.isfinite(frame.loss))
+    worst = finite.groupby([frame[key] for key in POINT[:3]]).transform("max")
+    frame = frame.assign(loss=finite.fillna(worst)).dropna(subset=["loss"])
     return frame[[*POINT, "learning_rate", "loss", "diverged"]].sort_values(POINT, ignore_index=True)
 
 
@@ -239,6 +245,7 @@ def loss_window(losses: pd.Series, diverged: pd.Series) -> tuple[float, float]:
 
     Diverged runs are ignored unless there are no others. A margin of 5 % is added on both sides.
     """
+    losses = losses.where(np.isfinite(losses))
     shown = losses[~diverged].dropna()
     shown = losses.dropna() if shown.empty else shown
     if shown.empty:
@@ -342,24 +349,31 @@ def _facts(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _outcome(config: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     """What became of it."""
-    total = sum(stage["num_steps"] for stage in config["run"]["stages"])
     last = records[-1] if records else {"step": 0, "tokens": 0, "seconds": 0.0, "diverged": False}
     diverged = last["diverged"]
     steps = last["step"] - diverged  # the last record of a diverged run made no update
-    finished = not diverged and steps == total
+    if "stages" in config["run"]:
+        total = sum(stage["num_steps"] for stage in config["run"]["stages"])
+        finished, worst = not diverged and steps == total, math.log(config["vocab_size"])
+    else:  # a user's own loop: it is over when it has returned a held-out loss
+        total, finished, worst = steps, "heldout_loss" in last and not diverged, -math.inf
     loss = last["heldout_loss"] if finished else math.nan
     losses = [record["loss"] for record in records if math.isfinite(record["loss"])]
     return {
         "heldout_loss": loss,
-        "heldout_bits_per_byte": last["heldout_bits_per_byte"] if finished else math.nan,
-        "value": max([math.log(config["vocab_size"]), *losses]) if diverged else loss,
+        "heldout_bits_per_byte": last.get("heldout_bits_per_byte", math.nan) if finished else math.nan,
+        "value": _told(max([worst, *losses])) if diverged else loss,
         "diverged": diverged,
         "finished": finished,
         "steps": steps,
         "total_steps": total,
-        "tokens": last["tokens"],
+        "tokens": last.get("tokens", math.nan),
         "seconds": last["seconds"],
     }
+
+
+def _told(worst: float) -> float:
+    return worst if math.isfinite(worst) else math.inf
 
 
 def _is_log(data: dict[str, Any]) -> bool:

@@ -1,9 +1,41 @@
-"""The progress of a study as one line: done, best, running, time left."""
+"""The progress of a study as one line: done, best, running, time left; its best values are kept up to date beside."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.progress import ProgressLine, clock
+from mutune.search.results import write_best
 from mutune.search.study import Progress
+
+
+@contextmanager
+def followed(
+    directory: Path, workers: int, hyperparameters: Callable[[dict[str, Any]], BaseHyperparameters]
+) -> Iterator[Callable[[Progress], None]]:
+    """What `run_study` reports to: the progress line, and `best.yaml` in `directory` whenever there is a new best.
+
+    Args:
+        hyperparameters: a trial's parameters → all base hyperparameters that it ran with.
+    """
+    line = SweepProgress(workers)
+    written: FrozenTrial | None = None
+
+    def report(progress: Progress) -> None:
+        nonlocal written
+        line.update(progress)
+        if progress.best is not None and progress.best != written:
+            write_best(directory, progress.name, progress.best, hyperparameters(progress.best.params))
+            written = progress.best
+
+    try:
+        yield report
+    finally:
+        line.close()
 
 
 class SweepProgress:
@@ -15,7 +47,6 @@ class SweepProgress:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        self.written: FrozenTrial | None = None
         self._line = ProgressLine()
         self._seen = 0
 
@@ -37,4 +68,4 @@ class SweepProgress:
         self._line.close()
 
     def _left(self, progress: Progress) -> float:
-        return progress.seconds_left / self.workers
+        return progress.seconds_left / max(self.workers, 1)

@@ -14,19 +14,20 @@ from mutune.folders import CONFIG
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 
 BEST = "best.yaml"
+OWN_MODEL = "own_model"  # the key under which the config of a study of a user's own model describes it
 
 
 @dataclass(frozen=True)
 class BestValues:
     """`best.yaml`: the best trial's number, losses, searched parameters, and all its base hyperparameters.
 
-    Losses are held-out ones, in nats per token and in bits per byte.
+    Losses are held-out ones, in nats per token and in bits per byte; a user's own model has its own unit, and no bytes.
     """
 
     study: str
     trial: int
     heldout_loss: float
-    heldout_bits_per_byte: float
+    heldout_bits_per_byte: float | None
     searched: list[str]
     params: dict[str, Any]
     hyperparameters: BaseHyperparameters
@@ -56,8 +57,8 @@ def write_best(directory: Path, name: str, best: FrozenTrial, hyperparameters: B
         params=dict(best.params),
         hyperparameters=hyperparameters,
     )
-    comment = "base hyperparameters of the best finished trial; losses in nats per token"
-    write_yaml(directory / BEST, plain(values), comment)
+    unit = "" if values.heldout_bits_per_byte is None else "; losses in nats per token"
+    write_yaml(directory / BEST, plain(values), f"base hyperparameters of the best finished trial{unit}")
 
 
 def load_study(sweeps: Path, name: str) -> StoredStudy:
@@ -77,6 +78,11 @@ def load_study(sweeps: Path, name: str) -> StoredStudy:
     if not (directory / BEST).is_file():
         raise Refusal(f"study={name} has no finished trial yet; run python -m mutune.sweep with study={name} first.")
     stored, best = read_yaml(directory / CONFIG, "study's config"), read_yaml(directory / BEST, "study's best values")
+    if isinstance(stored.get("inputs"), dict) and OWN_MODEL in stored["inputs"]:
+        raise Refusal(
+            f"study={name} searched a model that only its author's code can build; its ladder is that of "
+            "mutune.search.run, for example with widths=[128,256]."
+        )
     try:
         inputs, commit = stored["inputs"], stored["versions"]["commit"]
         config, data_hash = inputs["config"], str(inputs["data_hash"])

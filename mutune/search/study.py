@@ -22,7 +22,7 @@ from mutune.parametrization.hyperparameters import NAMES
 from mutune.search.config import Dimension, SearchConfig, dimensions, grid, initial_points
 from mutune.search.proposals import distributions, propose, total_trials
 from mutune.search.results import BEST
-from mutune.search.workers import default_workers, run_all
+from mutune.search.workers import RunAll
 from mutune.training.config import RunSpec
 from mutune.training.run import RunResult, run_to_end
 
@@ -31,17 +31,23 @@ STORAGE = "study.db"
 
 @dataclass(frozen=True)
 class Trial:
-    """A unit of work: what to run, where its records go, and how it is named."""
+    """A unit of work: which values to try, where the records go, and how it is named."""
 
     number: int
-    spec: RunSpec
-    directory: Path
-    device: str
-    study: str
     params: dict[str, Any]
+    directory: Path
+    study: str
 
     def __str__(self) -> str:
-        return f"trial {self.number} of study {self.study}"
+        values = ", ".join(
+            f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.params.items()
+        )
+        return f"trial {self.number} of study {self.study} ({values})"
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What its records say it belongs to."""
+        return {"study": self.study, "trial": self.number, "params": self.params}
 
 
 @dataclass(frozen=True)
@@ -126,18 +132,19 @@ def check_storage(directory: Path) -> None:
 def run_study(
     directory: Path,
     name: str,
-    spec: RunSpec,
     search: SearchConfig,
+    run: RunAll[Trial, RunResult],
     *,
-    device: str,
+    base: dict[str, Any],
     report: Callable[[Progress], None],
 ) -> list[FrozenTrial]:
     """Run the study until `n_trials` are finished; continue it where it stands.
 
     Args:
         directory: the study's folder; its lock must be held.
-        spec: the run at the base values.
         search: what is searched and how.
+        run: runs trials, as `Workers.run` does.
+        base: the configured value of everything that can be searched; `seed` seeds the proposals too.
         report: called at every change and about once a second.
 
     Returns:
@@ -146,31 +153,26 @@ def run_study(
     space = dimensions(search.space)
     study = open_study(directory, name)
     total = total_trials(search, space)
-    workers = search.workers or default_workers()
     while True:
         trials = study.get_trials(deepcopy=False)
         if len([t for t in trials if t.state.is_finished()]) >= total:
             report(_progress(study, search, space, []))
             return trials
-        _add_cohort(study, search, space, base_values(spec), spec.seed, trials)
+        _add_cohort(study, search, space, base, trials)
         work = [
-            Trial(t.number, trial_spec(spec, t.params), directory / "trials" / str(t.number), device, name, t.params)
+            Trial(t.number, t.params, directory / "trials" / str(t.number), name)
             for t in study.get_trials(deepcopy=False)
             if not t.state.is_finished()
         ]
-        for trial, result in run_all(
-            run_trial,
-            work,
-            workers,
-            lambda running: report(_progress(study, search, space, [t.number for t in running])),
+        for trial, result in run(
+            work, lambda running: report(_progress(study, search, space, [t.number for t in running]))
         ):
             _tell(study, trial.number, result)
 
 
-def run_trial(trial: Trial) -> RunResult:
-    """Run one trial to its end; a worker's whole job."""
-    note = {"study": trial.study, "trial": trial.number, "params": trial.params}
-    return run_to_end(trial.spec, trial.directory, trial.device, note)
+def run_trial(spec: RunSpec, device: str, trial: Trial) -> RunResult:
+    """A trial of the house's own decoder; `spec` is the run at the base values."""
+    return run_to_end(trial_spec(spec, trial.params), trial.directory, device, trial.note)
 
 
 def open_study(directory: Path, name: str) -> optuna.Study:
@@ -197,15 +199,14 @@ def _add_cohort(
     study: optuna.Study,
     search: SearchConfig,
     space: list[Dimension],
-    defaults: dict[str, Any],
-    seed: int,
+    base: dict[str, Any],
     trials: list[FrozenTrial],
 ) -> None:
     """Put the trials that the open cohort still lacks into the storage, each in one transaction."""
     first = len(trials) - len(trials) % search.cohort
     if any(not t.state.is_finished() for t in trials[:first]):
         return  # an earlier cohort is still open
-    for params in propose(search, space, defaults, seed, trials[:first])[len(trials) - first :]:
+    for params in propose(search, space, base, base["seed"], trials[:first])[len(trials) - first :]:
         study.add_trial(create_trial(state=TrialState.RUNNING, params=params, distributions=distributions(space)))
 
 

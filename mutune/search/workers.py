@@ -1,22 +1,33 @@
-"""Worker processes: one thread each, started by spawn, gone when their parent is gone."""
+"""Worker processes: one thread each, started by spawn, gone when their parent is gone.
+
+What they run comes to them by value (`cloudpickle`), so it may be defined in a notebook's cell or inside a function.
+"""
 
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.process import BaseProcess
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
+import cloudpickle
+
+from mutune.errors import Refusal
 from mutune.parametrization.finding import AuditError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+#: (tasks, tick) → (task, result) of each as it finishes: what `Workers.run` is.
+RunAll: TypeAlias = Callable[[Sequence[Task], Callable[[list[Task]], None]], Iterator[tuple[Task, Result]]]
 
 #: Workers that may die (out of memory, kill -9) without any task finishing in between, before the work stops.
 MAX_LOSSES = 3
@@ -24,7 +35,38 @@ POLL_SECONDS = 1.0
 
 
 class WorkError(Exception):
-    """A task raised, or workers kept dying. The message holds the task and its traceback, or what an audit found."""
+    """A task raised, or workers kept dying. The message holds the task and its traceback, or what an audit found.
+
+    Its cause is the `Refusal`, `AuditError` or `UserCodeError` that was raised there, or none.
+    """
+
+
+class UserCodeError(Exception):
+    """A function of the user's raised. The message is its traceback, without what called it.
+
+    Args:
+        frames: (file, line, function) from the user's outermost frame inwards. The lines themselves are looked up
+            where the message is read: a worker does not know the text of a notebook's cells.
+        last: the exception itself, as the last lines of a traceback.
+    """
+
+    def __init__(self, frames: list[tuple[str, int, str]], last: str) -> None:
+        super().__init__(frames, last)
+        self.frames, self.last = frames, last
+
+    @classmethod
+    def of(cls, error: Exception) -> "UserCodeError":
+        """What `error` says, caught where the user's function was called."""
+        frames = [(f.filename, f.lineno or 0, f.name) for f in traceback.extract_tb(error.__traceback__)[1:]]
+        return cls(frames, "".join(traceback.format_exception_only(error)))
+
+    def __str__(self) -> str:
+        frames = [traceback.FrameSummary(file, line, name) for file, line, name in self.frames]
+        return "".join(["Traceback (most recent call last):\n", *traceback.format_list(frames), self.last]).rstrip()
+
+
+#: What is handed to the parent as it is; every other exception as the text of its traceback.
+KNOWN = (AuditError, Refusal, UserCodeError)
 
 
 def default_workers() -> int:
@@ -45,20 +87,52 @@ def run_all(
     workers: int,
     tick: Callable[[list[Task]], None] = lambda running: None,
 ) -> Iterator[tuple[Task, Result]]:
-    """Run `function` on every task in worker processes; yield (task, result) as they finish.
+    """Run `function` on every task in worker processes; as `Workers.run`, with workers of its own."""
+    with Workers(function, workers) as pool:
+        yield from pool.run(tasks, tick)
 
-    A task whose worker dies is run again in a new worker.
+
+class Workers(Generic[Task, Result]):
+    """Worker processes for one function. They start when there is work, and stay for more until the block is left.
 
     Args:
-        function: a module-level function; it and its tasks and results are pickled.
-        tick: called about once a second, and after every result, with the tasks now running.
-
-    Raises:
-        WorkError: `function` raised, or workers keep dying.
+        function: any function; it and its tasks are sent by value, and results are pickled.
+        workers: at most so many processes; 0 runs the tasks in this one, where what they raise is not caught.
     """
-    waiting, losses = list(tasks), 0
-    pool = [_start(function) for _ in range(min(workers, len(tasks)))]
-    try:
+
+    def __init__(self, function: Callable[[Task], Result], workers: int) -> None:
+        self._function, self._workers = function, workers
+        self._pickled = cloudpickle.dumps(function) if workers else b""
+        self._pool: list[_Worker[Task]] = []
+
+    def __enter__(self) -> "Workers[Task, Result]":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for worker in self._pool:
+            worker.process.kill()
+        for worker in self._pool:
+            worker.process.join()
+            worker.connection.close()
+        self._pool.clear()
+
+    def run(
+        self, tasks: Sequence[Task], tick: Callable[[list[Task]], None] = lambda running: None
+    ) -> Iterator[tuple[Task, Result]]:
+        """Run every task; yield (task, result) as they finish. A task whose worker dies is run again in a new one.
+
+        Args:
+            tick: called about once a second, and after every result, with the tasks now running.
+
+        Raises:
+            WorkError: the function raised, or workers keep dying. What is running then ends with the block.
+        """
+        if self._workers == 0:
+            yield from _run_here(self._function, tasks, tick)
+            return
+        waiting, losses, pool = list(tasks), 0, self._pool
+        while len(pool) < min(self._workers, len(waiting)):
+            pool.append(_start(self._pickled))
         while waiting or any(worker.task is not None for worker in pool):
             for worker in pool:
                 if worker.task is None and waiting:
@@ -77,37 +151,57 @@ def run_all(
                     if losses > MAX_LOSSES:
                         raise WorkError(f"worker processes keep dying, the last one in {task}; is memory short?")
                     waiting.insert(0, task)
-                    pool[pool.index(worker)] = _start(function)
+                    pool[pool.index(worker)] = _start(self._pickled)
                     continue
                 worker.task, losses = None, 0
-                failed, result = answer
-                if failed:
-                    raise WorkError(f"{task} failed:\n{result}")
+                failure, result = answer
+                if failure is not None:
+                    raise WorkError(f"{task} failed:\n{failure}") from (failure if isinstance(failure, KNOWN) else None)
                 yield task, result
-    finally:
-        for worker in pool:
-            worker.process.kill()
-        for worker in pool:
-            worker.process.join()
-            worker.connection.close()
 
 
-def _start(function: Callable[[Any], Any]) -> _Worker[Any]:
+def _run_here(
+    function: Callable[[Task], Result], tasks: Sequence[Task], tick: Callable[[list[Task]], None]
+) -> Iterator[tuple[Task, Result]]:
+    for task in tasks:
+        tick([task])
+        try:
+            result = function(task)
+        except Exception as error:
+            error.add_note(f"in {task}")
+            raise
+        yield task, result
+    tick([])
+
+
+def _start(pickled: bytes) -> _Worker[Any]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, function), daemon=True)
-    process.start()
+    process = context.Process(target=_serve, args=(theirs, pickled), daemon=True)
+    with _no_main():
+        process.start()
     theirs.close()
     return _Worker(process, ours)
 
 
+@contextlib.contextmanager
+def _no_main() -> Iterator[None]:
+    """Start workers that do not run the caller's script again: a script needs no `if __name__ == "__main__"`."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 def _send(worker: _Worker[Any]) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a dead worker's sentinel says so next
-        worker.connection.send(worker.task)
+        worker.connection.send_bytes(cloudpickle.dumps(worker.task))
 
 
-def _receive(worker: _Worker[Any]) -> tuple[bool, Any] | None:
-    """(failed, result or what went wrong), or None where the worker died."""
+def _receive(worker: _Worker[Any]) -> tuple[Exception | str | None, Any] | None:
+    """(what went wrong, result), or None where the worker died."""
     try:
         if worker.connection.poll():
             return worker.connection.recv()
@@ -118,7 +212,7 @@ def _receive(worker: _Worker[Any]) -> tuple[bool, Any] | None:
     return None
 
 
-def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
+def _serve(connection: Connection, pickled: bytes) -> None:
     """A worker's life: take a task, answer, until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     parent = multiprocessing.parent_process()
@@ -127,17 +221,20 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    function: Callable[[Any], Any] | None = None
+    answer: tuple[Exception | str | None, Any]
     while True:
         try:
-            task = connection.recv()
+            task = connection.recv_bytes()
         except EOFError:
             return
         try:
-            answer = (False, function(task))
-        except AuditError as error:
-            answer = (True, str(error))
+            function = function or pickle.loads(pickled)
+            answer = (None, function(pickle.loads(task)))
+        except KNOWN as error:
+            answer = (error, None)
         except Exception:
-            answer = (True, traceback.format_exc())
+            answer = (traceback.format_exc(), None)
         connection.send(answer)
 
 

@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from tests.reporting.runs import write_run, write_search, write_valleys
 
 ANALYSIS = Path(__file__).parent.parent.parent / "analysis"
-NOTEBOOKS = ("sweep", "transfer")
+NOTEBOOKS, OWN_MODEL = ("sweep", "transfer"), "own_model"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,9 @@ def _execute(name: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any
     """The outputs of all cells of a notebook that was executed beside `runs`."""
     monkeypatch.setenv("MUTUNE_RUNS", str(runs))
     notebook = nbformat.read(ANALYSIS / f"{name}.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=60, kernel_name="python3").execute(cwd=str(ANALYSIS.parent))
+    NotebookClient(notebook, timeout=120, kernel_name="python3", coalesce_streams=True).execute(
+        cwd=str(ANALYSIS.parent)
+    )
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
@@ -49,7 +51,26 @@ def test_without_results_every_cell_names_the_command_that_makes_them(
     assert all(text.count("\n") == 1 and "make them with: python -m mutune." in text for text in texts)
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_users_own_model_is_searched_and_climbed_by_one_cell_of_15_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = nbformat.read(ANALYSIS / f"{OWN_MODEL}.ipynb", as_version=4)
+    (calls,) = [cell.source for cell in notebook.cells if "search.run(" in cell.source]
+    assert len(calls.splitlines()) <= 15
+    outputs = _execute(OWN_MODEL, tmp_path, monkeypatch)
+    assert [output.output_type for output in outputs if output.output_type == "error"] == []
+    progress, target = [output for output in outputs if output.output_type == "stream"]
+    study, ladder = progress.text.splitlines()  # one line each, rewritten in place
+    assert study.startswith("own 16/16 trials · best ")
+    assert ladder.startswith("ladder 30/30 runs")
+    assert target.text.splitlines()[3].startswith("hidden.weight,hidden,1024x1024,1024,32.0,")
+    assert {progress.name, target.name} == {"stdout"}
+    shown = next(output.data for output in outputs if "text/html" in output.get("data", {}))
+    assert shown["text/html"].count("<img ") == 4
+    assert len(list((tmp_path / "sweeps" / "own" / "trials").iterdir())) == 16
+
+
+@pytest.mark.parametrize("name", [*NOTEBOOKS, OWN_MODEL])
 def test_notebooks_are_stored_without_outputs(name: str) -> None:
     notebook = nbformat.read(ANALYSIS / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mutune.errors import Refusal
 from mutune.parametrization.finding import AuditError, Finding
-from mutune.search.workers import WorkError, run_all
+from mutune.search.workers import UserCodeError, WorkError, Workers, run_all
 
 
 def square(x: int) -> int:
@@ -78,3 +79,53 @@ def test_what_an_audit_found_stops_the_work_without_a_traceback() -> None:
 
 def test_no_task_needs_no_worker() -> None:
     assert list(run_all(square, [], workers=2)) == []
+
+
+def test_functions_and_tasks_come_by_value(tmp_path: Path) -> None:
+    class Local:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+    factor = 3
+    task = Local(7)
+    assert [result for _, result in run_all(lambda task: factor * task.number, [task], workers=1)] == [21]
+
+
+def test_workers_stay_for_more_work() -> None:
+    with Workers(threads_and_sleep, 1) as pool:
+        pids = {pid for _ in range(2) for _, (_, pid) in pool.run([1])}
+        assert len(pids) == 1
+    assert [pid for _, (_, pid) in run_all(threads_and_sleep, [1], workers=0)] == [os.getpid()]
+
+
+def test_what_a_task_raises_here_comes_as_it_is_and_names_the_task() -> None:
+    with pytest.raises(KeyError, match="task 3 is broken") as caught:
+        list(run_all(fail, [3], workers=0))
+    assert caught.value.__notes__ == ["in 3"]
+
+
+def refuse(x: int) -> int:
+    raise Refusal(f"x={x} is odd; for example x=2.")
+
+
+def users(x: int) -> int:
+    try:
+        return fail(x)
+    except KeyError as error:
+        raise UserCodeError.of(error) from error
+
+
+def test_a_refusal_and_a_users_exception_are_the_cause_of_what_is_raised() -> None:
+    with pytest.raises(WorkError, match=r"^3 failed:\nx=3 is odd; for example x=2\.$") as caught:
+        list(run_all(refuse, [3], workers=1))
+    assert isinstance(caught.value.__cause__, Refusal)
+    with pytest.raises(WorkError) as caught:
+        list(run_all(users, [3], workers=1))
+    assert isinstance(caught.value.__cause__, UserCodeError)
+    lines = str(caught.value).splitlines()
+    assert lines[1:] == [
+        "Traceback (most recent call last):",
+        f'  File "{__file__}", line {fail.__code__.co_firstlineno + 1}, in fail',
+        '    raise KeyError(f"task {x} is broken")',
+        "KeyError: 'task 3 is broken'",
+    ]
