@@ -114,7 +114,12 @@ def _from_study(config: TransferConfig) -> Source:
     from mutune.search.study import trial_spec
 
     study = load_study(Path(config.out) / "sweeps", config.study)
-    stored = build(SweepConfig, study.config)
+    try:
+        stored = build(SweepConfig, study.config)
+    except Refusal as refusal:
+        raise Refusal(
+            f"study={config.study}: its config.yaml is damaged ({refusal}); run its sweep again."
+        ) from refusal
     check_best(study, stored.search.space, trial_spec(stored.spec(), study.best.params).hyperparameters)
     proxy = replace(trial_spec(stored.spec(), study.best.params), seed=config.seed)
     hyper = config.hyperparameters.apply(proxy.hyperparameters)

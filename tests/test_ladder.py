@@ -190,6 +190,14 @@ def test_best_values_that_were_edited_are_not_transferred(
     assert not (out / "transfer").exists()
 
 
+def test_a_study_whose_config_was_damaged_is_refused_by_name(
+    out: Path, study: Path, training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    doors.edit_yaml(study / "config.yaml", "inputs", "config", value={"modle": 3})
+    transfer(out, expect=2)
+    assert "study=mine: its config.yaml is damaged (unknown key modle;" in capsys.readouterr().err
+
+
 def test_a_text_that_changed_since_the_study_is_refused(
     out: Path, study: Path, training: Training, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from mutune.parametrization.apply import make_optimizer
 from mutune.parametrization.multiplier import Multiplier
 from mutune.parametrization.plan import Plan, kind
-from mutune.verification.places import ATTENTION_LOGITS, LAST_BLOCK, LOGITS, OUTPUT, Coordinate
+from mutune.verification.places import ATTENTION_LOGITS, LAST_BLOCK, LOGITS, OUTPUT, RESIDUAL, Coordinate
 
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.einsum)
 _PRODUCTS = (F.linear, F.embedding, torch.addmm, *_MATMULS)
@@ -124,7 +124,7 @@ class Probe:
         with ExitStack() as stack:
             for name, module in self.model.named_modules():
                 if _is_watched(name, module):
-                    handle = module.register_forward_hook(_recorder(outputs, inputs, name))
+                    handle = module.register_forward_hook(_recorder(outputs, inputs, _place(name, module)))
                     stack.callback(handle.remove)
             with watch:
                 outputs[LOGITS] = logits_of(self.model(ids_BT))
@@ -140,10 +140,14 @@ class Probe:
 
 
 def _is_watched(name: str, module: nn.Module) -> bool:
-    """Modules with weights of their own, blocks (children of a list), and what multiplies the embedding."""
+    """Modules with weights of their own, blocks (children of a list), and the multipliers of what is added up."""
     own = next(module.parameters(recurse=False), None) is not None
-    embedding = isinstance(module, Multiplier) and module.site == "embedding"
-    return name != "" and (own or embedding or name.rpartition(".")[2].isdigit())
+    adds = isinstance(module, Multiplier) and module.site.partition(".")[0] in ("embedding", RESIDUAL)
+    return name != "" and (own or adds or name.rpartition(".")[2].isdigit())
+
+
+def _place(name: str, module: nn.Module) -> str:
+    return f"{name} ({module.site})" if isinstance(module, Multiplier) else name
 
 
 def _recorder(outputs: dict[str, Tensor], inputs: dict[str, float], name: str) -> Callable[..., None]:

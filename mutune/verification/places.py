@@ -11,6 +11,9 @@ QUANTITIES = ("activation", "update", "weight_update", "gradient", "input", "hea
 
 LOGITS, ATTENTION_LOGITS, LAST_BLOCK, OUTPUT = "logits", "attention_logits", "last_block", "output"
 
+#: How the sites of residual branches begin; the place of a multiplier is its module's name and its site in brackets.
+RESIDUAL = "residual"
+
 
 @dataclass(frozen=True)
 class Coordinate:

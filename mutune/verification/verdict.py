@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from mutune.parametrization.plan import Plan, TensorPlan, kind
-from mutune.verification.places import ATTENTION_LOGITS, LAST_BLOCK, LOGITS, OUTPUT, Coordinate
+from mutune.verification.places import ATTENTION_LOGITS, LAST_BLOCK, LOGITS, OUTPUT, RESIDUAL, Coordinate
 
 #: Student's t, 97.5 % quantile, by degrees of freedom; 2 beyond.
 T_QUANTILES = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23}
@@ -140,6 +140,8 @@ def _bound(axis: str, slope: Slope, rules: "_PlanSlopes", flatter: bool) -> Boun
         return None
     if slope.quantity == "gradient":
         return _gradient_bound(slope, rules)
+    if axis == DEPTH and f"({RESIDUAL}." in slope.place:
+        return None  # a branch is multiplied by a power of the depth, so that the sum is not
     if slope.quantity == "activation":
         # a random head gives m^-1/2, and so do growing heads under 1/d_head
         logits = slope.place == LOGITS or rules.role(slope.place) == "output"
@@ -272,6 +274,8 @@ class _Explainer:
         if abs(excess) < 0.25:
             return None
         tensor = slope.place if slope.place in self.rules.rows else f"{slope.place}.weight"
+        if slope.place.endswith(")") and slope.quantity == "activation":
+            return f"what multiplies there has an exponent of about {about} too many"
         if tensor not in self.rules.rows:
             return None
         if slope.quantity == "activation":

@@ -25,6 +25,11 @@ SYMMETRIES = {
     "site attention_logits.head -0.5": "d_head is the same at every width, so its power is a constant",
     "site attention_logits.head +0.5": "d_head is the same at every width, so its power is a constant",
 }
+#: Seen where ε is judged, through the gradient; without it no fault: logits of order 1 at init instead of m^-1/2.
+HARMLESS = {
+    ("btlm", "output.std +0.5"): "logits start at order 1 instead of m^-1/2, which arXiv:2404.05728 finds harmless"
+}
+
 #: The exponents of every table, written down from the papers beside `rules.py`: role → std, lr, eps, wd.
 MATRIX, END = (-0.5, -1.0, -1.0, 1.0), (0.0, 0.0, -1.0, 0.0)
 VECTOR, NOTHING = (0.0, 0.0, -1.0, 0.0), (0.0, 0.0, 0.0, 0.0)
@@ -139,7 +144,7 @@ def judge_case(case: Case) -> dict[str, Any]:
     """One row of the matrix."""
     model = replace(EVERY_ROLE, tied=False) if case.axis == WIDTH else None
     findings = judged(case.mutant.table, case.axis, model=model).findings
-    why = SYMMETRIES.get(case.mutant.what)
+    why = SYMMETRIES.get(case.mutant.what) or HARMLESS.get((case.table.name, case.mutant.what))
     row = {
         "table": case.table.name,
         "mutant": case.mutant.what,
@@ -172,7 +177,8 @@ def test_soak_the_table_side_of_the_mutation_matrix() -> None:
         )
     soak.record("../docs/mutations_tables", "Wrong tables, one exponent off by one half, and who catches them", rows)
     assert [row["mutant"] for row in rows if row["first finding"] == "**missed**"] == []
-    assert {row["mutant"] for row in rows if row["caught"] == "no"} <= set(SYMMETRIES)
+    passed = {(row["table"], row["mutant"]) for row in rows if row["caught"] == "no"}
+    assert all(mutant in SYMMETRIES or (table, mutant) in HARMLESS for table, mutant in passed)
 
 
 def correct_runs(count: int) -> Iterator[dict[str, Any]]:
