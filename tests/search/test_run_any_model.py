@@ -22,6 +22,7 @@ from torch import nn
 import mutune
 from examples.llama import LlamaShape
 from examples.llama import build as build_llama
+from mutune import reporting
 from mutune.door import WorkFailed
 from mutune.errors import Refusal
 from mutune.parametrization.finding import AuditError
@@ -127,8 +128,6 @@ def test_a_transformer_of_named_roles_is_searched_and_climbed(out: Path) -> None
 
 
 def test_the_house_reads_the_records(out: Path) -> None:
-    from mutune import reporting
-
     search(out, widths=[32], seeds=1, offsets=[-1, 0, 1])
     runs = reporting.load_runs(folder(out))
     assert runs.finished.all()
@@ -149,7 +148,8 @@ def wild(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, report: 
         report(1, math.nan if rate > 0.05 else 3.0)
     if 0.02 < rate <= 0.05:
         report(2, 7.0)
-        report(3, math.inf)
+        report(3, 5.0)
+        report(4, math.inf)
     return math.nan if rate > 0.02 else rate
 
 
@@ -163,7 +163,7 @@ def test_a_diverged_trial_is_an_observation_and_cannot_win(out: Path) -> None:
     assert list(result.trials.diverged) == [True, True, True, False]
     assert result.best.trial == 3
     records = (folder(out) / "trials/2/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["diverged"] for line in records] == [False, False, True]
+    assert [json.loads(line)["diverged"] for line in records] == [False, False, False, True]
     assert len(result.figures) == 4  # infinite values are drawn
 
 
@@ -172,8 +172,9 @@ def test_a_run_without_a_finite_loss_counts_as_the_worst_of_its_valley(out: Path
         out, train=wild, space={"learning_rate": {"values": [0.015]}}, n_trials=1,
         widths=[32], seeds=1, offsets=[-1, 0, 1, 2],
     )  # fmt: skip
-    assert result.ladder.optimum.notna().all()
-    assert result.ladder.loss.max() < 0.015
+    assert list(result.ladder.edge) == ["low", "low"]
+    points = reporting.valleys(reporting.load_runs(folder(out) / "ladder"))
+    assert list(points.loss) == pytest.approx(2 * [0.0075, 0.015, 7.0, 7.0])
 
 
 def test_a_search_in_which_all_diverge_says_so(out: Path) -> None:
@@ -206,7 +207,20 @@ def test_a_schedule_that_breaks_the_rates_late_is_caught_at_the_end_of_the_run(o
     assert caught.value.__notes__[0].startswith("in trial 0 of study mine (learning_rate=")
 
 
-def test_a_constructor_that_overwrites_nothing_of_the_plan_passes_and_other_tensors_do_not(out: Path) -> None:
+def test_rates_that_are_wrong_in_between_and_right_at_the_end_are_caught_at_a_report(out: Path) -> None:
+    def in_between(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, report: Report) -> float:
+        report(1, 1.0)
+        for number, group in enumerate(optimizer.param_groups):
+            group["lr"] = 0.01 * 2.0**number
+        report(2, 1.0)
+        mutune.set_rates(optimizer, 0.0)
+        return 1.0
+
+    with pytest.raises(AuditError, match="learning rate is"):
+        search(out, train=in_between)
+
+
+def test_a_tensor_that_the_loop_froze_is_caught(out: Path) -> None:
     def thaw(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, report: Report) -> float:
         model.first.weight.requires_grad_(False)  # type: ignore[union-attr]
         report(0, 1.0)
