@@ -146,7 +146,7 @@ class Run:
             betas=self._betas,
             forward=lambda: self.model(ids_BT),
         )
-        found += mup_opinion(self.spec, self.plan)
+        found += second_opinion_of(self.spec, self.plan)
         if found:
             raise AuditError(found)
 
@@ -155,7 +155,7 @@ class Run:
         return Heldout(windows, self.corpus.tokenizer.token_bytes)
 
 
-def mup_opinion(spec: RunSpec, plan: Plan) -> list[Finding]:
+def second_opinion_of(spec: RunSpec, plan: Plan) -> list[Finding]:
     """Where `mup` differs from a run's plan (`second_opinion`); its blocks are alike, so one of them is compared.
 
     A base that is declared with real-valued sizes has no model, and so there is no opinion on it.

@@ -17,7 +17,7 @@ from mutune.parametrization.rules import ParametrizationConfig
 from mutune.training import run as run_module
 from mutune.training.config import LoopConfig, RunSpec, StageConfig
 from mutune.training.loop import Record
-from mutune.training.run import Run, mup_opinion
+from mutune.training.run import Run, second_opinion_of
 
 CPU = torch.device("cpu")
 SPEC = replace(
@@ -133,9 +133,9 @@ def test_a_multiplier_that_the_forward_pass_goes_around_stops_a_run() -> None:
 )
 def test_mup_is_asked_about_a_run_whose_base_is_a_model(spec: RunSpec, asked: bool) -> None:
     plan = spec.plan(vocab_size=31)
-    assert mup_opinion(spec, plan) == []
+    assert second_opinion_of(spec, plan) == []
     rows = {name: replace(row, lr_mult=1.0) for name, row in plan.parameters.items()}
-    assert bool(mup_opinion(spec, replace(plan, parameters=rows))) == asked
+    assert bool(second_opinion_of(spec, replace(plan, parameters=rows))) == asked
 
 
 def test_mup_s_other_opinion_stops_a_run() -> None:
