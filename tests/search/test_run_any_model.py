@@ -26,6 +26,7 @@ from mutune import reporting
 from mutune.door import WorkFailed
 from mutune.errors import Refusal
 from mutune.parametrization.finding import AuditError
+from mutune.reporting import figures
 from mutune.search.results import load_study
 from mutune.search.workers import WorkError
 from tests import doors
@@ -134,6 +135,9 @@ def test_the_house_reads_the_records(out: Path) -> None:
     assert (len(runs), runs.trial.notna().sum(), set(runs.width)) == (4 + 6, 4, {16, 32})
     assert len(reporting.history(runs)) == 4
     assert len(reporting.valleys(runs[runs.trial.isna()])) == 6
+    figure = figures._unit(figures.history_figure(runs), runs)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["held-out loss"]  # in the user's own unit
+    assert "nats" not in figure.axes[0].get_title(loc="left")
     records = reporting.load_records(folder(out) / "trials" / "0")
     assert list(records.step) == list(range(1, 9))
     assert records.lr.iloc[0] == pytest.approx(runs.learning_rate[0] * 7 / 8)
