@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,6 +111,11 @@ def test_the_front_has_every_name_that_it_lists_and_no_other() -> None:
         assert getattr(mutune, name).__module__ == mutune.PUBLIC[name]
     with pytest.raises(AttributeError, match="module mutune has no attribute parametrise"):
         mutune.parametrise  # noqa: B018
+
+
+def test_every_room_is_in_the_wheel() -> None:
+    packages = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {*packages} == {"mutune", "mutune.conf", "mutune.sweeps", *(f"mutune.{room}" for room in ROOMS)}
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
