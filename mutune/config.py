@@ -12,6 +12,7 @@ from mutune.parametrization.rules import ParametrizationConfig
 from mutune.search.config import SearchConfig
 from mutune.training.config import MAX_SEED, LoopConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
+from mutune.verification.places import require_span
 
 DEVICES = ("auto", "cpu", "cuda")
 PUBLISHED = "published"  # the name under which a transfer finds BTLM-3B-8K's own values
@@ -182,12 +183,10 @@ class CheckConfig(DoorConfig):
         )
         for key, example in (("widths", [128, 256, 512]), ("depths", [2, 4, 8, 16])):
             sizes = getattr(self, key)
-            require(
-                not sizes or len(set(sizes)) == len(sizes) >= 2,
-                f"{key}={sizes} must hold at least two different sizes; for example {key}={example}.",
-            )
             for size in sizes:
                 require_number(key, size, at_least=1, example=example[0], whole=True)
+            if sizes:
+                require_span(key, sizes, example)
         require(
             self.family is None or not (self.widths and self.depths),
             f"family={self.family} has one kind of shape; set widths=[] or depths=[] to say which it is.",

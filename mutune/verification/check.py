@@ -17,7 +17,7 @@ from mutune.parametrization.plan import Plan
 from mutune.parametrization.rules import Table, get_table
 from mutune.search.workers import run_all
 from mutune.verification.coordinates import Subject, Training, measure
-from mutune.verification.places import Coordinate
+from mutune.verification.places import Coordinate, require_span
 from mutune.verification.subjects import FamilySubject, Text
 from mutune.verification.verdict import WIDTH, Bound, Finding, Judgement, Slope, judge, slopes
 
@@ -88,6 +88,7 @@ def coordinate_check(
         training: steps and probe; by default 10 steps of 8×64 tokens of the default corpus.
         seeds: models per size.
     """
+    require_span("sizes", sizes, [128, 256, 512])
     theory = get_table(table) if isinstance(table, str) else table
     subject = FamilySubject(axis, family, theory, hyperparameters)
     runs = [measure(subject, size, seed, training or Text()) for size in sizes for seed in range(seeds)]

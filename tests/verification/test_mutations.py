@@ -183,7 +183,7 @@ def test_soak_the_table_side_of_the_mutation_matrix() -> None:
 
 def correct_runs(count: int) -> Iterator[dict[str, Any]]:
     """Right tables over seeds, widths, depths, vocabularies, batch sizes, rates and multipliers."""
-    draw = random.Random(20)
+    draw = random.Random(21)
     for i in range(count):
         table = draw.choice([MUP, MUP, MUP_TABLE3, MUP_TABLE9, BTLM, completep()])
         tied = False if table.untied else draw.random() < 0.6
@@ -204,10 +204,10 @@ def correct_runs(count: int) -> Iterator[dict[str, Any]]:
             batch_sequences=draw.choice([4, 8, 16]),
             tokenizer=draw.choice([TokenizerConfig(), TokenizerConfig(kind="bytes")]),
         )
-        widths = draw.choice([(128, 256, 512), (96, 192, 384), (128, 320)])
+        widths = draw.choice([(128, 256, 512), (96, 192, 384), (128, 512)])
         yield {
             "table": table,
-            "seed": 100 + i,
+            "seed": 1000 + i,
             "hyperparameters": hyper,
             "model": model,
             "text": text,
@@ -249,7 +249,7 @@ def test_soak_how_long_the_default_check_takes(tmp_path: Path) -> None:
         seconds = []
         for i in range(3):
             started = time.monotonic()
-            doors.run("check", *arguments, f"out={tmp_path / name / str(i)}")
+            doors.run("check", *arguments, f"out={tmp_path / f'{len(rows)}-{i}'}")
             seconds.append(time.monotonic() - started)
         rows.append(
             {"check": name, "median, s": round(statistics.median(seconds)), "of 3 runs": seconds_shown(seconds)}
