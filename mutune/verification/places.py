@@ -7,6 +7,7 @@ from mutune.errors import require
 
 #: Largest over smallest size, at least: the noise of a slope goes as one over the logarithm of this.
 MIN_SPAN = 4
+MIN_SIZES = 3
 
 #: What is measured. `activation`: RMS of a module's output, at init (of a matrix that no product uses, itself).
 #: `update`: RMS of its change since init. `weight_update`: RMS of (W_t - W_0)·x at the tensor's product (of W_t - W_0
@@ -45,9 +46,9 @@ class Coordinate:
 
 
 def require_span(key: str, sizes: Sequence[int], example: Sequence[int]) -> None:
-    """Refuse sizes from which no slope can be read: one twice, or too close together (`benchmarks/check.md`)."""
+    """Refuse sizes from which no slope can be read: too few, one twice, or too close together (docs/log.md)."""
     require(
-        len(set(sizes)) == len(sizes) >= 2 and max(sizes) >= MIN_SPAN * min(sizes),
-        f"{key}={list(sizes)} must be different sizes of which the largest is at least {MIN_SPAN} times the smallest; "
-        f"for example {key}={list(example)}.",
+        len(set(sizes)) == len(sizes) >= MIN_SIZES and min(sizes) >= 1 and max(sizes) >= MIN_SPAN * min(sizes),
+        f"{key}={list(sizes)} must be {MIN_SIZES} or more different sizes of which the largest is at least {MIN_SPAN} "
+        f"times the smallest; for example {key}={list(example)}.",
     )

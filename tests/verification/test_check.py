@@ -143,7 +143,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def test_the_command_leaves_numbers_figures_and_a_verdict(tmp_path: Path) -> None:
-    done = doors.run("check", "widths=[64,256]", "seeds=2", "model.depth=2", f"out={tmp_path}")
+    done = doors.run("check", "widths=[64,128,256]", "seeds=2", "model.depth=2", f"out={tmp_path}")
     folder = tmp_path / "checks" / "mup"
     assert "verdict    PASS: table mup over width 64-256" in done.stdout
     assert json.loads((folder / "verdict.json").read_text()) == {"verdict": "PASS", "findings": []}
@@ -151,14 +151,14 @@ def test_the_command_leaves_numbers_figures_and_a_verdict(tmp_path: Path) -> Non
     assert {"quantity", "place", "step", "mean", "half_width", "low", "high", "passed"} <= set(rows[0])
     assert {row["passed"] for row in rows} == {"True"}
     assert (folder / "figures" / "coordinates-width.png").stat().st_size > 10_000
-    assert {int(row["size"]) for row in rows_of(folder / "coordinates-width.csv")} == {64, 256}
-    refused = doors.run("check", "widths=[64,512]", "seeds=2", "model.depth=2", f"out={tmp_path}", expect=2)
+    assert {int(row["size"]) for row in rows_of(folder / "coordinates-width.csv")} == {64, 128, 256}
+    refused = doors.run("check", "widths=[64,128,512]", "seeds=2", "model.depth=2", f"out={tmp_path}", expect=2)
     assert "config.widths" in refused.stderr or "widths" in refused.stderr
     assert "overwrite=true" in refused.stderr
 
 
 def test_a_wrong_table_exits_with_one_and_says_what_is_wrong(tmp_path: Path) -> None:
-    arguments = ["parametrization=sp", "widths=[64,256]", "seeds=1", "model.depth=1", f"out={tmp_path}"]
+    arguments = ["parametrization=sp", "widths=[64,128,256]", "seeds=1", "model.depth=1", f"out={tmp_path}"]
     done = doors.run("check", *arguments, expect=1)
     assert "likely cause   at init, h.*.attn.c_attn scales as width^+0." in done.stdout
     assert "verdict    FAIL: table sp over width 64-256" in done.stdout
@@ -173,12 +173,12 @@ def test_a_wrong_table_exits_with_one_and_says_what_is_wrong(tmp_path: Path) -> 
     [
         (
             ["widths=[128]"],
-            "widths=[128] must be different sizes of which the largest is at least 4 times the smallest; for",
+            "widths=[128] must be 3 or more different sizes of which the largest is at least 4 times",
         ),
-        (["widths=[128,320]"], "widths=[128, 320] must be different sizes of which the largest is at least 4 times"),
+        (["widths=[128,320]"], "widths=[128, 320] must be 3 or more different sizes"),
         (["widths=[]"], "widths=[] and depths=[] leave nothing to check"),
-        (["widths=[40,160]"], "does not divide model.width=40"),
-        (["widths=[0,128]"], "widths=0 must be a whole number at least 1"),
+        (["widths=[40,80,160]"], "does not divide model.width=40"),
+        (["widths=[0,64,128]"], "widths=0 must be a whole number at least 1"),
         (["seeds=0"], "seeds=0 must be"),
         (["run.num_steps=0"], "run.num_steps=0 must be"),
         (["parametrization=mup_table3"], "and wte.weight is both; untie them (model.tied=false)"),
@@ -191,7 +191,7 @@ def test_a_wrong_table_exits_with_one_and_says_what_is_wrong(tmp_path: Path) -> 
         (["family=examples.nothing:family"], "family=examples.nothing:family cannot be loaded"),
         (["family=examples.llama:build"], "family=examples.llama:build is a function; it must be a mutune.Family"),
         (["family=examples.llama:family", "tokenizer=gpt2"], "choose another tokenizer, for example tokenizer=bytes"),
-        (["family=examples.llama:family", "depths=[1,4]"], "has one kind of shape; set widths=[] or depths=[]"),
+        (["family=examples.llama:family", "depths=[1,2,4]"], "has one kind of shape; set widths=[] or depths=[]"),
         (["name=a/b"], "name=a/b must be a plain folder name"),
         (["run.context_length=100000000"], "does not fit into"),
     ],
@@ -208,7 +208,7 @@ def test_a_users_own_family_is_checked_in_a_notebook_and_on_the_command_line(tmp
     right = coordinate_check(llama.family, [64, 128, 256], **quick)
     assert right.passed, said(right)
     assert not coordinate_check(llama.family, [64, 128, 256], table="sp", **quick).passed
-    arguments = ["family=examples.llama:family", "widths=[64,256]", "seeds=1", "run.context_length=32"]
+    arguments = ["family=examples.llama:family", "widths=[64,128,256]", "seeds=1", "run.context_length=32"]
     done = doors.run("check", *arguments, f"out={tmp_path}")
     assert "verdict    PASS: table mup over width 64-256" in done.stdout
     assert (tmp_path / "checks" / "examples.llama.family-mup" / "verdict.json").exists()
