@@ -42,6 +42,10 @@ PUBLIC = {
 ROOMS = ("search",)
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str) -> Any:
     """Load a public name on first use, so that `import mutune` and every `--help` start without torch."""
     if name in ROOMS:

@@ -61,6 +61,7 @@ def work(config: CheckConfig) -> int:
     check_claim(directory, inputs, "name", config.overwrite)
     with locked(directory, "name"):
         claim(directory, inputs, "name", config.overwrite)
+        (directory / "verdict.json").unlink(missing_ok=True)  # an older one says nothing about today's model
         try:
             judgements = [_check(config, of, sizes, directory) for of, sizes in checks]
         except WorkError as error:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+from mutune.errors import require, require_number
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.infer import Family
 from mutune.parametrization.plan import Plan
@@ -18,8 +19,8 @@ from mutune.parametrization.rules import Table, get_table
 from mutune.search.workers import run_all
 from mutune.verification.coordinates import Subject, Training, measure
 from mutune.verification.places import Coordinate, require_span
-from mutune.verification.subjects import FamilySubject, Text
-from mutune.verification.verdict import WIDTH, Bound, Finding, Judgement, Slope, judge, slopes
+from mutune.verification.subjects import FamilySubject, Text, check_runs
+from mutune.verification.verdict import DEPTH, WIDTH, Bound, Finding, Judgement, Slope, judge, slopes
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,12 @@ def coordinate_check(
         seeds: models per size.
     """
     require_span("sizes", sizes, [128, 256, 512])
+    require_number("seeds", seeds, at_least=1, example=3, whole=True)
+    require(axis in (WIDTH, DEPTH), f"axis={axis} is unknown; known: {WIDTH}, {DEPTH}.")
     theory = get_table(table) if isinstance(table, str) else table
-    subject = FamilySubject(axis, family, theory, hyperparameters)
-    runs = [measure(subject, size, seed, training or Text()) for size in sizes for seed in range(seeds)]
+    subject, text = FamilySubject(axis, family, theory, hyperparameters), training or Text()
+    check_runs(subject, min(sizes), text.probe)
+    runs = [measure(subject, size, seed, text) for size in sizes for seed in range(seeds)]
     return judge(axis, slopes(c for run in runs for c in run), plans_of(subject, sizes))
 
 
@@ -127,6 +131,8 @@ def as_words(judgement: Judgement, most: int = 8) -> list[str]:
     for quantity in dict.fromkeys(slope.quantity for slope, _ in judgement.judged):
         rows = [(s, b) for s, b in judgement.judged if s.quantity == quantity]
         lines.append(_summary(quantity, rows, [f for f in judgement.findings if f.slope.quantity == quantity]))
+    if not any(slope.quantity == "weight_update" for slope, _ in judgement.judged):
+        lines.append("not judged     no update was seen: nothing moved at this rate; try learning_rate=0.0078125")
     causes = [finding for finding in judgement.findings if not finding.consequence] or judgement.findings
     for finding in causes[:most]:
         lines.append(f"{'likely cause':<14} {finding.diagnosis} {_interval(finding)}")

@@ -6,7 +6,7 @@ on one fixed probe batch. Source: arXiv:2203.03466 §D.1 and appendix; per-tenso
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from mutune.parametrization.apply import make_optimizer
 from mutune.parametrization.multiplier import Multiplier
 from mutune.parametrization.plan import Plan, kind
+from mutune.parametrization.sites import CHILD
 from mutune.verification.places import ATTENTION_LOGITS, LAST_BLOCK, LOGITS, OUTPUT, RESIDUAL, Coordinate
 
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.einsum)
@@ -61,10 +62,16 @@ class Training(Protocol):
 
 
 def measure(subject: Subject, size: int, seed: int, training: Training) -> list[Coordinate]:
-    """Train one model for a few steps and return its coordinates.
+    """Train one model for a few steps and return its coordinates; what it draws as it trains is seeded.
 
     The gradient is not clipped: the norm that clipping sees is not a coordinate.
     """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _measure(subject, size, seed, training)
+
+
+def _measure(subject: Subject, size: int, seed: int, training: Training) -> list[Coordinate]:
     model, plan = subject.make(size, seed)
     optimizer = make_optimizer(model, plan, betas=training.betas)
     probe = Probe(model)
@@ -103,6 +110,7 @@ class Snapshot:
     inputs: dict[str, float]
     products: dict[str, float]
     head_size: int
+    blocks: list[str]
 
 
 class Probe:
@@ -114,16 +122,19 @@ class Probe:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.blocks = _blocks(model)
 
     @torch.no_grad()
     def take(self, ids_BT: Tensor) -> Snapshot:
-        """One forward pass of the probe batch."""
+        """One forward pass of the probe batch, in evaluation mode."""
+        training = self.model.training
+        self.model.eval()
         outputs: dict[str, Tensor] = {}
         inputs: dict[str, float] = {}
         watch = _Watch(self.model, self.initial)
         with ExitStack() as stack:
             for name, module in self.model.named_modules():
-                if _is_watched(name, module):
+                if name in self.blocks or _is_watched(name, module):
                     handle = module.register_forward_hook(_recorder(outputs, inputs, _place(name, module)))
                     stack.callback(handle.remove)
             with watch:
@@ -136,18 +147,36 @@ class Probe:
                 products[name] = _rms(parameter - self.initial[name])
                 if parameter.ndim > 1:
                     outputs[name] = parameter.detach()
-        return Snapshot(outputs, inputs, products, watch.head_size)
+        self.model.train(training)
+        return Snapshot(outputs, inputs, products, watch.head_size, self.blocks)
 
 
 def _is_watched(name: str, module: nn.Module) -> bool:
-    """Modules with weights of their own, blocks (children of a list), and the multipliers of what is added up."""
+    """Modules with weights of their own, and the multipliers of what is added up."""
     own = next(module.parameters(recurse=False), None) is not None
     adds = isinstance(module, Multiplier) and module.site.partition(".")[0] in ("embedding", RESIDUAL)
-    return name != "" and (own or adds or name.rpartition(".")[2].isdigit())
+    return name != "" and (own or adds)
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """The children of the outermost `nn.ModuleList`s, in the model's order."""
+    modules = dict(model.named_modules())
+    children = [name for name in modules if isinstance(modules[name.rpartition(".")[0]], nn.ModuleList)]
+    depth = min((name.count(".") for name in children), default=0)
+    return [name for name in children if name.count(".") == depth]
 
 
 def _place(name: str, module: nn.Module) -> str:
-    return f"{name} ({module.site})" if isinstance(module, Multiplier) else name
+    """A module's name; with its site where it is a multiplier, or where one hangs below it and has acted already."""
+    for multiplier in (module, *module.children()):
+        if isinstance(multiplier, Multiplier) and (multiplier is module or multiplier.site in _placed(module)):
+            return f"{name} ({multiplier.site})"
+    return name
+
+
+def _placed(module: nn.Module) -> set[str]:
+    """Sites whose multipliers were hung below a module by name: their product is in its output."""
+    return {m.site for child, m in module.named_children() if isinstance(m, Multiplier) and child.startswith(CHILD)}
 
 
 def _recorder(outputs: dict[str, Tensor], inputs: dict[str, float], name: str) -> Callable[..., None]:
@@ -212,7 +241,7 @@ def _attention_logits(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
 
 
 def _activations(snapshot: Snapshot) -> Iterator[tuple[int, str, str, int, float]]:
-    for place, order, value in _by_place({name: _rms(out) for name, out in snapshot.outputs.items()}):
+    for place, order, value in _by_place({n: _rms(out) for n, out in snapshot.outputs.items()}, snapshot.blocks):
         yield 0, "activation", place, order, value
     for place, order, value in _by_place(snapshot.inputs):
         yield 0, "input", place, order, value
@@ -222,7 +251,7 @@ def _activations(snapshot: Snapshot) -> Iterator[tuple[int, str, str, int, float
 
 def _updates(before: Snapshot, after: Snapshot) -> Iterator[tuple[str, str, int, float]]:
     changes = {name: _rms(out - before.outputs[name]) for name, out in after.outputs.items()}
-    for place, order, value in _by_place(changes):
+    for place, order, value in _by_place(changes, after.blocks):
         yield "update", place, order, value
     for place, order, value in _by_place(after.products):
         yield "weight_update", place, order, value
@@ -234,15 +263,15 @@ def _gradients(model: nn.Module) -> Iterator[tuple[int, str, str, int, float]]:
         yield 0, "gradient", place, order, value
 
 
-def _by_place(values: dict[str, float]) -> Iterator[tuple[str, int, float]]:
-    """RMS over the blocks of each place, in the order of the forward pass; the last block of a list also by itself."""
+def _by_place(values: dict[str, float], blocks: Sequence[str] = ()) -> Iterator[tuple[str, int, float]]:
+    """RMS over the blocks of each place, in the order of the forward pass; the last block also by itself."""
     squares: dict[str, list[float]] = defaultdict(list)
     for name, value in values.items():
         place = ATTENTION_LOGITS if name.endswith(ATTENTION_LOGITS) else kind(name)
         squares[place].append(value * value)
-    blocks = [name for name in values if name.rpartition(".")[2].isdigit()]
-    if blocks:
-        squares[LAST_BLOCK] = [values[blocks[-1]] ** 2]
+    seen = [name for name in blocks if name in values]
+    if seen:
+        squares[LAST_BLOCK] = [values[seen[-1]] ** 2]
     for order, (place, found) in enumerate(squares.items()):
         yield place, order, math.sqrt(sum(found) / len(found))
 

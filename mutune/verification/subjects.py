@@ -23,6 +23,7 @@ from mutune.parametrization.infer import Family
 from mutune.parametrization.parametrized import Parametrized
 from mutune.parametrization.plan import Decay, Plan, make_plan
 from mutune.parametrization.rules import Table
+from mutune.verification.coordinates import logits_of
 from mutune.verification.verdict import WIDTH
 
 
@@ -134,7 +135,7 @@ def check_runs(subject: "DecoderSubject | FamilySubject", size: int, ids_BT: Ten
     model, _ = subject.make(size, 0)
     try:
         with torch.no_grad():
-            model(ids_BT)
+            shape = tuple(logits_of(model(ids_BT)).shape)
     except (IndexError, RuntimeError, ValueError, TypeError) as error:
         said = str(error).split(chr(10))[0]
         raise Refusal(
@@ -142,6 +143,11 @@ def check_runs(subject: "DecoderSubject | FamilySubject", size: int, ids_BT: Ten
             f"{tuple(ids_BT.shape)} ({type(error).__name__}: {said}); choose another tokenizer, for example "
             f"tokenizer=bytes, or mend the model."
         ) from error
+    require(
+        len(shape) == 3 and shape[:2] == tuple(ids_BT.shape) and shape[2] > int(ids_BT.max()),
+        f"the model at size {size} gives logits of shape {shape} for token ids of shape {tuple(ids_BT.shape)}; it must "
+        f"give (B, T, V) with V above {int(ids_BT.max())}, as a tensor, as .logits or first in a tuple.",
+    )
 
 
 @dataclass(frozen=True)

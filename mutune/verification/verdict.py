@@ -70,12 +70,15 @@ class Judgement:
 
     @property
     def passed(self) -> bool:
-        """Whether every slope keeps to its bound."""
-        return not self.findings
+        """Whether every slope keeps to its bound, and updates were seen at all."""
+        return not self.findings and any(slope.quantity == "weight_update" for slope, _ in self.judged)
 
 
 def slopes(coordinates: Iterable[Coordinate]) -> list[Slope]:
-    """The exponent of every coordinate over size; coordinates that are zero at some size are left out."""
+    """The exponent of every coordinate over size.
+
+    One that is zero everywhere is left out; one that is not finite somewhere has +inf, one that is zero somewhere -inf.
+    """
     series: dict[tuple[str, str, int], dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     orders: dict[tuple[str, str, int], int] = {}
     for c in coordinates:
@@ -85,9 +88,13 @@ def slopes(coordinates: Iterable[Coordinate]) -> list[Slope]:
     found = []
     for (quantity, place, step), seeds in series.items():
         values = [value for points in seeds.values() for value in points.values()]
-        if min(values) <= 0 or not all(map(math.isfinite, values)):
-            if any(map(math.isfinite, values)) and not all(map(math.isfinite, values)):
-                found.append(Slope(quantity, place, step, orders[quantity, place, step], math.inf, math.nan))
+        if not all(map(math.isfinite, values)):
+            found.append(Slope(quantity, place, step, orders[quantity, place, step], math.inf, math.nan))
+            continue
+        if max(values) <= 0:
+            continue  # a zero initial value, or a tensor that nothing reaches, at every size
+        if min(values) <= 0:
+            found.append(Slope(quantity, place, step, orders[quantity, place, step], -math.inf, math.nan))
             continue
         by_seed = [_slope(points) for points in seeds.values()]
         found.append(Slope(quantity, place, step, orders[quantity, place, step], fmean(by_seed), _half_width(by_seed)))
@@ -142,11 +149,13 @@ def _bound(axis: str, slope: Slope, rules: "_PlanSlopes", flatter: bool) -> Boun
         return _gradient_bound(slope, rules)
     if axis == DEPTH and f"({RESIDUAL}." in slope.place:
         return None  # a branch is multiplied by a power of the depth, so that the sum is not
+    if slope.quantity != "weight_update" and (slope.place.endswith("(output)") or rules.role(slope.place) == "output"):
+        return None  # the logits are judged, wherever they are multiplied
     if slope.quantity == "activation":
-        # a random head gives m^-1/2, and so do growing heads under 1/d_head
-        logits = slope.place == LOGITS or rules.role(slope.place) == "output"
-        low = {ATTENTION_LOGITS: -0.25 - 0.5 * rules.head_size}.get(slope.place, -0.75 if logits else -0.25)
-        return Bound(low, 0.25, f"activations at initialisation must not depend on the {axis}")
+        why = f"activations at initialisation must not depend on the {axis}"
+        if slope.place == ATTENTION_LOGITS:  # random queries and keys of growing heads, under 1/d_head
+            return Bound(-0.25 - 0.5 * rules.head_size, 0.25 - 0.5 * rules.head_size, why)
+        return Bound(-0.75 if slope.place == LOGITS else -0.25, 0.25, why)  # a random head gives m^-1/2
     return _width_bound(slope, rules, flatter) if axis == WIDTH else _depth_bound(slope)
 
 
@@ -250,7 +259,7 @@ class _Explainer:
 
     def finding(self, slope: Slope, bound: Bound) -> Finding:
         """The finding, with its diagnosis."""
-        power = f"as {self.axis}^{slope.mean:+.2f}" if math.isfinite(slope.mean) else "without bound"
+        power = f"as {self.axis}^{slope.mean:+.2f}" if math.isfinite(slope.mean) else _NO_POWER[slope.mean > 0]
         what = _PHRASES[slope.quantity].format(place=slope.place, step=slope.step)
         excess = slope.mean - (bound.low + bound.high if math.isfinite(bound.low) else 0.0) / 2
         excess -= self.inputs.get(slope.place.removesuffix(".weight"), 0.0)
@@ -287,6 +296,7 @@ class _Explainer:
         return f"the {name} of {tensor} scales as {self.symbol}^{now:+.2f}, an exponent of about {about} too many"
 
 
+_NO_POWER = {True: "without bound: it is not finite at some size", False: "with no power: it is zero at some size"}
 _PHRASES = {
     "activation": "at init, {place} scales",
     "update": "after {step} steps, the change of {place} scales",

@@ -16,7 +16,7 @@ from mutune import Family
 from mutune.model.shape import ModelConfig
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import BTLM, MUP, MUP_TABLE3, MUP_TABLE9, SP, Table, completep
-from mutune.verification.check import coordinate_check
+from mutune.verification.check import as_words, coordinate_check
 from mutune.verification.coordinates import Probe, measure
 from mutune.verification.places import Coordinate
 from mutune.verification.subjects import DecoderSubject, Text
@@ -103,13 +103,14 @@ def test_a_slope_is_the_exponent_that_was_written() -> None:
     assert slope.half_width == pytest.approx(12.71 * math.sqrt(0.02) / math.sqrt(2))
 
 
-def test_a_coordinate_that_is_not_finite_is_a_finding_and_a_zero_one_is_left_out() -> None:
+def test_a_coordinate_that_is_not_finite_or_zero_at_one_size_has_no_power_and_one_of_zeros_is_left_out() -> None:
     def at(value: float, place: str) -> list[Coordinate]:
         return [Coordinate(size, 0, 0, "activation", place, 0, v) for size, v in ((16, 1.0), (32, value))]
 
     assert slopes(at(math.inf, "x"))[0].mean == math.inf
     assert slopes(at(math.nan, "x"))[0].mean == math.inf
-    assert slopes(at(0.0, "x")) == []
+    assert slopes(at(0.0, "x"))[0].mean == -math.inf
+    assert slopes([Coordinate(size, 0, 0, "activation", "x", 0, 0.0) for size in (16, 32)]) == []
 
 
 def test_the_probe_sees_a_head_that_is_no_module_and_attention() -> None:
@@ -229,6 +230,45 @@ def test_a_forgotten_multiplier_of_a_users_model_is_seen_by_its_slopes() -> None
     judgement = coordinate_check(family, [64, 128, 256], training=Text(context_length=32), seeds=1)
     assert "the output multiplier scales as m^-1.00" in " ".join(f.diagnosis for f in judgement.findings)
     assert not judgement.passed
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e-30])
+def test_a_check_in_which_nothing_moves_or_everything_breaks_does_not_pass(rate: float) -> None:
+    wild = replace(HYPER, learning_rate=rate)
+    judgement = judged(MUP, hyperparameters=wild, model=ModelConfig(width=32, depth=1), **QUICK)
+    assert not judgement.passed
+    assert judgement.findings or "not judged     no update was seen" in "\n".join(as_words(judgement))
+
+
+@pytest.mark.parametrize("table", ["mup", "mup_table9"])
+def test_a_multiplier_may_stand_after_the_head_or_be_hung_below_a_module(table: str) -> None:
+    class After(llama.Llama):
+        def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+            x_BTD = self.scale_embedding(self.embed(ids_BT))
+            for layer in self.layers:
+                x_BTD = layer(x_BTD)
+            return self.scale_output(self.head(self.norm(x_BTD)))
+
+    class Bare(llama.Llama):
+        def __init__(self, shape: llama.LlamaShape) -> None:
+            super().__init__(shape)
+            del self.scale_output, self.scale_embedding
+
+        def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+            x_BTD = self.embed(ids_BT)
+            for layer in self.layers:
+                x_BTD = layer(x_BTD)
+            return self.head(self.norm(x_BTD))
+
+    def shape(width: int) -> llama.LlamaShape:
+        return llama.LlamaShape(width, vocab_size=1024, kv_heads=width // 32)
+
+    sites = {"output": "head", "embedding": "embed"}
+    after: Family[int] = Family(lambda width: After(shape(width)), base=32, delta=64, head_size=16)
+    hung: Family[int] = Family(lambda width: Bare(shape(width)), base=32, delta=64, head_size=16, sites=sites)
+    for family in (after, hung):
+        judgement = coordinate_check(family, [64, 128, 256], table=table, training=Text(context_length=32), seeds=1)
+        assert judgement.passed, said(judgement)
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:
