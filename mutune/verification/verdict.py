@@ -163,7 +163,7 @@ def _width_bound(slope: Slope, rules: "_PlanSlopes", flatter: bool) -> Bound:
     if slope.quantity == "update":
         may_vanish = slope.place == LOGITS or (slope.place == ATTENTION_LOGITS and rules.head_size > 0)
         low = -0.4 if flatter and not may_vanish else -math.inf
-        return Bound(low, 0.3, "what updates change must not depend on the width")
+        return Bound(low, 0.4, "what updates change must not depend on the width")
     if rules.is_vector(slope.place):
         return Bound(-0.25, 0.25, "a gain or bias must move by the same amount at every width")
     low = -0.38 if flatter else -math.inf
