@@ -117,7 +117,7 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path) -> None:
             f"next       look at {directory / 'figures'}; a transfer wants a study at one width, such as +sweep=proxy"
         )
     else:
-        print(f"next       python -m mutune.transfer study={config.study}")
+        print(f"next       python -m mutune.transfer study={config.study} target=small  (or target=btlm_3b)")
 
 
 if __name__ == "__main__":
