@@ -47,9 +47,9 @@ def live_multipliers(model: nn.Module, plan: Plan) -> Iterator[Finding]:
 def acting_multipliers(model: nn.Module, plan: Plan, forward: Callable[[], Any]) -> list[Finding]:
     """Findings about what the multipliers do when `forward` runs the model.
 
-    Each must be called, its output must be its input times the plan's value, and the output must reach the result: the
-    site is made NaN once, and the result must be NaN too. `forward` is therefore called once, and once per site, in
-    evaluation mode, without gradients, uncompiled; afterwards modes, buffers and torch's generators are as before.
+    Each must be called, its output must be its input times the plan's value, and the output must reach the result: each
+    module is made NaN once, and the result must be NaN too. `forward` is therefore called once, and once per module,
+    in evaluation mode, without gradients, uncompiled; afterwards modes, buffers and generators are as before.
     Not guarded: what the model keeps outside its buffers, other generators (NumPy's, Python's), and code that
     cannot bear NaN. Wrap nothing that synchronises gradients: pass the inner model of DDP.
     """
@@ -61,13 +61,13 @@ def acting_multipliers(model: nn.Module, plan: Plan, forward: Callable[[], Any])
             clean = _holds_nan(forward())
         found = [finding for watch in watched for finding in watch.findings()]
         found += _too_few_calls(watched, plan)
-        for site in {watch.module.site for watch in watched if watch.calls} if not clean else ():
-            with _hooks({watch.module: _poison for watch in watched if watch.module.site == site}):
+        for watch in [watch for watch in watched if watch.calls] if not clean else ():
+            with _hooks({watch.module: _poison}):
                 reached = _holds_nan(forward())
             if not reached:
-                first = next(watch for watch in watched if watch.module.site == site)
                 why = "it is computed and then not used"
-                found.append(Finding(first.name, f"multiplier {site}", "part of the result", "without effect", why))
+                quantity = f"multiplier {watch.module.site}"
+                found.append(Finding(watch.name, quantity, "part of the result", "without effect", why))
     return found
 
 

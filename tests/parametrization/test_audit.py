@@ -225,6 +225,26 @@ def test_one_multiplier_may_serve_all_blocks() -> None:
     assert not run.findings()
 
 
+class Dropped(nn.Module):
+    """Calls a module and passes its own input on."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The input."""
+        self.inner(x)
+        return x
+
+
+def test_a_multiplier_whose_result_is_dropped_in_one_block_only_is_found() -> None:
+    run = live()
+    run.model.set_submodule("h.1.mlp_multiplier", Dropped(run.model.get_submodule("h.1.mlp_multiplier")))
+    (finding,) = run.findings()
+    assert (finding.tensor, finding.found) == ("h.1.mlp_multiplier.inner", "without effect")
+
+
 # -------------------------------------------------------------------------------------------------------- the scheduler
 def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
     peaks = [group["peak_lr"] for group in optimizer.param_groups]
