@@ -66,7 +66,8 @@ def findings(
         factor: rate / peak rate now in force; without it, any factor that all groups share will do.
         betas: Adam's β1 and β2; without them, any pair that all groups share will do.
         forward: runs the model once and returns what it returns, for example `lambda: model(ids)`. It is called once
-            plainly and once per `Multiplier` module, in evaluation mode and without gradients; a short input will do.
+            in the model's own mode, and once per `Multiplier` module in evaluation mode, without gradients; a short
+            input will do.
     """
     reshard(model)
     tensors = live_tensors(model)

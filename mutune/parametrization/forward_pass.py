@@ -19,6 +19,8 @@ from mutune.parametrization.plan import Plan, SitePlan, kind
 
 #: Relative error of one multiplication in the coarsest dtype that models run in (bfloat16 rounds at 4e-3).
 ROUNDING = 1e-2
+#: Sites at the two ends of a model, outside every block.
+ENDS = ("embedding", "output")
 _RATIO = re.compile(r"\bm(_L)?\b")
 
 
@@ -48,8 +50,9 @@ def acting_multipliers(model: nn.Module, plan: Plan, forward: Callable[[], Any])
     """Findings about what the multipliers do when `forward` runs the model.
 
     Each must be called, its output must be its input times the plan's value, and the output must reach the result: each
-    module is made NaN once, and the result must be NaN too. `forward` is therefore called once, and once per module,
-    in evaluation mode, without gradients, uncompiled; afterwards modes, buffers and generators are as before.
+    module is made NaN once, and the result must be NaN too. `forward` is therefore called once in the mode in which the
+    model comes, since a training path may go around what evaluation uses, and in evaluation mode once per module; all
+    without gradients, uncompiled. Afterwards modes, buffers and generators are as before.
     Not guarded: what the model keeps outside its buffers, other generators (NumPy's, Python's), and code that
     cannot bear NaN. Wrap nothing that synchronises gradients: pass the inner model of DDP.
     """
@@ -59,6 +62,7 @@ def acting_multipliers(model: nn.Module, plan: Plan, forward: Callable[[], Any])
         watched = [_Watched(name, module, plan) for name, module in places.items() if module.site in plan.multipliers]
         with _hooks({watch.module: watch.hook for watch in watched}):
             clean = _holds_nan(forward())
+        model.eval()
         found = [finding for watch in watched for finding in watch.findings()]
         found += _too_few_calls(watched, plan)
         for watch in [watch for watch in watched if watch.calls] if not clean else ():
@@ -110,8 +114,19 @@ def _multipliers(model: nn.Module) -> dict[str, Multiplier]:
 
 
 def _places(row: SitePlan, plan: Plan) -> int:
-    """How many tensors of the model the site acts on."""
-    return sum(kind(name) == row.tensor for name in plan.parameters)
+    """In how many outermost blocks the site acts; 1 outside blocks.
+
+    Several tensors of one block (experts, a projection per head) may share one multiplier.
+    """
+    if row.site in ENDS:
+        return 1
+    return len({_outermost(name) for name in plan.parameters if kind(name) == row.tensor})
+
+
+def _outermost(name: str) -> str:
+    """`layers.3.experts.0.w` → `layers.3`; a name without an index → the empty string."""
+    found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
+    return found.group() if found else ""
 
 
 def _never_needed(row: SitePlan) -> bool:
@@ -143,13 +158,12 @@ def _hooks(hooks: Mapping[Multiplier, Callable[..., Any]]) -> Iterator[None]:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no compiled code; modes, buffers and torch's generators as before afterwards."""
+    """No gradients, no compiled code; modes, buffers and torch's generators as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     cuda = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda), torch.no_grad(), _uncompiled():
         try:
-            model.eval()
             yield
         finally:
             for module, mode in modes.items():

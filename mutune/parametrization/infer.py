@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import nn
 
-from mutune.errors import require, require_number
+from mutune.errors import Refusal, require, require_number, shown
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.names import matching
 from mutune.parametrization.parametrized import Parametrized
@@ -26,7 +26,7 @@ class Family(Generic[Shape]):
     """A model at every shape: which dimensions are widths, which role each tensor has, and where its base is.
 
     `build(base)` is made on the CPU, since a gain is known by its initial values; every other shape on the meta
-    device, which costs nothing. Nothing is kept of any of them.
+    device, which costs nothing (on the CPU where `build` needs numbers). Nothing is kept of any of them.
 
     Args:
         build: shape → a fresh model; a shape is whatever `build` takes.
@@ -62,7 +62,7 @@ class Family(Generic[Shape]):
         for pattern, value in base_fan_in.items():
             require_number(f"base_fan_in[{pattern!r}]", value, above=0.0, example=682.6)
         with torch.random.fork_rng(devices=[]):
-            own = survey(build(base))
+            own = survey(self._built(base))
         self._base = replace(own, tensors=with_infinite(own, self._survey(delta)))
         self.specs(base)
 
@@ -101,6 +101,11 @@ class Family(Generic[Shape]):
         places = places_of(found, self.sites)
         specs = tuple(spec for spec, _ in self._measured(found))
         check_sites(theory, places, specs)
+        require(
+            not theory.untied or any("output" in spec.sites for spec in specs),
+            f"table {theory.name} gives the output its own rule, and the model has no output matrix of its own; take "
+            f"table=mup, or name it, for example roles={{'lm_head.weight': 'output'}}.",
+        )
         unplaced = unplaced_sites(theory, places, hyperparameters, proposals(found, specs))
         sizes = {self._head_size_at(s) for s in (self.base, shape)}
         require(
@@ -157,8 +162,23 @@ class Family(Generic[Shape]):
         return self._head_size(shape) if callable(self._head_size) else self._head_size
 
     def _survey(self, shape: Shape) -> Survey:
-        with torch.device("meta"):
-            return survey(self.build(shape))
+        """On the meta device; on the CPU where the model looks at numbers as it is built."""
+        try:
+            with torch.device("meta"):
+                return survey(self.build(shape))
+        except Refusal:
+            raise
+        except Exception:  # `item()` has no answer there; where it is the model's own fault, the CPU says so too
+            with torch.random.fork_rng(devices=[]):
+                return survey(self._built(shape))
+
+    def _built(self, shape: Shape) -> nn.Module:
+        try:
+            return self.build(shape)
+        except Exception as error:
+            raise Refusal(
+                f"build({shape}) raised {type(error).__name__}: {shown(error)}; it must make a model at every shape."
+            ) from error
 
     def _at(self, shape: Shape) -> Survey:
         """The survey at `shape`, each tensor with what the base knows of it: infinite dimensions, initial values."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
+from torch.optim.swa_utils import SWALR
 
 from mutune.parametrization.finding import Finding, common_ratio, same
 
@@ -19,8 +20,10 @@ STEPS = 1000
 
 #: Attributes that hold rates in the unit of the learning rate, so that a plan needs one per group, as its peaks are.
 ABSOLUTE = ("eta_min", "min_lrs", "max_lrs", "base_lrs")
-#: The same in the optimizer's groups, where OneCycleLR keeps them.
-ABSOLUTE_IN_GROUPS = ("max_lr", "min_lr")
+#: The same in the optimizer's groups, where some schedulers keep them.
+ABSOLUTE_IN_GROUPS = {lr_scheduler.OneCycleLR: ("max_lr", "min_lr"), SWALR: ("swa_lr",)}
+#: Rates below this part of their peak have lost their digits to underflow and say nothing about ratios.
+VANISHED = 1e-30
 
 
 def rates_ahead(
@@ -50,7 +53,7 @@ def rates_ahead(
 def _absolute(scheduler: Any, optimizer: Optimizer, peaks: Sequence[Peak | None]) -> Iterator[Finding]:
     """Rates of a scheduler, or of one inside it, that do not follow the peaks of the groups; the first of each."""
     for part in _parts(scheduler):
-        in_groups = ABSOLUTE_IN_GROUPS if isinstance(part, lr_scheduler.OneCycleLR) else ()
+        in_groups = next((keys for kind, keys in ABSOLUTE_IN_GROUPS.items() if isinstance(part, kind)), ())
         settings: dict[str, Any] = {key: [group[key] for group in optimizer.param_groups] for key in in_groups}
         settings |= {key: vars(part)[key] for key in ABSOLUTE if key in vars(part)}
         for key, value in settings.items():
@@ -79,7 +82,8 @@ def _simulated(scheduler: Any, optimizer: Optimizer, peaks: Sequence[Peak | None
                     why = "it cannot be run ahead; audit without scheduler=, and its rates are seen as they come"
                     yield Finding("optimizer", f"scheduler {type(scheduler).__name__}", "a step", repr(error), why)
                 return  # its horizon ends here
-            off = _off([group["lr"] for group in stand_in.param_groups], peaks)
+            rates = [group["lr"] for group in stand_in.param_groups]
+            off = None if _vanished(rates, peaks) else _off(rates, peaks)
             if off is not None:
                 tensor, wanted, found = off
                 why = f"{type(scheduler).__name__} changes the ratios between groups"
@@ -92,6 +96,10 @@ def _off(rates: Sequence[Any], peaks: Sequence[Peak | None]) -> tuple[str, float
     known = [(*peak, float(rate)) for rate, peak in zip(rates, peaks, strict=True) if peak is not None]
     shared = common_ratio(rate / peak for _, peak, rate in known)
     return next(((name, peak * shared, rate) for name, peak, rate in known if not same(rate / peak, shared)), None)
+
+
+def _vanished(rates: Sequence[Any], peaks: Sequence[Peak | None]) -> bool:
+    return all(float(rate) < VANISHED * peak[1] for rate, peak in zip(rates, peaks, strict=True) if peak is not None)
 
 
 def _parts(scheduler: Any) -> Iterator[Any]:
@@ -127,8 +135,8 @@ def _copied(value: Any, stand_in: Optimizer) -> Any:
         return stand_in
     if isinstance(value, lr_scheduler.LRScheduler):
         return _shadow(value, stand_in)
-    if isinstance(value, Tensor):
-        return value.clone()
+    if isinstance(value, Tensor):  # in double precision, so that a thousand roundings do not look like another ratio
+        return value.to(torch.float64, copy=True) if value.is_floating_point() else value.clone()
     if isinstance(value, (list, tuple)):
         return type(value)(_copied(inner, stand_in) for inner in value)
     try:

@@ -1,14 +1,18 @@
-"""A second opinion on learning rates: those of the `mup` package, tensor by tensor, where its rules apply."""
+"""A second opinion on a plan: what `mup.MuAdamW` would do to each tensor, where its rules apply."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mup
 import torch
 from mup.infshape import InfDim, InfShape
 from torch import nn
 
+from mutune.parametrization.finding import Finding, same
 from mutune.parametrization.infer import Family
+from mutune.parametrization.names import canonical_name
+from mutune.parametrization.plan import Plan
 from mutune.parametrization.roles import CARRIERS, input_axes
 from mutune.parametrization.rules import MUP
 from mutune.parametrization.survey import Tensor
@@ -56,10 +60,15 @@ def _rate(tensor: Tensor, base: tuple[int, ...]) -> float | None:
     infshape = InfShape(InfDim(wide if grows else None, dim) for wide, dim, grows in dims)
     parameter.infshape = infshape  # type: ignore[attr-defined]
     try:
-        optimizer = mup.MuAdamW([{"params": [parameter]}], lr=1.0)
+        return float(_group(parameter)["lr"])
     except NotImplementedError:  # more than two infinite dimensions
         return None
-    return next(float(group["lr"]) for group in optimizer.param_groups if group["params"])
+
+
+def _group(parameter: nn.Parameter) -> dict[str, Any]:
+    """The group in which `mup.MuAdamW` puts a parameter, at rate 1 and decay 1; it leaves empty ones behind."""
+    groups = mup.MuAdamW([{"params": [parameter], "weight_decay": 1.0}], lr=1.0).param_groups
+    return next(group for group in groups if group["params"])
 
 
 def _why_not(tensor: Tensor, role: str) -> str:
@@ -71,3 +80,39 @@ def _why_not(tensor: Tensor, role: str) -> str:
     if len(wide) == 2 and axes is not None and wide[-1] in axes:
         return ""
     return "the last infinite dimension, from which mup takes its ratio, is not the fan-in"
+
+
+#: Tables whose rates are those of `mup.MuAdamW` (Table 8's placement), and whether its decays are too.
+AGREES = {"mup": ("lr", "weight_decay"), "btlm": ("lr",)}
+
+
+def second_opinion(
+    plan: Plan, base: nn.Module, delta: nn.Module, target: nn.Module, *, decays: bool = True
+) -> list[Finding]:
+    """Where the plan's rate and decay multipliers differ from those of `mup.MuAdamW`; empty where they agree.
+
+    Its rules are those of tables `mup` and, without the decay, `btlm`, of matrices that are `nn.Linear` weights with
+    (fan_out, fan_in), and of decays that follow the table: for any other table there is nothing to compare, and the
+    list is empty too.
+
+    Args:
+        base, delta, target: the model at the base shape, at another width, and at the plan's, on the meta device; they
+            differ in width alone. `target` is marked by `mup` and is good for nothing else afterwards.
+        decays: whether the plan's decays are the table's (`parametrization.decay=table`).
+    """
+    quantities = AGREES.get(plan.table, ())
+    found = []
+    for name, theirs in _mup_multipliers(base, delta, target) if quantities else ():
+        row = plan.parameters[name]
+        for quantity, ours in (("lr", row.lr_mult), ("weight_decay", row.wd_mult)):
+            compared = quantity in quantities and (quantity == "lr" or (decays and row.wd_mult > 0))
+            if compared and not same(ours, theirs[quantity]):
+                why = "the mup package gives another value for this shape, so one of the two has its fan-in wrong"
+                found.append(Finding(name, f"multiplier of {quantity}", theirs[quantity], ours, why))
+    return found
+
+
+def _mup_multipliers(base: nn.Module, delta: nn.Module, target: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    mup.set_base_shapes(target, base, delta=delta, rescale_params=False, do_assert=False)
+    for name, parameter in target.named_parameters():
+        yield canonical_name(name), _group(parameter)

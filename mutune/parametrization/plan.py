@@ -236,6 +236,11 @@ def _wd_mult(rule: Rule, m: float, lr_mult: float, decay: Decay) -> float:
 def _base_decay(decay: Decay, hyper: BaseHyperparameters) -> float:
     """AdamW's λ at the base, where lr_mult is 1."""
     if decay.mode == "independent":
+        require(
+            hyper.weight_decay < 1.0,
+            f"hyperparameters.weight_decay={hyper.weight_decay:g} is, with parametrization.decay=independent, the part "
+            f"of a weight that a step takes off; it must be below 1, for example hyperparameters.weight_decay=0.0001.",
+        )
         return hyper.weight_decay / hyper.learning_rate
     if decay.mode != "horizon":
         return hyper.weight_decay
@@ -247,6 +252,11 @@ def _base_decay(decay: Decay, hyper: BaseHyperparameters) -> float:
     require(decay.num_steps is not None, "decay=horizon needs the run's num_steps; for example num_steps=1000.")
     assert hyper.decay_timescale is not None
     assert decay.num_steps is not None
+    require(
+        hyper.decay_timescale * decay.num_steps > 1.0,
+        f"hyperparameters.decay_timescale={hyper.decay_timescale:g} of {decay.num_steps} steps is not even one step; "
+        f"for example hyperparameters.decay_timescale=0.1.",
+    )
     return 1.0 / (hyper.decay_timescale * decay.num_steps * hyper.learning_rate)
 
 

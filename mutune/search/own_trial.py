@@ -189,6 +189,7 @@ class Recorder:
         self.model, self.optimizer, self.plan = model, optimizer, plan
         self.peak_lr, self.lines, self.stop_at_first = peak_lr, lines, stop_at_first
         self.started, self.worst, self.diverged, self.count = time.monotonic(), -math.inf, False, 0
+        self.versions = _versions(model)
         self.last: dict[str, Any] = {"step": 0, "lr": peak_lr, "loss": math.nan, "diverged": False}
 
     def report(self, step: int, loss: float) -> None:
@@ -211,6 +212,11 @@ class Recorder:
         """How the run ended, with the held-out loss that its loop returned; audits it and writes its last record."""
         self.diverged |= not math.isfinite(value) and not self.stop_at_first
         if not self.diverged:
+            require(
+                len(self.optimizer.state) > 0 or self.versions == _versions(self.model),
+                "train changed the model without a step of the optimizer that it was given, so what is searched had no "
+                "effect; call optimizer.step() on it instead of making another.",
+            )
             audit(self.model, self.optimizer, self.plan)
             self._write(heldout_loss=value)
         elif not self.last["diverged"]:
@@ -223,6 +229,11 @@ class Recorder:
         self.last |= {"diverged": self.diverged, "seconds": round(time.monotonic() - self.started, 4), **facts}
         if self.lines is not None:
             self.lines.write(json.dumps(self.last) + "\n")
+
+
+def _versions(model: nn.Module) -> list[int]:
+    """How often each tensor was written to."""
+    return [parameter._version for parameter in model.parameters()]
 
 
 def _loss(value: Any) -> float:

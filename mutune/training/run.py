@@ -20,8 +20,8 @@ from mutune.model.decoder import Decoder
 from mutune.parametrization.apply import initialise, make_optimizer
 from mutune.parametrization.audit import audit, findings
 from mutune.parametrization.finding import AuditError, Finding
+from mutune.parametrization.opinion import second_opinion
 from mutune.parametrization.plan import Plan
-from mutune.parametrization.second_opinion import second_opinion
 from mutune.training.config import RunSpec, StageConfig, stage_ends
 from mutune.training.loop import Heldout, Record, evaluate, train
 from mutune.training.schedule import multiplier

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
 
 from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig
@@ -128,6 +129,11 @@ def scheduled(make: Callable[[torch.optim.Optimizer], Any]) -> Callable[[Live], 
 
 def warm_up(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
     return lr_scheduler.LinearLR(optimizer, 0.1, total_iters=5)
+
+
+def constant_then_averaged(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    parts = [lr_scheduler.ConstantLR(optimizer, 1.0), SWALR(optimizer, swa_lr=0.05)]
+    return lr_scheduler.SequentialLR(optimizer, parts, [5000])
 
 
 def warm_up_then_floor(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
@@ -314,6 +320,22 @@ def another_site(run: Live) -> None:
     run.model.output_multiplier.site = "logits"
 
 
+class InEvaluationOnly(nn.Module):
+    """Uses a module in evaluation and passes its own input on in training."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The input, or what the module makes of it."""
+        return x if self.training else self.inner(x)
+
+
+def bypassed_in_training(run: Live) -> None:
+    run.model.set_submodule("output_multiplier", InEvaluationOnly(run.model.output_multiplier))
+
+
 def bypassed(run: Live) -> None:
     def forward(self: Decoder, ids_BT: Tensor) -> Tensor:
         x_BTD = self.embedding_multiplier(self.wte(ids_BT))
@@ -376,6 +398,13 @@ MUTATIONS = [
         scheduled(warm_up_then_floor),
         FIRST_MATRIX,
         "CosineAnnealingLR's eta_min",
+        "erases the ratios",
+    ),
+    Mutation(
+        "SWALR with one swa_lr after 5,000 steps",
+        scheduled(constant_then_averaged),
+        FIRST_MATRIX,
+        "SWALR's swa_lr",
         "erases the ratios",
     ),
     Mutation(
@@ -524,6 +553,13 @@ MUTATIONS = [
     Mutation("a multiplier's value changed", another_value, OUTPUT, "multiplier output", "was changed since"),
     Mutation("a multiplier of another site", another_site, OUTPUT, "multiplier logits", "no such site"),
     Mutation("a multiplier that the forward pass goes around", bypassed, OUTPUT, "multiplier output", "goes around it"),
+    Mutation(
+        "a multiplier that the forward pass goes around in training",
+        bypassed_in_training,
+        "output_multiplier.inner",
+        "multiplier output",
+        "goes around it",
+    ),
     Mutation("a multiplier whose result is dropped", discarded, OUTPUT, "multiplier output", "then not used"),
     Mutation(
         "a multiplier that divides",

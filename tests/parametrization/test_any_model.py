@@ -592,6 +592,44 @@ def test_a_multiplier_of_what_is_not_trained_is_refused() -> None:
     refused("multiplies at site embedding, and no trained tensor stands there", lambda: family.at(64, "mup", HYPER))
 
 
+def test_a_model_that_looks_at_numbers_as_it_is_built_is_built_on_the_cpu() -> None:
+    class Stochastic(Bare):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 2)]
+
+    def plan(build: Callable[[int], nn.Module]) -> Any:
+        return Family(build, 16, 32, sites={"output": "head"}).at(64, "mup", PLAIN).plan
+
+    assert plan(Stochastic) == plan(Bare)
+
+
+def test_a_builder_that_raises_at_one_shape_is_refused_with_the_shape() -> None:
+    def narrow(width: int) -> nn.Module:
+        if width > 32:
+            raise ValueError("no room")
+        return Bare(width)
+
+    family = Family(narrow, 16, 32, sites={"output": "head"})
+    refused(r"build\(64\) raised ValueError: no room", lambda: family.at(64, "mup", PLAIN))
+    refused(r"build\(99\) raised ValueError: no room", lambda: Family(narrow, 99, 16))
+
+
+def test_a_placement_for_untied_models_needs_an_output_of_its_own() -> None:
+    class Tied(Bare):
+        def __init__(self, width: int) -> None:
+            super().__init__(width)
+            del self.head
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.linear(self.embed(ids), self.embed.weight)
+
+    refused(
+        "table mup_table3 gives the output its own rule, and the model has no output matrix",
+        lambda: Family(Tied, 16, 32).at(64, "mup_table3", PLAIN),
+    )
+
+
 def test_a_builder_of_something_else_is_refused() -> None:
     build_nothing: Any = lambda width: None  # noqa: E731
     refused(r"build\(shape\) returned a NoneType", lambda: Family(build_nothing, 16, 32))

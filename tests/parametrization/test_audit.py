@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
+from mutune import Family
 from mutune.errors import Refusal
 from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig
@@ -22,9 +23,10 @@ from mutune.parametrization.apply import initial_tensor, set_rates
 from mutune.parametrization.audit import audit, findings
 from mutune.parametrization.finding import SHOWN, AuditError, Finding
 from mutune.parametrization.initial_values import KURTOSIS, Z, standard_error
+from mutune.parametrization.multiplier import Multiplier
 from mutune.parametrization.names import canonical_name
+from mutune.parametrization.opinion import second_opinion
 from mutune.parametrization.rules import NORMAL, TABLES, TRUNCATED_NORMAL, TRUNCATED_STD_RATIO
-from mutune.parametrization.second_opinion import second_opinion
 from tests.parametrization.mutations import (
     DOCUMENT,
     EMBEDDING,
@@ -283,6 +285,8 @@ RELATIVE: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "CyclicLR with the peaks": cyclic,
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o),
     "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [3, 9]),
+    "ExponentialLR to underflow": lambda o: lr_scheduler.ExponentialLR(o, 0.1),
+    "MultiplicativeLR to underflow": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.4),
     "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 20),
     "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.99),
 }
@@ -319,6 +323,66 @@ def test_a_scheduler_that_keeps_the_ratios_is_correct_at_every_step_and_untouche
     assert not findings(run.model, run.optimizer, run.plan, run.scheduler)
 
 
+def test_rates_in_single_precision_are_run_ahead_in_double() -> None:
+    run = live(replace(TIED, width=48))  # rates in the ratio 3, which float32 cannot hold
+    for group in run.optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"])
+    run.scheduler = lr_scheduler.ExponentialLR(run.optimizer, 0.999)
+    assert not findings(run.model, run.optimizer, run.plan, run.scheduler)
+
+
+class Experts(nn.Module):
+    """x + multiplier · mean of four expert layers: one multiplier to several tensors of a block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(4))
+        self.branch = Multiplier("residual.mlp")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, D) → (B, D)."""
+        return x + self.branch(sum(expert(x) for expert in self.experts) / 4)
+
+
+class Mixture(nn.Module):
+    """Two blocks of experts between an embedding and an output."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.scale = nn.Embedding(7, width), Multiplier("output")
+        self.layers = nn.ModuleList(Experts(width) for _ in range(2))
+        self.head = nn.Linear(width, 7, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids (B,) → logits (B, 7)."""
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.scale(x))
+
+
+def perceptron(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
+
+
+def test_one_multiplier_in_each_block_or_at_an_end_is_enough_however_the_tensors_are_called() -> None:
+    experts: Family[int] = Family(Mixture, 16, 32)
+    layers: Family[int] = Family(perceptron, 16, 32, sites={"output": "4"})
+    for family, example in ((experts, torch.arange(5)), (layers, torch.ones(5, 3))):
+        result = family.at(64)
+        model = result.build(seed=0)
+        given: Any = {"at_init": True, "forward": lambda m=model, x=example: m(x)}
+        assert not findings(model, result.optimizer(model), result.plan, **given)
+    model = experts.at(64).build(seed=0)
+    model.set_submodule("layers.1.branch", nn.Identity())
+    plan = experts.at(64).plan
+    branch = replace(plan.multipliers["residual.mlp"], value=0.5, formula="1 / m_L")
+    plan = replace(plan, multipliers={**plan.multipliers, "residual.mlp": branch})
+    model.get_submodule("layers.0.branch").value = 0.5  # type: ignore[assignment]
+    found = findings(model, experts.at(64).optimizer(model), plan, forward=lambda: model(torch.arange(5)))
+    assert [finding.quantity for finding in found] == ["calls of multiplier residual.mlp"]
+
+
 def test_a_scheduler_that_cannot_be_run_ahead_is_said_to_be_so() -> None:
     class Waiting(lr_scheduler.LambdaLR):
         def step(self, metric: float | None = None) -> None:
@@ -350,10 +414,14 @@ class Noisy(nn.Module):
         return self.norm(self.dropout(self.decoder(ids_BT)).flatten(0, 1))
 
 
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
 def trace(model: nn.Module) -> list[Any]:
     tensors = [tensor.clone() for tensor in model.state_dict().values()]
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    return [torch.get_rng_state(), *tensors, [module.training for module in model.modules()], hooks]
+    return [torch.get_rng_state(), *tensors, modes(model), hooks]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -361,10 +429,13 @@ def test_a_forward_check_leaves_modes_buffers_generators_and_hooks_as_they_were(
     run = live()
     model = Noisy(run.model)
     ids_BT = torch.arange(12)[None]
+    own = modes(model)
+    seen: list[torch.Tensor] = []
 
     def forward() -> torch.Tensor:
         assert not torch.is_grad_enabled()
-        assert not any(module.training for module in model.modules())
+        assert modes(model) == (own if not seen else [False] * len(own))  # its own mode once, then evaluation
+        seen.append(ids_BT)
         result: torch.Tensor = model(ids_BT)
         if fails:
             raise KeyError("in the forward pass")
@@ -376,6 +447,7 @@ def test_a_forward_check_leaves_modes_buffers_generators_and_hooks_as_they_were(
     before = trace(model)
     with pytest.raises(KeyError) if fails else warnings.catch_warnings():
         findings(model, tiny_optimizer(run.model, run.plan), plan, at_init=True, forward=forward)
+    assert len(seen) == 1 if fails else len(seen) > 2
     assert all(a == b if isinstance(a, list) else torch.equal(a, b) for a, b in zip(before, trace(model), strict=True))
 
 

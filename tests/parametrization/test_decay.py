@@ -181,3 +181,17 @@ def test_horizon_without_its_timescale_is_refused() -> None:
 def test_horizon_without_the_length_of_the_run_is_refused() -> None:
     with pytest.raises(Refusal, match=r"decay=horizon needs the run's num_steps; for example num_steps=1000\.$"):
         plan_of("mup", Decay("horizon"), hyperparameters=HORIZON)
+
+
+@pytest.mark.parametrize(
+    ("decay", "hyperparameters", "message"),
+    [
+        (Decay("independent"), replace(HYPER, weight_decay=1.0), r"hyperparameters\.weight_decay=1 is, .*=0\.0001\."),
+        (Decay("horizon", num_steps=100), replace(HYPER, decay_timescale=0.01), r"decay_timescale=0\.01 of 100 steps"),
+    ],
+)
+def test_a_decay_that_takes_all_of_a_weight_in_one_step_is_refused(
+    decay: Decay, hyperparameters: BaseHyperparameters, message: str
+) -> None:
+    with pytest.raises(Refusal, match=message):
+        plan_of("mup", decay, hyperparameters=hyperparameters)

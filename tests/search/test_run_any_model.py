@@ -234,6 +234,22 @@ def test_a_tensor_that_the_loop_froze_is_caught(out: Path) -> None:
         search(out, train=thaw)
 
 
+def test_a_loop_that_makes_an_optimizer_of_its_own_is_refused(out: Path) -> None:
+    def own_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, report: Report) -> float:
+        mine = torch.optim.SGD(model.parameters(), 0.1)
+        x, y = own.batch(seed)
+        for step in range(3):
+            loss = F.mse_loss(model(x), y)
+            mine.zero_grad()
+            loss.backward()
+            mine.step()
+            report(step, loss.item())
+        return loss.item()
+
+    with pytest.raises(Refusal, match="train changed the model without a step of the optimizer that it was given"):
+        search(out, train=own_optimizer)
+
+
 # ------------------------------------------------------------------------------------------------- errors of the user's
 def test_an_exception_stops_the_run_with_the_users_traceback_and_a_mended_one_continues(out: Path) -> None:
     def broken(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, report: Report) -> float:
