@@ -1,9 +1,11 @@
 """Writing files so that a reader sees the old content or the new, never half of it."""
 
+import csv
+import io
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,16 @@ def write_text(path: Path, text: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     fsync_directory(path.parent)
+
+
+def csv_text(rows: Iterable[Mapping[str, object]]) -> str:
+    """Rows of the same keys, at least one, as CSV with a header."""
+    listed = list(rows)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(listed[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(listed)
+    return buffer.getvalue()
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -1,12 +1,11 @@
 """The plan: a table and two shapes become one plain number per tensor and per site. No torch, no state on tensors."""
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from mutune.errors import Refusal, require
+from mutune.files import csv_text
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import NORMAL, TRUNCATED_NORMAL, TRUNCATED_STD_RATIO, Rule, Site, Table
 
@@ -78,11 +77,11 @@ class Plan:
 
     def parameters_csv(self) -> str:
         """`parametrization.csv` as text, one row per distinct tensor."""
-        return _csv(asdict(row) for row in self.parameters.values())
+        return csv_text(asdict(row) for row in self.parameters.values())
 
     def multipliers_csv(self) -> str:
         """`multipliers.csv` as text, one row per site."""
-        return _csv(asdict(row) for row in self.multipliers.values())
+        return csv_text(asdict(row) for row in self.multipliers.values())
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for a checkpoint; equal plans give equal data."""
@@ -277,12 +276,3 @@ def _site_value(site: Site, m: float, m_depth: float, head_size: int, hyper: Bas
 def _scale(value: float, m: float, exponent: float) -> float:
     """value·m^exponent, by division where the exponent is negative: the same bits as `lr / width_mult`."""
     return value / m**-exponent if exponent < 0 else value * m**exponent
-
-
-def _csv(rows: Iterable[Mapping[str, object]]) -> str:
-    listed = list(rows)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(listed[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(listed)
-    return buffer.getvalue()

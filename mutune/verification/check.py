@@ -4,14 +4,13 @@ Not called a test of transfer: a model that passes is parametrized as its table 
 is, a ladder measures.
 """
 
-import csv
-import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from mutune.errors import require, require_number
+from mutune.files import csv_text
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.infer import Family
 from mutune.parametrization.plan import Plan
@@ -106,13 +105,13 @@ def plans_of(subject: Subject, sizes: Iterable[int]) -> dict[int, Plan]:
 
 def coordinates_csv(coordinates: Sequence[Coordinate]) -> str:
     """Every measured number, one row each."""
-    return _csv([asdict(c) for c in coordinates])
+    return csv_text([asdict(c) for c in coordinates])
 
 
 def slopes_csv(judgement: Judgement) -> str:
     """Every judged slope with its 95 % interval and its bound."""
     failed = {id(finding.slope) for finding in judgement.findings}
-    return _csv(
+    return csv_text(
         [
             {
                 **{k: v for k, v in asdict(slope).items() if k != "order"},
@@ -127,7 +126,7 @@ def slopes_csv(judgement: Judgement) -> str:
 
 def as_words(judgement: Judgement, most: int = 8) -> list[str]:
     """The judgement as lines of text: a table of what was judged, then what failed and why, the likely cause first."""
-    lines = [f"{'quantity':<14} {'judged':>6}  {f'slope over log2 {judgement.axis}':<21} {'bounds':<16} failed"]
+    lines = [f"{'quantity':<14} {'judged':>6}  {f'slope over log2 {judgement.axis}':<21} {'bounds':<23} failed"]
     for quantity in dict.fromkeys(slope.quantity for slope, _ in judgement.judged):
         rows = [(s, b) for s, b in judgement.judged if s.quantity == quantity]
         lines.append(_summary(quantity, rows, [f for f in judgement.findings if f.slope.quantity == quantity]))
@@ -143,21 +142,15 @@ def as_words(judgement: Judgement, most: int = 8) -> list[str]:
 
 def _summary(quantity: str, rows: list[tuple[Slope, Bound]], failed: list[Finding]) -> str:
     means = [slope.mean for slope, _ in rows]
-    most = Counter((bound.low, bound.high) for _, bound in rows).most_common(1)[0][0]
+    counts = Counter((bound.low, bound.high) for _, bound in rows)
+    most = counts.most_common(1)[0][0]
     bounds = f"{most[0]:+.2f} … {most[1]:+.2f}" if math.isfinite(most[0]) else f"up to {most[1]:+.2f}"
+    bounds = f"mostly {bounds}" if len(counts) > 1 else bounds  # logits may vanish at init, for example
     bounds = "by its ε" if quantity == "gradient" else bounds
-    return f"{quantity:<14} {len(rows):>6}  {f'{min(means):+.2f} … {max(means):+.2f}':<21} {bounds:<16} {len(failed)}"
+    return f"{quantity:<14} {len(rows):>6}  {f'{min(means):+.2f} … {max(means):+.2f}':<21} {bounds:<23} {len(failed)}"
 
 
 def _interval(finding: Finding) -> str:
     slope, bound = finding.slope, finding.bound
     spread = "" if math.isnan(slope.half_width) else f" ± {slope.half_width:.2f}"
     return f"[{slope.mean:+.2f}{spread}, bound {bound.low:+.2f} … {bound.high:+.2f}]"
-
-
-def _csv(rows: list[dict[str, object]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()

@@ -9,13 +9,6 @@ from mutune.errors import require
 MIN_SPAN = 4
 MIN_SIZES = 3
 
-#: What is measured. `activation`: RMS of a module's output, at init (of a matrix that no product uses, itself).
-#: `update`: RMS of its change since init. `weight_update`: RMS of (W_t - W_0)·x at the tensor's product (of W_t - W_0
-#: itself where there is none), times the multiplier after it where the product is the output. `gradient`: RMS of the
-#: loss's gradient, at init. Only to explain: `input`: RMS of what goes into a module, at init; `head_size`: d_head, as
-#: attention saw it.
-QUANTITIES = ("activation", "update", "weight_update", "gradient", "input", "head_size")
-
 LOGITS, ATTENTION_LOGITS, LAST_BLOCK, OUTPUT = "logits", "attention_logits", "last_block", "output"
 
 #: How the sites of residual branches begin; the place of a multiplier is its module's name and its site in brackets.
@@ -29,7 +22,11 @@ class Coordinate:
     Attributes:
         size: width or depth.
         seed, step: of the run; `step` counts updates done.
-        quantity: one of `QUANTITIES`.
+        quantity: `activation`: RMS of a module's output, at init (of a matrix that no product uses, itself). `update`:
+            RMS of its change since init. `weight_update`: RMS of (W_t - W_0)·x at the tensor's product (of W_t - W_0
+            itself where there is none), times the multiplier after it where the product is the output. `gradient`:
+            RMS of the loss's gradient, at init. Only to explain: `input`: RMS of what goes into a module, at init;
+            `head_size`: d_head, as attention saw it.
         place: module or tensor, with `*` for the block index; or `logits`, `attention_logits`, `last_block`, and
             `output` for the second product of a tied table.
         order: position in the forward pass.

@@ -109,13 +109,14 @@ def judge(axis: str, found: Sequence[Slope], plans: Mapping[int, Plan]) -> Judge
         found: from `slopes`.
         plans: size → the plan at that size; ε is held against the gradient by it, and it words the diagnosis.
     """
-    steps = sorted({slope.step for slope in found})
+    steps = sorted({slope.step for slope in found if slope.step > 0})
     rules = _PlanSlopes(plans, sum(slope.mean for slope in found if slope.quantity == "head_size"))
     bounds = [(slope, _bound(axis, slope, rules, flatter)) for slope, flatter in _settled(axis, found, steps, rules)]
     judged = [(slope, bound.moved(-rules.multiplied_after(slope))) for slope, bound in bounds if bound is not None]
     inputs = {slope.place: slope.mean for slope in found if slope.quantity == "input"}
-    explain = _Explainer(axis, rules, inputs)
-    findings = [explain.finding(s, b) for s, b in judged if not b.low <= s.mean <= b.high]
+    outside = [(s, b) for s, b in judged if not b.low <= s.mean <= b.high]
+    explain = _Explainer(axis, rules, inputs, any(s.quantity == "activation" for s, _ in outside))
+    findings = [explain.finding(s, b) for s, b in outside]
     return Judgement(axis, judged, sorted(findings, key=_suspicion))
 
 
@@ -129,12 +130,12 @@ def _settled(
     high rate needs a few steps to settle, and growth is the stricter fault.
     """
     for slope in found:
-        if slope.step == 0 or (slope.step == steps[1] and (axis == DEPTH or rules.is_vector(slope.place))):
+        if slope.step == 0 or (slope.step == steps[0] and (axis == DEPTH or rules.is_vector(slope.place))):
             yield slope, True
     if axis == WIDTH:
         late: dict[tuple[str, str], list[Slope]] = defaultdict(list)
         for slope in found:
-            if slope.step in steps[1:][-2:] and not rules.is_vector(slope.place):
+            if slope.step in steps[-2:] and not rules.is_vector(slope.place):
                 late[slope.quantity, slope.place].append(slope)
         for pair in late.values():
             flatter = min(pair, key=lambda slope: abs(slope.mean + rules.multiplied_after(slope)))
@@ -253,8 +254,8 @@ def _suspicion(finding: Finding) -> tuple[bool, int, float]:
 class _Explainer:
     """Puts a slope out of bounds into words: what scales how, and which rule is probably missing."""
 
-    def __init__(self, axis: str, rules: _PlanSlopes, inputs: Mapping[str, float]) -> None:
-        self.axis, self.rules, self.inputs = axis, rules, inputs
+    def __init__(self, axis: str, rules: _PlanSlopes, inputs: Mapping[str, float], init_is_off: bool) -> None:
+        self.axis, self.rules, self.inputs, self.init_is_off = axis, rules, inputs, init_is_off
         self.symbol = "m" if axis == WIDTH else "m_L"
 
     def finding(self, slope: Slope, bound: Bound) -> Finding:
@@ -289,7 +290,11 @@ class _Explainer:
             return None
         if slope.quantity == "activation":
             return self._exponent(tensor, "init_std", "initial std", about)
-        return self._exponent(tensor, "lr_mult", "learning rate", about) if slope.quantity == "weight_update" else None
+        if slope.quantity != "weight_update":
+            return None
+        if self.init_is_off:
+            about = f"{'+' if excess > 0 else '-'}1/2 or more (read it again once the initial values are right)"
+        return self._exponent(tensor, "lr_mult", "learning rate", about)
 
     def _exponent(self, tensor: str, column: str, name: str, about: str) -> str:
         now = self.rules.exponent(tensor, column)
