@@ -16,7 +16,7 @@ multipliers in the forward pass and nothing else:
 Shape suffixes: B batch, T time, D width, H query heads, G key/value heads, K head size, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +131,15 @@ def build(shape: LlamaShape) -> Llama:
     """The model at a shape."""
     return Llama(shape)
 
+
+def at_depth(depth: int) -> LlamaShape:
+    """A shape of `deep`."""
+    return LlamaShape(64, depth=depth, vocab_size=1024, kv_heads=2)
+
+
+#: The family over depth, for `python -m mutune.check family=examples.llama:deep shapes=examples.llama:at_depth
+#: parametrization=completep 'widths=[]' 'depths=[2,4,8,16]'`.
+deep = Family(build, base=at_depth(2), delta=replace(at_depth(2), width=128, kv_heads=4), head_size=16)
 
 #: The family over whole numbers that `python -m mutune.check family=examples.llama:family` checks: 1,024 tokens, and
 #: two query heads to each key/value head. With one key/value head at every width the check fails: what the attention

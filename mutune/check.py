@@ -89,7 +89,7 @@ def subject(config: CheckConfig, axis: str, vocab_size: int) -> "Subject":
         raise Refusal("parametrization.decay=horizon needs a run's length, which a check has not; use decay=scaled.")
     decay = Decay(theory.decay, theory.decay_exponent)
     if config.family is not None:
-        return FamilySubject(axis, config.family, theory.theory(), config.hyperparameters, decay)
+        return FamilySubject(axis, config.family, config.shapes, theory.theory(), config.hyperparameters, decay)
     return DecoderSubject(axis, config.model, theory.theory(), config.hyperparameters, vocab_size, decay)
 
 

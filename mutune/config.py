@@ -150,7 +150,8 @@ class CheckConfig(DoorConfig):
 
     Attributes:
         name: names its folder; null takes the table's name.
-        family: `module:name` of a `mutune.Family` over whole numbers, to check a model of your own; null is `model`'s.
+        family: `module:name` of a `mutune.Family`, to check a model of your own; null is `model`'s.
+        shapes: `module:name` of a function from size to the family's shape; null where its shapes are the sizes.
         model: the base shape.
         hyperparameters: at the base; by default the residual stream starts with RMS 1, where slopes are cleanest.
         run: context, batch and number of the steps that each model trains.
@@ -162,6 +163,7 @@ class CheckConfig(DoorConfig):
 
     name: str | None = None
     family: str | None = None
+    shapes: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -187,6 +189,10 @@ class CheckConfig(DoorConfig):
                 require_number(key, size, at_least=1, example=example[0], whole=True)
             if sizes:
                 require_span(key, sizes, example)
+        require(
+            self.family is not None or self.shapes is None,
+            f"shapes={self.shapes} is read with a family; for example family=examples.llama:deep.",
+        )
         require(
             self.family is None or not (self.widths and self.depths),
             f"family={self.family} has one kind of shape; set widths=[] or depths=[] to say which it is.",

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from mutune.errors import require, require_number
 from mutune.files import csv_text
@@ -69,9 +70,10 @@ def check(
 
 
 def coordinate_check(
-    family: Family[int],
+    family: Family[Any],
     sizes: Sequence[int],
     *,
+    shapes: Callable[[int], Any] | None = None,
     axis: str = WIDTH,
     table: str | Table = "mup",
     hyperparameters: BaseHyperparameters = BaseHyperparameters(learning_rate=2**-7, embedding_multiplier=12.5),
@@ -81,8 +83,9 @@ def coordinate_check(
     """The coordinate check of a user's own model, in this process: `print("\\n".join(as_words(judgement)))`.
 
     Args:
-        family: whose shapes are whole numbers.
-        sizes: the shapes that are checked, at least two.
+        family: the model at every shape.
+        sizes: what is checked, three or more.
+        shapes: size → the family's shape; None where its shapes are the sizes.
         axis: what they are, `width` or `depth`.
         table, hyperparameters: the theory, and its values at the family's base.
         training: steps and probe; by default 10 steps of 8×64 tokens of the default corpus.
@@ -92,7 +95,7 @@ def coordinate_check(
     require_number("seeds", seeds, at_least=1, example=3, whole=True)
     require(axis in (WIDTH, DEPTH), f"axis={axis} is unknown; known: {WIDTH}, {DEPTH}.")
     theory = get_table(table) if isinstance(table, str) else table
-    subject, text = FamilySubject(axis, family, theory, hyperparameters), training or Text()
+    subject, text = FamilySubject(axis, family, shapes, theory, hyperparameters), training or Text()
     check_runs(subject, min(sizes), text.probe)
     runs = [measure(subject, size, seed, text) for size in sizes for seed in range(seeds)]
     return judge(axis, slopes(c for run in runs for c in run), plans_of(subject, sizes))

@@ -5,8 +5,9 @@ They are plain data, so that they can be sent to worker processes.
 
 import functools
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,16 +76,19 @@ class DecoderSubject:
 
 @dataclass(frozen=True)
 class FamilySubject:
-    """A user's own family under one table. Its shapes must be whole numbers: the sizes.
+    """A user's own family under one table.
 
     Attributes:
         axis: what the sizes are, `width` or `depth`.
         family: `module:name` of a `mutune.Family`, or the family itself where no worker process is used.
+        shapes: `module:name` of a function from size to the family's shape, or the function; None where the sizes are
+            its shapes.
         table, hyperparameters, decay: as in `DecoderSubject`.
     """
 
     axis: str
-    family: str | Family[int]
+    family: str | Family[Any]
+    shapes: str | Callable[[int], Any] | None
     table: Table
     hyperparameters: BaseHyperparameters
     decay: Decay = Decay()
@@ -100,30 +104,38 @@ class FamilySubject:
 
     def _at(self, size: int) -> Parametrized:
         family = load_family(self.family) if isinstance(self.family, str) else self.family
-        return family.at(size, self.table, self.hyperparameters, self.decay)
+        shapes = load("shapes", self.shapes, "examples.llama:at_depth") if isinstance(self.shapes, str) else self.shapes
+        return family.at(size if shapes is None else shapes(size), self.table, self.hyperparameters, self.decay)
 
 
 @functools.lru_cache(maxsize=4)
-def load_family(name: str) -> Family[int]:
+def load_family(name: str) -> Family[Any]:
     """The family called `module:name`.
 
     Raises:
         Refusal: no such module or name, or something that is no `mutune.Family`.
     """
-    module, colon, attribute = name.partition(":")
-    require(bool(colon and module and attribute), f"family={name} must be module:name; for example family={_EXAMPLE}.")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise Refusal(f"family={name} cannot be loaded ({error}); for example family={_EXAMPLE}.") from error
+    example = "examples.llama:family"
+    found = load("family", name, example)
     require(
         isinstance(found, Family),
-        f"family={name} is a {type(found).__name__}; it must be a mutune.Family, for example family={_EXAMPLE}.",
+        f"family={name} is a {type(found).__name__}; it must be a mutune.Family, for example family={example}.",
     )
-    return cast(Family[int], found)
+    return cast(Family[Any], found)
 
 
-_EXAMPLE = "examples.llama:family"
+def load(key: str, name: str, example: str) -> Any:
+    """What is called `module:name`.
+
+    Raises:
+        Refusal: there is no such module or name.
+    """
+    module, colon, attribute = name.partition(":")
+    require(bool(colon and module and attribute), f"{key}={name} must be module:name; for example {key}={example}.")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise Refusal(f"{key}={name} cannot be loaded ({error}); for example {key}={example}.") from error
 
 
 def check_runs(subject: "DecoderSubject | FamilySubject", size: int, ids_BT: Tensor) -> None:

@@ -191,6 +191,8 @@ def test_a_wrong_table_exits_with_one_and_says_what_is_wrong(tmp_path: Path) -> 
         ),
         (["family=examples.nothing:family"], "family=examples.nothing:family cannot be loaded"),
         (["family=examples.llama:build"], "family=examples.llama:build is a function; it must be a mutune.Family"),
+        (["shapes=examples.llama:at_depth"], "shapes=examples.llama:at_depth is read with a family"),
+        (["family=examples.llama:deep", "shapes=examples.llama:at"], "shapes=examples.llama:at cannot be loaded"),
         (["family=examples.llama:family", "tokenizer=gpt2"], "choose another tokenizer, for example tokenizer=bytes"),
         (["family=examples.llama:family", "depths=[1,2,4]"], "has one kind of shape; set widths=[] or depths=[]"),
         (["name=a/b"], "name=a/b must be a plain folder name"),
@@ -213,6 +215,17 @@ def test_a_users_own_family_is_checked_in_a_notebook_and_on_the_command_line(tmp
     done = doors.run("check", *arguments, f"out={tmp_path}")
     assert "verdict    PASS: table mup over width 64-256" in done.stdout
     assert (tmp_path / "checks" / "examples.llama.family-mup" / "verdict.json").exists()
+
+
+def test_a_users_own_family_is_checked_over_depth(tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"axis": DEPTH, "shapes": llama.at_depth, "training": Text(context_length=32), "seeds": 1}
+    right = coordinate_check(llama.deep, [2, 4, 8], table="completep", **quick)
+    assert right.passed, said(right)
+    assert not coordinate_check(llama.deep, [2, 4, 8], table="mup", **quick).passed
+    names = ["family=examples.llama:deep", "shapes=examples.llama:at_depth", "widths=[]", "depths=[2,4,8]"]
+    small = ["parametrization=completep", "seeds=1", "run.context_length=32"]
+    done = doors.run("check", *names, *small, f"out={tmp_path}")
+    assert "verdict    PASS: table completep over depth 2-8" in done.stdout
 
 
 def test_a_forgotten_multiplier_of_a_users_model_is_seen_by_its_slopes() -> None:
