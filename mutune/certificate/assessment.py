@@ -1,0 +1,79 @@
+"""A ladder's points, assessed: valleys, drift to the target, and what the transferred rate costs there."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from mutune.certificate.drift import Drift, Slope, extrapolate
+from mutune.certificate.points import AXES, doublings
+from mutune.certificate.regret import Regret, regret
+from mutune.certificate.valleys import Valleys, fit_valleys
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What a ladder says of a target.
+
+    Attributes:
+        points: the finished runs, as `points.COLUMNS`.
+        target: the value of every axis.
+        base: the row of `valleys.rungs` that the transferred rate comes from.
+        log2_rate: log2 of the transferred base learning rate.
+        valleys: fitted. drift, regret: None where too few optima were measured.
+    """
+
+    points: pd.DataFrame
+    target: dict[str, float]
+    base: int
+    log2_rate: float
+    valleys: Valleys
+    drift: Drift | None
+    regret: Regret | None
+
+    @property
+    def distance(self) -> np.ndarray:
+        """(draws,) octaves from the transferred rate to the target's optimum."""
+        assert self.drift is not None
+        return np.asarray(self.drift.target - self.log2_rate)
+
+    def beyond(self, axis: str) -> float:
+        """Doublings from the ladder's nearest value of `axis` to the target's; 0 inside its range."""
+        values = self.valleys.rungs[axis]
+        value = self.target[axis]
+        return max(0.0, math.log2(value / values.max()), math.log2(values.min() / value))
+
+    def measured(self, axis: str) -> int:
+        """How many values of `axis` have an optimum inside their rates, the other axes at the base's."""
+        rungs = self.valleys.rungs
+        others = [other for other in AXES if other != axis]
+        alone = (rungs[others] == rungs[others].iloc[self.base]).all(axis=1)
+        inside = np.array([edge is None for edge in self.valleys.edges])
+        return int((alone & inside).sum())
+
+
+def assess(
+    points: pd.DataFrame,
+    base: Mapping[str, float],
+    target: Mapping[str, float],
+    learning_rate: float | None = None,
+    slopes: Mapping[str, Slope] | None = None,
+) -> Assessment:
+    """Fit the ladder and carry its optimum to the target.
+
+    Args:
+        points: as `points.COLUMNS`; every rung has at least three finished rates.
+        base, target: a value of every axis; the base is a rung.
+        learning_rate: the transferred base rate; None takes the optimum at the base.
+        slopes: what laws say of the axes.
+    """
+    valleys = fit_valleys(points)
+    rungs = valleys.rungs
+    row = int(np.flatnonzero((rungs[list(AXES)] == [base[axis] for axis in AXES]).all(axis=1))[0])
+    log2_rate = math.log2(learning_rate) if learning_rate else float(valleys.optima[row])
+    drift = extrapolate(valleys, row, target, slopes)
+    nearest = int(np.abs(doublings(rungs, dict(target))).sum(axis=1).argmin())
+    cost = regret(valleys, drift, nearest, log2_rate) if drift else None
+    return Assessment(points, dict(target), row, log2_rate, valleys, drift, cost)

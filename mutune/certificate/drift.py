@@ -1,0 +1,177 @@
+"""How the optimum moves along the ladder's axes, and where that leaves it at the target.
+
+The optimum's log2 rate is a straight line in the doublings of every axis, plus a bend where the axis has three values,
+plus a scatter of each rung's own (arXiv:2203.03466 shows valleys that keep still; nothing says how they move). Each
+part has a Gaussian prior, so that all that is asked for has a closed form, given the sizes of bend and scatter, which
+are summed over a grid by their evidence. A bend is as likely as the slope is steep.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from mutune.certificate.points import AXES, doublings
+from mutune.certificate.valleys import Fit, Valleys
+
+# What is believed before any run is seen, in octaves. Calibrated in benchmarks/calibration.md.
+SLOPE = 0.7  # sd of the slope per doubling of an axis without a law of its own
+SCATTERS, SCATTER = np.array([0.0, 0.03, 0.06, 0.1, 0.15, 0.22, 0.32, 0.5]), 0.07  # of a rung: tried; sd
+BENDS = {0.0: 0.25, 0.5: 0.35, 1.5: 0.4}  # in units of the next: prior weight
+BEND, BEND_OF_SLOPE = 0.02, 0.35  # per doubling²: of itself, and for each octave of slope
+DRAWS = 4000
+EDGE = 0.25  # octaves within which an optimum at the grid's edge is taken to lie beyond it
+MIN_RUNGS = 2  # with an optimum inside their rates
+
+
+@dataclass(frozen=True)
+class Slope:
+    """What is believed of an axis' slope before it is measured, octaves per doubling: a law, or nothing."""
+
+    mean: float = 0.0
+    sd: float = SLOPE
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Draws of the optima, weighted, all of them log2 rates.
+
+    Attributes:
+        base: the row of the rung that the rate comes from.
+        optima: (draws, R) the rungs'. target: (draws,). slopes: (draws, axes), octaves per doubling.
+        form: (draws,) which of the valleys' fits each comes from.
+        weights: (draws,), which sum to 1.
+    """
+
+    base: int
+    optima: np.ndarray
+    target: np.ndarray
+    slopes: np.ndarray
+    form: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def moved(self) -> np.ndarray:
+        """(draws,) octaves from the base's optimum to the target's."""
+        return np.asarray(self.target - self.optima[:, self.base])
+
+    def quantiles(self, values: np.ndarray, shares: tuple[float, ...] = (0.05, 0.5, 0.95)) -> list[float]:
+        """Weighted quantiles of one value per draw."""
+        order = np.argsort(values)
+        return [float(v) for v in np.interp(shares, np.cumsum(self.weights[order]), values[order])]
+
+    def chance(self, event: np.ndarray) -> float:
+        """Probability of an event, one truth value per draw."""
+        return float(self.weights[event].sum())
+
+
+def extrapolate(
+    valleys: Valleys, base: int, target: Mapping[str, float], slopes: Mapping[str, Slope] | None = None
+) -> Drift | None:
+    """Draws of the optimum at `target` (a value of every axis); None with fewer than `MIN_RUNGS` optima to go by.
+
+    Args:
+        base: row of the rung that rates are counted from.
+        slopes: what a law says of an axis; a measured axis corrects it.
+    """
+    measured = np.array([edge is None for edge in valleys.edges])
+    if measured.sum() < MIN_RUNGS:
+        return None
+    origin = {axis: float(valleys.rungs[axis].iloc[base]) for axis in AXES}
+    rungs = doublings(valleys.rungs, origin)
+    end = np.log2([target[axis] / origin[axis] for axis in AXES])
+    laws = [(slopes or {}).get(axis, Slope()) for axis in AXES]
+    model = _Model(rungs, end, laws, measured)
+    parts = [part for i, fit in enumerate(valleys.fits) for part in model.parts(fit, i, float(valleys.weights[i]))]
+    return _draw(parts, model, valleys, base)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The posterior for one form, scatter and bend: means and covariance of optima, target's optimum and slopes."""
+
+    form: int
+    freedom: float
+    score: float
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+class _Model:
+    """The straight line with bends and scatter, as a linear map from independent Gaussians."""
+
+    def __init__(self, rungs: np.ndarray, end: np.ndarray, laws: list[Slope], measured: np.ndarray) -> None:
+        self.k = np.flatnonzero(measured)
+        self.R, self.A = rungs.shape
+        centre = rungs[self.k].mean(axis=0)
+        self.u = np.vstack([rungs, end]) - centre  # (R + 1, A)
+        self.law = np.array([law.mean for law in laws])
+        self.slope_sd = np.array([law.sd for law in laws])
+        self.bends = np.array([len(np.unique(rungs[self.k, a].round(6))) >= 3 for a in range(self.A)])
+
+    def parts(self, fit: Fit, form: int, weight: float) -> list[_Part]:
+        if weight < 1e-3:
+            return []
+        k, observed = self.k, fit.optima[self.k]
+        noise = fit.covariance[np.ix_(k, k)]
+        slope = self._slope(observed, np.diag(noise))
+        widths = np.gradient(SCATTERS)
+        parts = []
+        for scatter, width in zip(SCATTERS, widths, strict=True):
+            prior = np.log(width * weight) - 0.5 * (scatter / SCATTER) ** 2
+            for bend, share in BENDS.items():
+                sizes = bend * (BEND + BEND_OF_SLOPE * np.abs(slope)) * self.bends
+                score, mean, covariance = self._posterior(observed, noise, float(scatter), sizes)
+                parts.append(_Part(form, fit.freedom, score + prior + np.log(share), mean, covariance))
+        return parts
+
+    def _slope(self, observed: np.ndarray, variance: np.ndarray) -> np.ndarray:
+        """A first guess of every axis' slope, drawn to its law."""
+        u, w = self.u[self.k], 1 / (variance + 0.05**2)
+        y = observed - np.average(observed, weights=w)
+        precision = np.diag(1 / self.slope_sd**2)
+        return np.asarray(
+            np.linalg.solve((u * w[:, None]).T @ u + precision, u.T @ (w * y) + self.law / self.slope_sd**2)
+        )
+
+    def _posterior(
+        self, observed: np.ndarray, noise: np.ndarray, scatter: float, bends: np.ndarray
+    ) -> tuple[float, np.ndarray, np.ndarray]:
+        """Log evidence, mean and covariance of (optima, target, slopes)."""
+        R, A, k, u = self.R, self.A, self.k, self.u
+        design = np.hstack([np.ones((R + 1, 1)), u, u**2, np.eye(R + 1)])
+        design = np.vstack([design, np.hstack([np.zeros((A, 1)), np.eye(A), np.zeros((A, A + R + 1))])])
+        variance = np.concatenate([[100.0], self.slope_sd**2, bends**2, np.full(R + 1, scatter**2)])
+        level = float(np.mean(observed - u[k] @ self.law))
+        prior = np.concatenate([level + u @ self.law, self.law])
+        mixed = design * variance
+        spread = mixed @ design[k].T
+        inner = spread[k] + noise
+        gain = np.linalg.solve(inner, spread.T).T
+        gap = observed - prior[k]
+        score = -0.5 * float(gap @ np.linalg.solve(inner, gap) + np.linalg.slogdet(inner)[1])
+        return score, prior + gain @ gap, mixed @ design.T - gain @ spread.T
+
+
+def _draw(parts: list[_Part], model: _Model, valleys: Valleys, base: int) -> Drift:
+    """Draws from the mixture, then weighed by the optima that are only bounded."""
+    scores = np.array([part.score for part in parts])
+    shares = np.exp(scores - scores.max())
+    ends = np.round(np.cumsum(shares / shares.sum()) * DRAWS).astype(int)
+    generator, size = np.random.default_rng(0), model.R + 1 + model.A
+    draws, form, begin = np.empty((DRAWS, size)), np.zeros(DRAWS, int), 0
+    for part, end in zip(parts, ends, strict=True):
+        if (count := end - begin) > 0:
+            values, vectors = np.linalg.eigh(part.covariance)
+            normal = generator.normal(size=(count, size)) * np.sqrt(np.maximum(values, 0))
+            tails = np.sqrt(part.freedom / generator.chisquare(part.freedom, size=(count, 1)))
+            draws[begin:end], form[begin:end], begin = part.mean + tails * (normal @ vectors.T), part.form, end
+    logs = np.zeros(DRAWS)
+    for i, edge in enumerate(valleys.edges):
+        if edge is not None:
+            side = 1.0 if edge == "low" else -1.0
+            logs += stats.norm.logcdf(side * (valleys.bounds[i] - draws[:, i]) / EDGE)
+    weights = np.exp(logs - logs.max())
+    R = model.R
+    return Drift(base, draws[:, :R], draws[:, R], draws[:, R + 1 :], form, weights / weights.sum())

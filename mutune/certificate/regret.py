@@ -1,0 +1,67 @@
+"""What it costs to train the target at a rate that is not its best, and which rate costs the least."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mutune.certificate.drift import Drift
+from mutune.certificate.valleys import Valleys
+
+FAR = 4.0  # octaves around the transferred rate among which the recommended one is looked for
+STEP = 0.05
+
+
+@dataclass(frozen=True)
+class Regret:
+    """Expected loss above the target's best, nats per token, over what is not known of its optimum.
+
+    The valley at the target is taken to have the shape of the nearest rung's.
+
+    Attributes:
+        transferred: at the transferred rate. low, high: the 90 % interval of that penalty.
+        octave_down, octave_up: an octave below and above the transferred rate.
+        offset: octaves from the transferred rate to the one of least expected penalty; below the expected optimum where
+            too high costs more than too low.
+        recommended: the penalty there.
+    """
+
+    transferred: float
+    low: float
+    high: float
+    octave_down: float
+    octave_up: float
+    offset: float
+    recommended: float
+
+
+def regret(valleys: Valleys, drift: Drift, rung: int, log2_rate: float) -> Regret:
+    """The penalties at the target.
+
+    Args:
+        rung: the row whose shape the target's valley has.
+        log2_rate: log2 of the transferred base learning rate.
+    """
+    shifts = np.arange(-FAR, FAR + STEP / 2, STEP)
+    expected = np.array([drift.weights @ _penalties(valleys, drift, rung, log2_rate + x) for x in shifts])
+    best = int(np.argmin(expected))
+    at_rate = _penalties(valleys, drift, rung, log2_rate)
+    low, _, high = drift.quantiles(at_rate)
+    return Regret(
+        transferred=float(drift.weights @ at_rate),
+        low=low,
+        high=high,
+        octave_down=float(drift.weights @ _penalties(valleys, drift, rung, log2_rate - 1)),
+        octave_up=float(drift.weights @ _penalties(valleys, drift, rung, log2_rate + 1)),
+        offset=float(shifts[best]),
+        recommended=float(expected[best]),
+    )
+
+
+def _penalties(valleys: Valleys, drift: Drift, rung: int, log2_rate: float) -> np.ndarray:
+    """(draws,) nats per token above the target's best."""
+    offsets = log2_rate - drift.target
+    found = np.empty_like(offsets)
+    for i, fit in enumerate(valleys.fits):
+        mine = drift.form == i
+        found[mine] = fit.penalty(rung, offsets[mine])
+    return found
