@@ -22,6 +22,7 @@ class Assessment:
         target: the value of every axis.
         base: the row of `valleys.rungs` that the transferred rate comes from.
         log2_rate: log2 of the transferred base learning rate.
+        slopes: what laws say of the axes.
         valleys: fitted. drift, regret: None where too few optima were measured.
     """
 
@@ -29,6 +30,7 @@ class Assessment:
     target: dict[str, float]
     base: int
     log2_rate: float
+    slopes: Mapping[str, Slope] | None
     valleys: Valleys
     drift: Drift | None
     regret: Regret | None
@@ -47,11 +49,18 @@ class Assessment:
 
     def measured(self, axis: str) -> int:
         """How many values of `axis` have an optimum inside their rates, the other axes at the base's."""
+        inside = np.array([edge is None for edge in self.valleys.edges])
+        return int((self._alone(axis) & inside).sum())
+
+    def nearest(self, axis: str) -> int:
+        """The rung of `axis` nearest to the target, the other axes at the base's."""
+        distance = np.abs(np.log2(self.valleys.rungs[axis].to_numpy(float) / self.target[axis]))
+        return int(np.where(self._alone(axis), distance, np.inf).argmin())
+
+    def _alone(self, axis: str) -> np.ndarray:
         rungs = self.valleys.rungs
         others = [other for other in AXES if other != axis]
-        alone = (rungs[others] == rungs[others].iloc[self.base]).all(axis=1)
-        inside = np.array([edge is None for edge in self.valleys.edges])
-        return int((alone & inside).sum())
+        return np.asarray((rungs[others] == rungs[others].iloc[self.base]).all(axis=1))
 
 
 def assess(
@@ -76,4 +85,4 @@ def assess(
     drift = extrapolate(valleys, row, target, slopes)
     nearest = int(np.abs(doublings(rungs, dict(target))).sum(axis=1).argmin())
     cost = regret(valleys, drift, nearest, log2_rate) if drift else None
-    return Assessment(points, dict(target), row, log2_rate, valleys, drift, cost)
+    return Assessment(points, dict(target), row, log2_rate, slopes, valleys, drift, cost)

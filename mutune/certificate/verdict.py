@@ -1,26 +1,33 @@
 """How proxy and target differ, and what that and the ladder allow to be said. The rules are data.
 
-Octaves are of the base learning rate. The thresholds are judgements, stated once, here.
+Octaves are of the base learning rate. The thresholds are judgements, stated once, here; how often they err is measured
+in benchmarks/calibration.md.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from mutune.certificate.assessment import Assessment
 from mutune.certificate.config import TransferFile
-from mutune.certificate.ladder import Rung, optima
-from mutune.certificate.valley import Drift, expected_optimum
+from mutune.certificate.points import AXES
+from mutune.certificate.settle import settling_rung
 from mutune.model.shape import tensor_specs
 from mutune.parametrization.rules import get_table
 from mutune.scaling.arithmetic import parameter_count
 from mutune.training.config import RunSpec, total_tokens
 
-GO_OCTAVES = 0.5  # the optimum at the target is expected, uncertainty included, this close to the transferred rate
-NO_GO_OCTAVES = 1.0  # it is expected, uncertainty taken off, further from the transferred rate than this
-MAX_RESIDUAL = 0.5  # the furthest, in octaves, that an optimum may lie from the line that is extrapolated
-MAX_WIDTH_RATIO = 4.0  # target width over the widest rung: two doublings of extrapolation
-FFN = "feed-forward width over width"
+GO_OCTAVES = 0.5  # the expected optimum lies this close to the transferred rate
+FAR_OCTAVES = 1.0  # further than this from it, the rate does not transfer
+GO_RISK = 0.07  # the chance that it lies further than that, with which GO may be said
+CARE_RISK = 0.25  # the same for GO WITH CARE
+NO_GO_CHANCE = 0.85  # that the optimum is more than GO_OCTAVES away, with which NO-GO is said
+MAX_DOUBLINGS = 2.0  # of an axis from the ladder to the target: as far as the intervals were calibrated
+MIN_RUNGS = 3  # values of the width with an optimum inside their rates
 MAX_RATIO = 4.0  # target over proxy, or the inverse, on an axis that the ladder did not measure
+FFN = "feed-forward width over width"
+#: The axis of the difference table that each axis of a ladder is.
+AXIS_NAMES = {"width": "width", "depth": "depth", "tokens": "tokens", "batch": "batch, tokens per step"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Difference:
         axis: what differs.
         proxy, target: the two values; `proxy` is None where it is not published.
         ratio: target / proxy for numbers, else None.
-        measured_to: the furthest value at which the ladder measured this axis, else None.
+        measured_to: the ladder's value of this axis that is nearest to the target's, else None.
     """
 
     axis: str
@@ -43,16 +50,40 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict and its reasons, each a sentence with numbers in it."""
+    """The verdict and its reasons, each a sentence with numbers in it; `settle`: what would make it firmer."""
 
     verdict: str
     reasons: list[str]
+    settle: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a verdict is given on.
+
+    Attributes:
+        differences: between proxy and target.
+        assessment: of the ladder; None without one.
+        table: the parametrization's name; None where it is not known.
+    """
+
+    differences: list[Difference]
+    assessment: Assessment
+    table: str | None = None
+
+    def difference(self, axis: str) -> Difference | None:
+        """The row of an axis, None where proxy and target agree."""
+        return next((d for d in self.differences if d.axis == axis), None)
 
 
 def difference_table(
-    proxy: RunSpec, target: RunSpec, proxy_vocab: int, target_vocab: int, widest: int
+    proxy: RunSpec, target: RunSpec, proxy_vocab: int, target_vocab: int, measured: dict[str, float]
 ) -> list[Difference]:
-    """Every way in which the proxy's and the target's run differ; equal ones are left out."""
+    """Every way in which the proxy's and the target's run differ; equal ones are left out.
+
+    Args:
+        measured: for each axis that the ladder measured, its value nearest to the target's.
+    """
     pairs: list[tuple[str, float | str, float | str]] = [
         ("width", proxy.model.width, target.model.width),
         ("depth", proxy.model.depth, target.model.depth),
@@ -77,7 +108,7 @@ def difference_table(
         ("end ratio", _end_ratio(proxy), _end_ratio(target)),
         ("clip norm", proxy.loop.clip_norm, target.loop.clip_norm),
     ]
-    return [_difference(axis, a, b, widest) for axis, a, b in pairs if a != b]
+    return [_difference(axis, a, b, measured) for axis, a, b in pairs if a != b]
 
 
 def published_differences(base_width: float, target: RunSpec) -> list[Difference]:
@@ -87,52 +118,68 @@ def published_differences(base_width: float, target: RunSpec) -> list[Difference
     return [*known, Difference("everything else of the proxy's run", None, "see the target", None)]
 
 
-def judge(
-    transfer_table: str,
-    differences: list[Difference],
-    rungs: list[Rung],
-    drift: Drift,
-    learning_rate: float,
-    target_width: int,
-) -> Verdict:
-    """The verdict of a ladder, for the transferred base `learning_rate`.
+def judge(case: Case) -> Verdict:
+    """The verdict of a ladder.
 
-    What decides is how far from that rate the optimum is expected at the target: too far is NO-GO whatever else
-    holds; then what was not measured makes NOT CERTIFIED; then the distance decides between GO and GO WITH CARE. Its
-    uncertainty is the spread over seeds or the largest residual of the fit, whichever is larger.
+    Its two questions are how far the optimum at the target is expected from the transferred rate, and how likely it
+    is further than `FAR_OCTAVES`. Too far is NO-GO whatever else holds; then what was not measured makes NOT CERTIFIED.
     """
-    optimum, spread = expected_optimum(optima(rungs), target_width)
-    distance = optimum - math.log2(learning_rate)
-    uncertainty = max(drift.residual, spread) if math.isfinite(spread) else drift.residual
-    said = (
-        f"the optimum moves {drift.octaves_per_doubling:+.2f} ± {drift.spread:.2f} octaves per doubling of the width "
-        f"over widths {rungs[0].width}-{rungs[-1].width} ({drift.num_seeds} seeds); at width {target_width} it is "
-        f"expected {distance:+.2f} ± {uncertainty:.2f} octaves from the transferred rate"
+    found = [(reason, rule.cure(case)) for rule in NOT_CERTIFIED if (reason := rule.reason(case))]
+    missing, settle = [reason for reason, _ in found], [cure for _, cure in found if cure]
+    if case.assessment.drift is None:
+        return Verdict("NOT CERTIFIED", missing, settle)
+    said, distance = _said(case.assessment), case.assessment.distance
+    drift = case.assessment.drift
+    chance = drift.chance(abs(distance) > GO_OCTAVES)
+    if chance > NO_GO_CHANCE:
+        return Verdict("NO-GO", [f"{said}: more than {GO_OCTAVES:g} octave with {_percent(chance)}", *missing], settle)
+    if missing:
+        return Verdict("NOT CERTIFIED", [*missing, said], settle)
+    risk, centre = drift.chance(abs(distance) > FAR_OCTAVES), drift.quantiles(distance)[1]
+    near = f"within {FAR_OCTAVES:g} octave with {_percent(1 - risk)}"
+    if abs(centre) <= GO_OCTAVES and risk <= GO_RISK:
+        return Verdict("GO", [f"{said}: {near}"])
+    return Verdict(
+        "GO WITH CARE", [f"{said}: {near}, which is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})"]
     )
-    missing = [rule.reason(differences, rungs, drift, transfer_table) for rule in NOT_CERTIFIED]
-    reasons = [reason for reason in missing if reason]
-    if abs(distance) - uncertainty > NO_GO_OCTAVES:
-        return Verdict("NO-GO", [f"{said}: more than {NO_GO_OCTAVES:g} octave", *reasons])
-    if reasons:
-        return Verdict("NOT CERTIFIED", [*reasons, said])
-    if abs(distance) + uncertainty <= GO_OCTAVES:
-        return Verdict("GO", [f"{said}: within {GO_OCTAVES:g} octave"])
-    return Verdict("GO WITH CARE", [f"{said}: not within {GO_OCTAVES:g} octave, but not beyond {NO_GO_OCTAVES:g}"])
+
+
+def _said(assessment: Assessment) -> str:
+    """Slope and distance in words."""
+    drift, rungs = assessment.drift, assessment.valleys.rungs
+    assert drift is not None
+    slopes = []
+    for i, axis in enumerate(AXES):
+        if assessment.measured(axis) > 1:
+            low, middle, high = drift.quantiles(drift.slopes[:, i])
+            reach = f"{rungs[axis].min():,.10g}-{rungs[axis].max():,.10g}"
+            slopes.append(f"{middle:+.2f} ({low:+.2f} to {high:+.2f}) octaves per doubling of the {axis} over {reach}")
+    low, middle, high = drift.quantiles(assessment.distance)
+    where = ", ".join(f"{axis} {assessment.target[axis]:,.10g}" for axis in AXES if rungs[axis].nunique() > 1)
+    return (
+        f"the optimum moves {' and '.join(slopes) or 'with one rung only'}; at {where or 'the target'} it is expected "
+        f"{middle:+.2f} octaves from the transferred rate, between {low:+.2f} and {high:+.2f} with 90 %"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A reason for NOT CERTIFIED: a function of what is known that returns a sentence, or an empty string."""
+    """A reason for NOT CERTIFIED: functions of the case that return a sentence, or an empty string."""
 
     name: str
-    reason: Callable[[list[Difference], list[Rung], Drift, str], str]
+    reason: Callable[[Case], str]
+    cure: Callable[[Case], str] = lambda case: ""
 
 
 def _beyond(axis: str, cure: str) -> Rule:
-    """The target is further than `MAX_RATIO` from the proxy on an axis that the ladder did not measure."""
+    """The target is further than `MAX_RATIO` from the proxy on an axis that no ladder measures."""
 
-    def reason(differences: list[Difference], rungs: list[Rung], drift: Drift, table: str) -> str:
-        found = next((d for d in differences if d.axis == axis), None)
+    def reason(case: Case) -> str:
+        found = case.difference(axis)
         if found is None or found.ratio is None or 1 / MAX_RATIO <= found.ratio <= MAX_RATIO:
             return ""
         return f"{axis}: {found.proxy:,} → {found.target:,} ({found.ratio:.3g}×) was not measured; {cure}"
@@ -143,67 +190,100 @@ def _beyond(axis: str, cure: str) -> Rule:
 def _differs(axis: str, cure: str) -> Rule:
     """The axis differs at all."""
 
-    def reason(differences: list[Difference], rungs: list[Rung], drift: Drift, table: str) -> str:
-        found = next((d for d in differences if d.axis == axis), None)
+    def reason(case: Case) -> str:
+        found = case.difference(axis)
         return f"{axis}: {found.proxy} → {found.target}; {cure}" if found else ""
 
     return Rule(axis, reason)
 
 
-def _width(differences: list[Difference], rungs: list[Rung], drift: Drift, table: str) -> str:
-    found = next((d for d in differences if d.axis == "width"), None)
-    widest = rungs[-1].width
-    if found is None or float(found.target) <= MAX_WIDTH_RATIO * widest:
+def _axis(axis: str) -> Rule:
+    """An axis of the ladder on which the target is too far from what was measured."""
+
+    def reason(case: Case) -> str:
+        ladder, target = case.assessment.valleys.rungs[axis], case.assessment.target[axis]
+        doublings = case.assessment.beyond(axis)
+        if doublings <= MAX_DOUBLINGS:
+            return ""
+        nearest = ladder.max() if target > ladder.max() else ladder.min()
+        what = f"the ladder's {nearest:,.10g}" if ladder.nunique() > 1 else f"the proxy's {nearest:,.10g}, unmeasured"
+        return f"{axis}: the target's {target:,.10g} is {doublings:.1f} doublings from {what}"
+
+    def cure(case: Case) -> str:
+        target, larger = (
+            case.assessment.target[axis],
+            case.assessment.target[axis] > case.assessment.valleys.rungs[axis].max(),
+        )
+        need = target / 2**MAX_DOUBLINGS if larger else target * 2**MAX_DOUBLINGS
+        return f"a rung with {axis} {math.ceil(need):,}"
+
+    return Rule(axis, reason, cure)
+
+
+def _depth(case: Case) -> str:
+    found = case.difference("depth")
+    if found is None or case.table is None or "depth" in get_table(case.table).transfers_over:
         return ""
-    ratio = float(found.target) / widest
-    need = math.ceil(float(found.target) / MAX_WIDTH_RATIO)
-    return f"width: the target is {ratio:.3g}× the widest rung ({widest}); a rung at width {need} would settle it"
-
-
-def _depth(differences: list[Difference], rungs: list[Rung], drift: Drift, table: str) -> str:
-    found = next((d for d in differences if d.axis == "depth"), None)
-    if found is None or "depth" in get_table(table).transfers_over:
+    if case.assessment.measured("depth") > 1:
         return ""
-    only = f"table {table} transfers over {' and '.join(get_table(table).transfers_over) or 'nothing'} only"
-    return f"depth: {found.proxy} → {found.target}, and {only}; sweep at the target's depth"
+    only = f"table {case.table} transfers over {' and '.join(get_table(case.table).transfers_over) or 'nothing'} only"
+    return f"depth: {found.proxy} → {found.target}, and {only}; sweep at the target's depth, or ladder=[width,depth]"
 
 
-def _edge(differences: list[Difference], rungs: list[Rung], drift: Drift, table: str) -> str:
-    edges = [f"{rung.width} ({valley.edge})" for rung in rungs for valley in rung.valleys.values() if valley.edge]
-    if not edges:
+def _edges(case: Case) -> str:
+    valleys, base = case.assessment.valleys, case.assessment.base
+    found = []
+    for axis in AXES:
+        nearest = case.assessment.nearest(axis)
+        if nearest != base and (edge := valleys.edges[nearest]):
+            found.append(f"{axis} {valleys.rungs[axis].iloc[nearest]:,.10g} ({edge})")
+    if edge := valleys.edges[base]:
+        found.append(f"the base ({edge})")
+    return f"the optimum is at the edge of the tried rates, or beyond it, at {' and '.join(found)}" if found else ""
+
+
+def _rungs(case: Case) -> str:
+    assessment = case.assessment
+    count = assessment.measured("width")
+    if count >= MIN_RUNGS or assessment.target["width"] == assessment.valleys.rungs["width"].iloc[assessment.base]:
         return ""
-    return f"the optimum lies at the edge of the tried rates at width {', '.join(edges)}; widen ladder.offsets"
+    return f"{count} width{' has' if count == 1 else 's have'} an optimum inside the tried rates, of {MIN_RUNGS} needed"
 
 
-def _seeds(differences: list[Difference], rungs: list[Rung], drift: Drift, table: str) -> str:
-    return "" if drift.num_seeds > 1 else "one seed gives no spread; set ladder.seeds=2"
-
-
-def _line(differences: list[Difference], rungs: list[Rung], drift: Drift, table: str) -> str:
-    if drift.residual <= MAX_RESIDUAL:
+def _wide(case: Case) -> str:
+    assessment = case.assessment
+    if assessment.drift is None:
+        return "too few optima were measured to say where the target's lies"
+    risk = assessment.drift.chance(abs(assessment.distance) > FAR_OCTAVES)
+    if risk <= CARE_RISK:
         return ""
-    return (
-        f"the optimum does not follow the width: it lies up to {drift.residual:.2f} octaves from its fitted line "
-        f"(range {drift.range:.2f}), so nothing can be extrapolated; raise ladder.seeds, or sweep at larger widths"
-    )
+    return f"the optimum at the target may be more than {FAR_OCTAVES:g} octave away ({_percent(risk)})"
+
+
+def _next_rung(case: Case) -> str:
+    def settled(assessment: Assessment) -> bool:
+        return not _wide(replace(case, assessment=assessment))
+
+    return settling_rung(case.assessment, settled) if case.assessment.drift else ""
 
 
 NOT_CERTIFIED = (
-    Rule("width", _width),
+    _axis("width"),
+    _axis("tokens"),
+    _axis("batch"),
+    _axis("depth"),
     Rule("depth", _depth),
     _differs("head size", "ladders fix the head size; sweep with the target's"),
     _differs(FFN, "ladders keep this ratio; sweep with the target's"),
     _differs("positions", "sweep with the target's"),
     _differs("activation", "sweep with the target's"),
     _beyond("vocabulary", "sweep with the target's tokenizer"),
-    _beyond("tokens", "the best rate also moves with the horizon under μP (arXiv:2409.19913); lengthen run.num_steps"),
-    _beyond("batch, tokens per step", "the best rate also moves with the batch; raise run.batch_sequences"),
     _beyond("context", "sweep at a longer run.context_length"),
     _differs("schedule", "the best rate belongs to its schedule; sweep with the target's"),
     _beyond("decay share", "the best rate belongs to its schedule; sweep with the target's schedule.decay_fraction"),
-    Rule("edge", _edge),
-    Rule("seeds", _seeds),
-    Rule("line", _line),
+    Rule("edge", _edges, lambda case: "rates beyond the edge at those rungs"),
+    Rule("rungs", _rungs, lambda case: "more widths"),
+    Rule("interval", _wide, _next_rung),
 )
 
 
@@ -213,10 +293,11 @@ def published_verdict(transfer: TransferFile) -> Verdict:
     return Verdict("NOT CERTIFIED", [reason])
 
 
-def _difference(axis: str, proxy: float | str, target: float | str, widest: int) -> Difference:
+def _difference(axis: str, proxy: float | str, target: float | str, measured: dict[str, float]) -> Difference:
     numbers = isinstance(proxy, (int, float)) and isinstance(target, (int, float)) and proxy != 0
     ratio = float(target) / float(proxy) if numbers else None
-    return Difference(axis, proxy, target, ratio, widest if axis == "width" else None)
+    ladder = next((key for key, name in AXIS_NAMES.items() if name == axis), "")
+    return Difference(axis, proxy, target, ratio, measured.get(ladder))
 
 
 def _data(spec: RunSpec) -> str:
