@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from mutune.certificate.config import LadderConfig, Overrides, TargetConfig
+from mutune.certificate.config import LadderConfig, Overrides, PriceConfig, TargetConfig
 from mutune.compose import plain
 from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.errors import Refusal, require, require_name, require_number
@@ -102,6 +102,7 @@ class TransferConfig(DoorConfig):
         target: the run that the values are carried to.
         ladder: the runs that tell how far they can be carried.
         hyperparameters: base values set by hand over the study's.
+        prices: what compute costs, for the certificate's regret.
         require_go: exit with code 3 unless the verdict is GO.
     """
 
@@ -109,6 +110,7 @@ class TransferConfig(DoorConfig):
     target: TargetConfig = field(default_factory=TargetConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     hyperparameters: Overrides = field(default_factory=Overrides)
+    prices: PriceConfig = field(default_factory=PriceConfig)
     require_go: bool = False
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ Writes the transfer file that `python -m mutune.train` takes, the plan, the cert
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from mutune.training.schedule import ScheduleConfig
 from mutune.versions import versions
 
 if TYPE_CHECKING:
+    from mutune.certificate.assessment import Assessment
     from mutune.certificate.ladder import LadderRun
 
 LADDER, SPARE = "ladder", "spare"
@@ -197,36 +198,46 @@ def _dry_run(config: TransferConfig, runs: list["LadderRun"], target: RunSpec) -
 def _certify(config: TransferConfig, source: Source, target: RunSpec, directory: Path, runs: list["LadderRun"]) -> str:
     """Run the ladder, write every result, and return the verdict."""
     from mutune.certificate.certificate import certificate, write_certificate
-    from mutune.certificate.ladder import Rung
-    from mutune.certificate.valley import Drift
-    from mutune.certificate.verdict import published_differences, published_verdict
+    from mutune.certificate.verdict import Case, difference_table, judge, published_differences, published_verdict
+    from mutune.data.prepare import prepare
+    from mutune.reporting.figures import draw_transfer
     from mutune.training.run import write_plan
 
-    rungs: list[Rung] = []
-    drift: Drift | None = None
+    figures: list[Path] = []
     if source.proxy is None:
-        verdict = published_verdict(source.transfer)
-        differing = published_differences(source.transfer.base.width, target)
-        figures: list[Path] = []
+        assessment, price = None, None
+        differing, verdict = (
+            published_differences(source.transfer.base.width, target),
+            published_verdict(source.transfer),
+        )
     else:
-        rungs, drift, verdict, differing = _ladder(config, source.proxy, target, directory, runs)
-        from mutune.reporting.figures import draw_transfer
-
+        assessment = _ladder(config, source.proxy, target, directory, runs)
+        vocab_size = prepare(source.proxy.data, source.proxy.tokenizer).vocab_size
+        differing = difference_table(
+            source.proxy, target, vocab_size, target.tokenizer.num_ids, assessment.nearest_values()
+        )
+        verdict = judge(Case(differing, assessment, source.proxy.parametrization.table))
+        price = _price_of_regret(config, assessment, target)
         figures = drawn(lambda: draw_transfer(directory))
     transfer = source.transfer.sealed(verdict.verdict)
-    data = certificate(transfer, verdict, differing, rungs, drift)
+    rate, table = transfer.hyperparameters.learning_rate, transfer.parametrization.table
+    data = certificate(asdict(transfer.target), rate, table, verdict, differing, assessment, price)
     write_certificate(directory, data)
     write_plan(directory, target.plan(target.tokenizer.num_ids))
     write_yaml(directory / "transfer.yaml", transfer.as_dict(), "for: python -m mutune.train transfer=<this file>")
-    _say(data, transfer, directory, figures)
+    _say(data)
+    names = ["transfer.yaml", "certificate.md", "certificate.json", "parametrization.csv", "multipliers.csv"]
+    names += [f"figures/{figure.name}" for figure in figures]
+    print(f"written    {directory}/: {', '.join(names)}")
+    print(f"next       python -m mutune.train transfer={directory / 'transfer.yaml'} dry_run=true")
     return verdict.verdict
 
 
-def _ladder(config: TransferConfig, proxy: RunSpec, target: RunSpec, directory: Path, runs: list["LadderRun"]) -> Any:
-    from mutune.certificate.ladder import fit_rungs, gather, optima, run_ladder
-    from mutune.certificate.valley import fit_drift
-    from mutune.certificate.verdict import difference_table, judge
-    from mutune.data.prepare import prepare
+def _ladder(
+    config: TransferConfig, proxy: RunSpec, target: RunSpec, directory: Path, runs: list["LadderRun"]
+) -> "Assessment":
+    from mutune.certificate.assessment import assess
+    from mutune.certificate.ladder import gather, place, run_ladder
     from mutune.progress import ProgressLine, clock
     from mutune.search.workers import WorkError
 
@@ -245,28 +256,35 @@ def _ladder(config: TransferConfig, proxy: RunSpec, target: RunSpec, directory: 
         raise WorkFailed(f"{error}\nThe same command continues the ladder.") from error
     finally:
         line.close()
-    rungs = fit_rungs(points)
-    drift = fit_drift(optima(rungs))
-    vocab_size = prepare(proxy.data, proxy.tokenizer).vocab_size
-    differing = difference_table(proxy, target, vocab_size, target.tokenizer.num_ids, rungs[-1].width)
-    table, rate = proxy.parametrization.table, proxy.hyperparameters.learning_rate
-    return rungs, drift, judge(table, differing, rungs, drift, rate, target.model.width), differing
+    return assess(points, place(proxy), place(target), proxy.hyperparameters.learning_rate)
 
 
-def _say(data: dict[str, Any], transfer: TransferFile, directory: Path, figures: list[Path]) -> None:
+def _price_of_regret(config: TransferConfig, assessment: "Assessment", target: RunSpec) -> dict[str, Any]:
+    """What wins the regret back: tokens, FLOPs, GPU-hours, money."""
+    cost = price(target)
+    return assessment.price(cost.flops / cost.tokens, config.prices)
+
+
+def _say(data: dict[str, Any]) -> None:
+    axes = [axis for axis in ("width", "depth", "tokens", "batch") if len({rung[axis] for rung in data["rungs"]}) > 1]
     for rung in data["rungs"]:
-        seeds = ", ".join(f"{valley['optimum']:.2f}" for valley in rung["seeds"].values())
+        where = ", ".join(f"{axis} {rung[axis]:<6,}" for axis in axes or ["width"])
+        low, high = rung["interval_log2"]
         print(
-            f"width {rung['width']:<5} optimum 2^{rung['optimum_log2']:.2f} ({rung['octaves_from_base']:+.2f} octaves "
-            f"from the base width; by seed {seeds}), loss {rung['loss']:.4f}"
+            f"{where} optimum 2^{rung['optimum_log2']:.2f} ({low:.2f} to {high:.2f}), {rung['octaves_from_base']:+.2f} "
+            f"octaves from the base, loss {rung['loss']:.4f} ± {rung['loss_error']:.4f}"
         )
     print(f"verdict    {data['verdict']}")
     for reason in data["reasons"]:
         print(f"           - {reason}")
-    names = ["transfer.yaml", "certificate.md", "certificate.json", "parametrization.csv", "multipliers.csv"]
-    names += [f"figures/{figure.name}" for figure in figures]
-    print(f"written    {directory}/: {', '.join(names)}")
-    print(f"next       python -m mutune.train transfer={directory / 'transfer.yaml'} dry_run=true")
+    for cure in data["settle"]:
+        print(f"settles it {cure}")
+    if cost := data["regret"]:
+        print(
+            f"regret     {cost['transferred']:.4f} nats per token expected at the transferred rate "
+            f"({cost['low']:.4f} to {cost['high']:.4f}); least at {cost['recommended_learning_rate']:.4g}: "
+            f"{cost['recommended']:.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from mutune.certificate.config import PriceConfig
 from mutune.certificate.drift import Drift, Slope, extrapolate
 from mutune.certificate.points import AXES, doublings
-from mutune.certificate.regret import Regret, regret
+from mutune.certificate.regret import Regret, loss_per_doubling, price_of, regret
 from mutune.certificate.valleys import Valleys, fit_valleys
 
 
@@ -19,6 +21,7 @@ class Assessment:
 
     Attributes:
         points: the finished runs, as `points.COLUMNS`.
+        axes: those that are known; the others stand still.
         target: the value of every axis.
         base: the row of `valleys.rungs` that the transferred rate comes from.
         log2_rate: log2 of the transferred base learning rate.
@@ -27,6 +30,7 @@ class Assessment:
     """
 
     points: pd.DataFrame
+    axes: tuple[str, ...]
     target: dict[str, float]
     base: int
     log2_rate: float
@@ -57,6 +61,23 @@ class Assessment:
         distance = np.abs(np.log2(self.valleys.rungs[axis].to_numpy(float) / self.target[axis]))
         return int(np.where(self._alone(axis), distance, np.inf).argmin())
 
+    def nearest_values(self) -> dict[str, float]:
+        """For each axis that the ladder measured, its value nearest to the target's."""
+        rungs = self.valleys.rungs
+        return {a: float(rungs[a].iloc[self.nearest(a)]) for a in AXES if self.measured(a) > 1}
+
+    def price(self, flops_per_token: float | None, prices: PriceConfig) -> dict[str, Any]:
+        """What wins the transferred rate's regret back, and where the exchange rate is from."""
+        if self.regret is None or "tokens" not in self.axes:
+            return {}
+        rungs, levels = self.valleys.rungs, self.valleys.levels
+        mine = self._alone("tokens")
+        per_doubling, source = loss_per_doubling(
+            float(levels[self.nearest("width")]), rungs["tokens"].to_numpy(float)[mine], levels[mine]
+        )
+        found = price_of(self.regret.transferred, self.target["tokens"], per_doubling, flops_per_token, prices)
+        return {**found, "currency": prices.currency, "tokens_source": source}
+
     def _alone(self, axis: str) -> np.ndarray:
         rungs = self.valleys.rungs
         others = [other for other in AXES if other != axis]
@@ -69,6 +90,7 @@ def assess(
     target: Mapping[str, float],
     learning_rate: float | None = None,
     slopes: Mapping[str, Slope] | None = None,
+    axes: tuple[str, ...] = AXES,
 ) -> Assessment:
     """Fit the ladder and carry its optimum to the target.
 
@@ -77,6 +99,7 @@ def assess(
         base, target: a value of every axis; the base is a rung.
         learning_rate: the transferred base rate; None takes the optimum at the base.
         slopes: what laws say of the axes.
+        axes: those that are known; the others hold the same value everywhere.
     """
     valleys = fit_valleys(points)
     rungs = valleys.rungs
@@ -85,4 +108,4 @@ def assess(
     drift = extrapolate(valleys, row, target, slopes)
     nearest = int(np.abs(doublings(rungs, dict(target))).sum(axis=1).argmin())
     cost = regret(valleys, drift, nearest, log2_rate) if drift else None
-    return Assessment(points, dict(target), row, log2_rate, slopes, valleys, drift, cost)
+    return Assessment(points, axes, dict(target), row, log2_rate, slopes, valleys, drift, cost)

@@ -1,35 +1,48 @@
 """The certificate: `certificate.json` for programs, `certificate.md` for people."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mutune.certificate.config import TransferFile
-from mutune.certificate.ladder import Rung
-from mutune.certificate.valley import Drift
-from mutune.certificate.verdict import Difference, Verdict
+import numpy as np
+
+from mutune.certificate.assessment import Assessment
+from mutune.certificate.points import AXES
+from mutune.certificate.verdict import FAR_OCTAVES, Difference, Verdict
 from mutune.files import write_json, write_text
 
 
 def certificate(
-    transfer: TransferFile, verdict: Verdict, differences: list[Difference], rungs: list[Rung], drift: Drift | None
+    target: Mapping[str, Any],
+    learning_rate: float,
+    table: str | None,
+    verdict: Verdict,
+    differences: list[Difference],
+    assessment: Assessment | None,
+    price: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything the certificate says, as plain data.
 
-    `prediction` is null: mutune does not predict the target's loss yet. `regret` is what was measured: for each rung,
-    the loss at the transferred rate minus the fitted minimum, nats per token, mean over seeds.
+    Losses are in nats per token, rates are base learning rates, positions and distances are in octaves of them;
+    intervals hold 90 %.
+
+    Args:
+        price: what wins the regret back, as `regret.price_of`, with `currency` and `tokens_source`.
     """
+    known = assessment if assessment and assessment.drift else None
     return {
         "verdict": verdict.verdict,
         "reasons": verdict.reasons,
-        "target": asdict(transfer.target),
-        "learning_rate": transfer.hyperparameters.learning_rate,
-        "table": transfer.parametrization.table,
-        "rungs": [_rung(rung, _base(rungs, transfer)) for rung in rungs],
-        "drift": None if drift is None else {key: _finite(value) for key, value in asdict(drift).items()},
+        "settle": verdict.settle,
+        "target": dict(target),
+        "learning_rate": learning_rate,
+        "table": table,
+        "rungs": [_rung(assessment, i) for i in range(len(assessment.valleys.rungs))] if assessment else [],
+        "drift": _drift(known) if known else None,
         "prediction": None,
-        "regret": [{"width": rung.width, "nats_per_token": _regret(rung)} for rung in rungs] or None,
+        "regret": _regret(known, price or {}) if known else None,
         "differences": [asdict(difference) for difference in differences],
     }
 
@@ -42,61 +55,132 @@ def write_certificate(directory: Path, data: dict[str, Any]) -> None:
 
 def markdown(data: dict[str, Any]) -> str:
     """The certificate in words and tables."""
-    lines = [f"# {data['verdict']}", "", f"Target `{data['target']['name']}`, table `{data['table']}`, "]
+    table = f", table `{data['table']}`" if data["table"] else ""
+    lines = [f"# {data['verdict']}", "", f"Target {_target(data['target'])}{table}, "]
     lines[-1] += f"base learning rate {data['learning_rate']:.5g}."
     lines += ["", "## Reasons", "", *(f"- {reason}" for reason in data["reasons"])]
+    if data["settle"]:
+        lines += ["", "What would settle it:", "", *(f"- {cure}" for cure in data["settle"])]
     if data["rungs"]:
-        lines += [
-            "",
-            "## Ladder",
-            "",
-            "| width | optimum, log2 | octaves from the base width | by seed | loss | regret |",
-        ]
-        lines.append("|---|---|---|---|---|---|")
-        lines += [_rung_row(rung, regret) for rung, regret in zip(data["rungs"], data["regret"], strict=True)]
-        lines += [
-            "",
-            "Optima in log2 of the base learning rate; losses and regret (at the transferred rate) in nats per",
-        ]
-        lines.append("token. A `<` or `>` marks a bound: the lowest loss was at the edge of the tried rates.")
-    lines += ["", "## How proxy and target differ", "", "| axis | proxy | target | ratio | measured to |"]
-    lines.append("|---|---|---|---|---|")
-    lines += [_difference_row(difference) for difference in data["differences"]]
+        lines += _ladder(data["rungs"])
+    if data["drift"]:
+        lines += _at_the_target(data)
+    if data["differences"]:
+        lines += ["", "## How proxy and target differ", "", "| axis | proxy | target | ratio | measured to |"]
+        lines.append("|---|---|---|---|---|")
+        lines += [_difference_row(difference) for difference in data["differences"]]
     return "\n".join(lines) + "\n"
 
 
-def _base(rungs: list[Rung], transfer: TransferFile) -> Rung:
-    """The rung at the study's own width."""
-    return next(rung for rung in rungs if rung.width == transfer.base.width)
+def _target(target: Mapping[str, Any]) -> str:
+    if "name" in target:
+        return f"`{target['name']}`"
+    return ", ".join(f"{axis} {value:,.10g}" for axis, value in target.items() if value is not None)
 
 
-def _rung(rung: Rung, base: Rung) -> dict[str, Any]:
-    shifts = [valley.optimum - base.valleys[seed].optimum for seed, valley in rung.valleys.items()]
+def _rung(assessment: Assessment, i: int) -> dict[str, Any]:
+    valleys = assessment.valleys
+    rung = {axis: float(valleys.rungs[axis].iloc[i]) for axis in AXES}
+    known = {axis: _whole(value) if axis in assessment.axes else None for axis, value in rung.items()}
+    points = assessment.points
+    mine = points[np.logical_and.reduce([points[axis] == value for axis, value in rung.items()])]
+    low, high = valleys.interval(i)
+    fit = valleys.fits[int(valleys.weights.argmax())]
     return {
-        "width": rung.width,
-        "optimum_log2": _mean([valley.optimum for valley in rung.valleys.values()]),
-        "octaves_from_base": _mean(shifts),
-        "loss": _mean([valley.loss for valley in rung.valleys.values()]),
-        "seeds": {str(seed): asdict(valley) for seed, valley in rung.valleys.items()},
-        "points": [asdict(point) for point in rung.points],
+        **known,
+        "optimum_log2": float(valleys.optima[i]),
+        "interval_log2": [low, high],
+        "edge": valleys.edges[i],
+        "octaves_from_base": float(valleys.optima[i] - valleys.optima[assessment.base]),
+        "loss": float(valleys.levels[i]),
+        "loss_error": float(valleys.level_errors[i]),
+        "octave_down": float(fit.penalty(i, np.array([-1.0]))[0]),
+        "octave_up": float(fit.penalty(i, np.array([1.0]))[0]),
+        "seeds": int(mine.seed.nunique()),
+        "points": [
+            {
+                "learning_rate": rate,
+                "seed": _whole(seed),
+                "loss": loss if math.isfinite(loss) else None,
+                "diverged": bad,
+            }
+            for rate, seed, loss, bad in zip(
+                mine.learning_rate.tolist(), mine.seed.tolist(), mine.loss.tolist(), mine.diverged.tolist(), strict=True
+            )
+        ],
     }
 
 
-def _regret(rung: Rung) -> float | None:
-    at_rate = {point.seed: point.value for point in rung.points if point.offset == 0.0}
-    if at_rate.keys() != rung.valleys.keys():
-        return None  # the transferred rate itself was not among the tried ones
-    return _mean([max(0.0, at_rate[seed] - valley.loss) for seed, valley in rung.valleys.items()])
+def _drift(assessment: Assessment) -> dict[str, Any]:
+    drift = assessment.drift
+    assert drift is not None
+    slopes = {axis: drift.quantiles(drift.slopes[:, i]) for i, axis in enumerate(AXES)}
+    low, middle, high = drift.quantiles(assessment.distance)
+    return {
+        "octaves_per_doubling": {
+            axis: {"median": m, "interval": [a, b], "measured": assessment.measured(axis) > 1}
+            for axis, (a, m, b) in slopes.items()
+            if assessment.measured(axis) > 1 or assessment.beyond(axis) > 0
+        },
+        "distance": middle,
+        "interval": [low, high],
+        "chance_beyond_an_octave": drift.chance(abs(assessment.distance) > FAR_OCTAVES),
+    }
 
 
-def _rung_row(rung: dict[str, Any], regret: dict[str, Any]) -> str:
-    marks = {"low": "<", "high": ">", None: ""}
-    seeds = ", ".join(f"{marks[v['edge']]}{v['optimum']:.2f}" for v in rung["seeds"].values())
-    cost = "—" if regret["nats_per_token"] is None else f"{regret['nats_per_token']:.4f}"
-    return (
-        f"| {rung['width']} | {rung['optimum_log2']:.2f} | {rung['octaves_from_base']:+.2f} | {seeds} "
-        f"| {rung['loss']:.4f} | {cost} |"
+def _regret(assessment: Assessment, price: Mapping[str, Any]) -> dict[str, Any]:
+    regret = assessment.regret
+    assert regret is not None
+    return {
+        **asdict(regret),
+        "recommended_learning_rate": float(2.0 ** (assessment.log2_rate + regret.offset)),
+        **price,
+    }
+
+
+def _ladder(rungs: list[dict[str, Any]]) -> list[str]:
+    """The rungs' table; an axis in which they all agree has no column."""
+    axes = [axis for axis in AXES if len({rung[axis] for rung in rungs}) > 1] or ["width"]
+    head = [*axes, "optimum, log2", "90 % interval", "octaves from the base", "loss", "an octave down", "up", "seeds"]
+    lines = ["", "## Ladder", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for rung in rungs:
+        mark = {"low": "≤ ", "high": "≥ ", None: ""}[rung["edge"]]
+        low, high = rung["interval_log2"]
+        cells = [*(f"{rung[axis]:,}" for axis in axes), f"{mark}{rung['optimum_log2']:.2f}", f"{low:.2f} to {high:.2f}"]
+        cells += [f"{rung['octaves_from_base']:+.2f}", f"{rung['loss']:.4f} ± {rung['loss_error']:.4f}"]
+        cells += [f"+{rung['octave_down']:.4f}", f"+{rung['octave_up']:.4f}", str(rung["seeds"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        "Optima in log2 of the base learning rate, losses in nats per token. A `≤` or `≥` marks a bound.",
+    ]
+
+
+def _at_the_target(data: dict[str, Any]) -> list[str]:
+    drift, regret = data["drift"], data["regret"]
+    low, high = drift["interval"]
+    lines = ["", "## At the target", ""]
+    lines.append(
+        f"- The best base rate is expected {drift['distance']:+.2f} octaves from the transferred one "
+        f"({low:+.2f} to {high:+.2f}); further than an octave with {100 * drift['chance_beyond_an_octave']:.0f} %."
     )
+    lines.append(
+        f"- The transferred rate is expected to cost {regret['transferred']:.4f} nats per token "
+        f"({regret['low']:.4f} to {regret['high']:.4f}); an octave lower {regret['octave_down']:.4f}, "
+        f"an octave higher {regret['octave_up']:.4f}."
+    )
+    lines.append(
+        f"- Least expected cost: base rate {regret['recommended_learning_rate']:.5g} "
+        f"({regret['offset']:+.2f} octaves), {regret['recommended']:.4f} nats per token."
+    )
+    if regret.get("tokens") is not None:
+        parts = [f"{regret['tokens']:.3g} tokens more would win back"]
+        if regret["flops"] is not None:
+            parts.append(f"{regret['flops']:.3g} FLOPs, {regret['gpu_hours']:,.3g} GPU-hours")
+            parts.append(f"{regret['money']:,.2f} {regret['currency']}")
+        lines.append(f"- That is what {', '.join(parts)} ({regret['tokens_source']}).")
+    return lines
 
 
 def _difference_row(difference: dict[str, Any]) -> str:
@@ -110,9 +194,5 @@ def _difference_row(difference: dict[str, Any]) -> str:
     )
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _whole(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else float(value)

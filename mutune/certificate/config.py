@@ -86,6 +86,25 @@ class LadderConfig:
 
 
 @dataclass(frozen=True)
+class PriceConfig:
+    """What compute costs, for the certificate's regret. Settings, not quotes.
+
+    Attributes:
+        flops_per_gpu_second: what one GPU really does; the default is 40 % of an H100's dense bfloat16 peak.
+        gpu_hour: price of a GPU's hour.
+        currency: of the price.
+    """
+
+    flops_per_gpu_second: float = 4e14
+    gpu_hour: float = 2.5
+    currency: str = "USD"
+
+    def __post_init__(self) -> None:
+        require_number("prices.flops_per_gpu_second", self.flops_per_gpu_second, above=0, example=4e14)
+        require_number("prices.gpu_hour", self.gpu_hour, at_least=0, example=2.5)
+
+
+@dataclass(frozen=True)
 class Overrides:
     """Base hyperparameters set by hand over the study's; None keeps the study's."""
 

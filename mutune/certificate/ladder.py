@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import pandas as pd
+
 from mutune.certificate.config import LadderConfig
-from mutune.certificate.valley import Valley, fit_valley
 from mutune.compose import build
 from mutune.errors import require
 from mutune.files import write_json
 from mutune.search.workers import RunAll, default_workers, run_all
-from mutune.training.config import MAX_SEED, RunSpec
+from mutune.training.config import MAX_SEED, RunSpec, total_tokens
 from mutune.training.run import RunResult, run_to_end
 
 RESULT = "result.json"
@@ -55,27 +56,6 @@ class LadderRun:
     def fingerprint(self) -> str:
         """Hash of everything that decides its losses."""
         return fingerprint(asdict(self.spec), self.data_hash)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A finished run of the ladder."""
-
-    width: int
-    offset: float
-    seed: int
-    learning_rate: float
-    value: float
-    diverged: bool
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One width of the ladder: a fitted valley per seed, in log2 of the base learning rate."""
-
-    width: int
-    valleys: dict[int, Valley]
-    points: list[Point]
 
 
 def ladder_runs(spec: RunSpec, ladder: LadderConfig, directory: Path, device: str, data_hash: str) -> list[LadderRun]:
@@ -132,14 +112,14 @@ def _move(folder: Path, place: Path) -> None:
 
 def run_ladder(
     runs: list[LadderRun], workers: int | None, report: Callable[[int, int, list[str]], None]
-) -> list[Point]:
-    """Run what is not finished yet, in worker processes; a rerun continues.
+) -> pd.DataFrame:
+    """Run what is not finished yet, in worker processes; a rerun continues. Returns the points, as `points.COLUMNS`.
 
     Args:
         report: called with (finished, total, names of the running) at every change and about once a second.
     """
     results = run_open(runs, lambda some, tick: run_all(train_rung, some, workers or default_workers(), tick), report)
-    return [_point(run, result) for run, result in zip(runs, results, strict=True)]
+    return pd.DataFrame([_point(run, result) for run, result in zip(runs, results, strict=True)])
 
 
 def run_open(
@@ -169,26 +149,6 @@ def train_rung(run: LadderRun) -> RunResult:
     return run_to_end(run.spec, run.directory, run.device, note)
 
 
-def fit_rungs(points: list[Point]) -> list[Rung]:
-    """The valleys of a ladder by width, narrowest first; optima in log2 of the base learning rate."""
-    rungs = []
-    for width in sorted({point.width for point in points}):
-        mine = [point for point in points if point.width == width]
-        valleys = {
-            seed: fit_valley(
-                *zip(*[(math.log2(p.learning_rate), p.value) for p in mine if p.seed == seed], strict=True)
-            )
-            for seed in sorted({point.seed for point in mine})
-        }
-        rungs.append(Rung(width, valleys, mine))
-    return rungs
-
-
-def optima(rungs: list[Rung]) -> dict[int, dict[int, float]]:
-    """Seed → width → log2 of the best base learning rate, as `fit_drift` takes them."""
-    return {seed: {rung.width: rung.valleys[seed].optimum for rung in rungs} for seed in rungs[0].valleys}
-
-
 def _finished(run: OnLadder) -> RunResult | None:
     """The result of a run that is over; None where there is none, or one of something else, or a damaged one."""
     try:
@@ -201,6 +161,13 @@ def _finished(run: OnLadder) -> RunResult | None:
     return result if result.diverged or math.isfinite(result.value) else None
 
 
-def _point(run: LadderRun, result: RunResult) -> Point:
+def place(spec: RunSpec) -> dict[str, float]:
+    """Where a run stands on every axis of a ladder."""
+    batch = max(stage.tokens_per_step for stage in spec.stages)
+    return {"width": spec.model.width, "depth": spec.model.depth, "tokens": total_tokens(spec.stages), "batch": batch}
+
+
+def _point(run: LadderRun, result: RunResult) -> dict[str, Any]:
     rate = run.spec.hyperparameters.learning_rate
-    return Point(run.width, run.offset, run.seed, rate, result.value, result.diverged)
+    outcome = {"loss": math.nan if result.diverged else result.value, "diverged": result.diverged}
+    return {**place(run.spec), "learning_rate": rate, "seed": run.seed, **outcome}
