@@ -99,6 +99,10 @@ class TransferConfig(DoorConfig):
 
     Attributes:
         study: name of a finished study under <out>/sweeps, or `published` for BTLM-3B-8K's own values.
+        runs: instead of a study: a CSV file of finished runs (columns width, lr, loss; optional seed, depth, tokens,
+            batch, table, diverged), or an Optuna study, `sqlite:///study.db`. Gives a certificate without training.
+        optima: instead of a study: a CSV file with the columns width and optimum. Gives a drift statement.
+        target_width: with `runs` or `optima`: the width that is asked about; null takes twice the largest.
         target: the run that the values are carried to.
         ladder: the runs that tell how far they can be carried.
         hyperparameters: base values set by hand over the study's.
@@ -107,6 +111,9 @@ class TransferConfig(DoorConfig):
     """
 
     study: str = "proxy"
+    runs: str | None = None
+    optima: str | None = None
+    target_width: float | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     hyperparameters: Overrides = field(default_factory=Overrides)
@@ -116,6 +123,17 @@ class TransferConfig(DoorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_name("study", self.study)
+        require(
+            self.runs is None or self.optima is None,
+            f"runs={self.runs} and optima={self.optima} are two questions; give one of them.",
+        )
+        if self.target_width is not None:
+            require_number("target_width", self.target_width, above=0, example=256)
+            require(
+                (self.runs or self.optima) is not None,
+                f"target_width={self.target_width:g} is read with runs= or optima=; a study's target has its own "
+                "width, for example target.model.width=256.",
+            )
 
 
 @dataclass(frozen=True)

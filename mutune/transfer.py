@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def work(config: TransferConfig) -> int:
     """Check everything, then run the ladder (if any) and write the results."""
+    if config.runs or config.optima:
+        return _from_table(config)
     source = _published(config) if config.study == PUBLISHED else _from_study(config)
     target = source.transfer.spec(config.seed)
     require_writable(Path(config.out))
@@ -72,6 +74,42 @@ def work(config: TransferConfig) -> int:
         claim(directory, inputs, "target.name", config.overwrite, keep=(LADDER, SPARE))
         verdict = _certify(config, source, target, directory, runs)
     return NOT_GO if config.require_go and verdict != "GO" else OK
+
+
+def _from_table(config: TransferConfig) -> int:
+    """The certificate, or the drift statement, of somebody's finished runs."""
+    from mutune.certificate.anyone import Asked, from_optima, from_runs
+    from mutune.certificate.certificate import write_certificate
+    from mutune.certificate.table import read_optima, read_tables, to_tables
+
+    asked = Asked(config.target_width, config.hyperparameters.learning_rate, config.prices)
+    if config.optima:
+        source, data = config.optima, from_optima(read_optima(config.optima), asked, config.optima)
+    else:
+        source = str(config.runs)
+        if "://" in source:
+            from mutune.search.foreign import read_foreign
+
+            tables = to_tables(read_foreign(source), f"runs={source}")
+        else:
+            tables = read_tables(source)
+        data = from_runs(tables, asked, source)
+    _say(data)
+    if config.dry_run:
+        print(NOTHING_WRITTEN)
+        return OK
+    require_writable(Path(config.out))
+    directory = Path(config.out) / "transfer" / f"{_stem(source)}--width{data['target']['width']:.10g}"
+    check_claim(directory, {"source": source, "asked": plain(asked)}, "runs", config.overwrite)
+    with locked(directory, "runs"):
+        claim(directory, {"source": source, "asked": plain(asked)}, "runs", config.overwrite)
+        write_certificate(directory, data)
+    print(f"written    {directory}/: certificate.md, certificate.json")
+    return NOT_GO if config.require_go and data["verdict"] != "GO" else OK
+
+
+def _stem(source: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(source.partition("#")[0]).stem) or "runs"
 
 
 def _inputs(source: Source) -> dict[str, Any]:
@@ -267,6 +305,8 @@ def _price_of_regret(config: TransferConfig, assessment: "Assessment", target: R
 
 def _say(data: dict[str, Any]) -> None:
     axes = [axis for axis in ("width", "depth", "tokens", "batch") if len({rung[axis] for rung in data["rungs"]}) > 1]
+    for note in data.get("notes", []):
+        print(f"note       {note}")
     for rung in data["rungs"]:
         where = ", ".join(f"{axis} {rung[axis]:<6,}" for axis in axes or ["width"])
         low, high = rung["interval_log2"]
@@ -279,6 +319,8 @@ def _say(data: dict[str, Any]) -> None:
         print(f"           - {reason}")
     for cure in data["settle"]:
         print(f"settles it {cure}")
+    for line in data.get("comparison_words", []):
+        print(f"compared   {line}")
     if cost := data["regret"]:
         print(
             f"regret     {cost['transferred']:.4f} nats per token expected at the transferred rate "

@@ -1,4 +1,4 @@
-"""Which one rung more would settle a verdict, if it came out where the ladder expects it."""
+"""Which rung decided a verdict, and which one more would settle it, if it came out where the ladder expects it."""
 
 import math
 from collections.abc import Callable
@@ -33,6 +33,27 @@ def settling_rung(assessment: Assessment, settled: Callable[[Assessment], bool])
     return ""
 
 
+def deciding_rung(assessment: Assessment) -> tuple[dict[str, float], float] | None:
+    """The rung without which the target's optimum would be expected furthest from where it is, and by how many octaves.
+
+    None with fewer than three rungs besides the base.
+    """
+    valleys, drift = assessment.valleys, assessment.drift
+    others = [i for i in range(len(valleys.rungs)) if i != assessment.base]
+    if drift is None or len(others) < 3:
+        return None
+    middle, shifts = drift.quantiles(assessment.distance)[1], {}
+    for i in others:
+        base = assessment.base - (i < assessment.base)
+        rest = extrapolate(_without(valleys, i), base, assessment.target, assessment.slopes)
+        if rest is not None:
+            shifts[i] = rest.quantiles(rest.target - assessment.log2_rate)[1] - middle
+    if not shifts:
+        return None
+    found = max(shifts, key=lambda i: abs(shifts[i]))
+    return {axis: float(valleys.rungs[axis].iloc[found]) for axis in AXES}, shifts[found]
+
+
 def cost(rung: dict[str, float]) -> float:
     """Of one run, up to a factor: parameters inside the blocks, which go as width² × depth, times tokens."""
     return rung["width"] ** 2 * rung["depth"] * rung["tokens"]
@@ -53,6 +74,17 @@ def what_if(assessment: Assessment, rung: dict[str, float]) -> Assessment:
     )
     drift = extrapolate(valleys, assessment.base, assessment.target, assessment.slopes)
     return replace(assessment, valleys=valleys, drift=drift)
+
+
+def _without(valleys: Valleys, i: int) -> Valleys:
+    """The valleys without one rung, whose share in the common form stays."""
+    keep = np.arange(len(valleys.rungs)) != i
+    fits = tuple(
+        replace(fit, optima=fit.optima[keep], covariance=fit.covariance[np.ix_(keep, keep)]) for fit in valleys.fits
+    )
+    edges = tuple(edge for edge, kept in zip(valleys.edges, keep, strict=True) if kept)
+    rungs = valleys.rungs[keep].reset_index(drop=True)
+    return Valleys(rungs, edges, valleys.bounds[keep], fits, valleys.weights)
 
 
 def _with_rung(fit: Fit, optimum: float) -> Fit:

@@ -1,7 +1,6 @@
 """Anyone's sweep: finished runs from a CSV file, as a ladder's points. No torch, no model."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +32,8 @@ class Table:
     dropped: tuple[str, ...] = ()
 
 
-def read_table(path: str, text: str | None = None) -> Table:
-    """Read `runs=<path>`.
+def read_tables(path: str) -> dict[str, Table]:
+    """Read `runs=<path>`: parametrization → its points, by the column `table`; "" where there is none.
 
     A run without a loss, or with one that is not finite, diverged. Rungs with fewer than three finished rates are left
     out.
@@ -42,7 +41,17 @@ def read_table(path: str, text: str | None = None) -> Table:
     Raises:
         Refusal: the file does not serve; one sentence.
     """
-    return to_table(_read(path), f"runs={path}")
+    return to_tables(_read(path), f"runs={path}")
+
+
+def to_tables(frame: pd.DataFrame, key: str) -> dict[str, Table]:
+    """As `read_tables`, from a frame; `key` names it in a refusal."""
+    frame = frame.rename(columns=lambda name: str(name).strip().lower())
+    if "table" not in frame.columns:
+        return {"": to_table(frame, key)}
+    tables = frame["table"].fillna("").astype(str).str.strip()
+    require(bool((tables != "").all()), f"{key} has rows without a table; fill the column, or leave it out.")
+    return {name: to_table(frame[tables == name].reset_index(drop=True), key) for name in sorted(set(tables))}
 
 
 def to_table(frame: pd.DataFrame, key: str) -> Table:
@@ -59,7 +68,8 @@ def to_table(frame: pd.DataFrame, key: str) -> Table:
     frame["seed"] = pd.factorize(frame["seed"])[0] if "seed" in frame.columns else 0
     losses = pd.to_numeric(frame["loss"], errors="coerce").replace([np.inf, -np.inf], math.nan)
     words = frame["loss"].notna() & losses.isna() & ~frame["loss"].astype(str).str.lower().str.contains("nan|inf|div")
-    require(not words.any(), f"{key} has the loss {frame['loss'][words].iloc[0]!r}, which is no number; {EXAMPLE}.")
+    if words.any():
+        raise Refusal(f"{key} has the loss {frame['loss'][words].iloc[0]!r}, which is no number; {EXAMPLE}.")
     told = frame["diverged"].astype(str).str.lower().isin(TRUE) if "diverged" in frame.columns else False
     points = frame.assign(loss=losses, diverged=losses.isna() | told)
     points.loc[points.diverged, "loss"] = math.nan
@@ -132,9 +142,3 @@ def _usable(points: pd.DataFrame, axes: tuple[str, ...], key: str) -> Table:
 
 def _shown(name: str) -> str:
     return "lr" if name == "learning_rate" else name
-
-
-def default_target(points: pd.DataFrame, target_width: float | None) -> Mapping[str, float]:
-    """The target of a table: its largest value of every axis, but `target_width`, by default twice the largest."""
-    largest = {axis: float(points[axis].max()) for axis in AXES}
-    return largest | {"width": target_width or 2 * largest["width"]}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from mutune.certificate.assessment import Assessment
 from mutune.certificate.config import TransferFile
 from mutune.certificate.points import AXES
-from mutune.certificate.settle import settling_rung
+from mutune.certificate.settle import deciding_rung, settling_rung
 from mutune.model.shape import tensor_specs
 from mutune.parametrization.rules import get_table
 from mutune.scaling.arithmetic import parameter_count
@@ -129,16 +129,18 @@ def judge(case: Case) -> Verdict:
     if case.assessment.drift is None:
         return Verdict("NOT CERTIFIED", missing, settle)
     said, distance = _said(case.assessment), case.assessment.distance
-    drift = case.assessment.drift
+    drift, decided = case.assessment.drift, _decided(case.assessment)
     chance = drift.chance(abs(distance) > GO_OCTAVES)
     if chance > NO_GO_CHANCE:
-        return Verdict("NO-GO", [f"{said}: more than {GO_OCTAVES:g} octave with {_percent(chance)}", *missing], settle)
+        return Verdict(
+            "NO-GO", [f"{said}: more than {GO_OCTAVES:g} octave with {_percent(chance)}", *decided, *missing], settle
+        )
     if missing:
-        return Verdict("NOT CERTIFIED", [*missing, said], settle)
+        return Verdict("NOT CERTIFIED", [*missing, said, *decided], settle)
     risk, centre = drift.chance(abs(distance) > FAR_OCTAVES), drift.quantiles(distance)[1]
     near = f"within {FAR_OCTAVES:g} octave with {_percent(1 - risk)}"
     if abs(centre) <= GO_OCTAVES and risk <= GO_RISK:
-        return Verdict("GO", [f"{said}: {near}"])
+        return Verdict("GO", [f"{said}: {near}", *decided])
     return Verdict(
         "GO WITH CARE", [f"{said}: {near}, which is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})"]
     )
@@ -160,6 +162,18 @@ def _said(assessment: Assessment) -> str:
         f"the optimum moves {' and '.join(slopes) or 'with one rung only'}; at {where or 'the target'} it is expected "
         f"{middle:+.2f} octaves from the transferred rate, between {low:+.2f} and {high:+.2f} with 90 %"
     )
+
+
+def _decided(assessment: Assessment) -> list[str]:
+    """The rung that decided, a sentence or none."""
+    if (found := deciding_rung(assessment)) is None:
+        return []
+    rung, shift = found
+    axes = [axis for axis in AXES if assessment.valleys.rungs[axis].nunique() > 1]
+    where = ", ".join(f"{axis} {rung[axis]:,.10g}" for axis in axes)
+    return [
+        f"the rung that decides most is {where}: without it, the target's optimum is expected {shift:+.2f} octaves off"
+    ]
 
 
 def _percent(share: float) -> str:

@@ -1,0 +1,95 @@
+"""The certificate of somebody's finished runs, and the drift statement of somebody's optima. Nothing is trained."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mutune.certificate.assessment import Assessment, assess
+from mutune.certificate.certificate import certificate
+from mutune.certificate.comparison import compare, in_words
+from mutune.certificate.config import PriceConfig
+from mutune.certificate.drift import extrapolate
+from mutune.certificate.points import AXES
+from mutune.certificate.table import Table
+from mutune.certificate.valleys import Fit, Valleys
+from mutune.certificate.verdict import Case, Verdict, judge
+from mutune.errors import require
+
+OPTIMUM_ERROR = 0.25  # octaves: what an optimum that comes without its runs is taken to be known to
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a table of runs.
+
+    Attributes:
+        target_width: None takes twice the largest.
+        learning_rate: the transferred base rate; None takes the optimum of the narrowest width.
+        prices: for the regret.
+    """
+
+    target_width: float | None = None
+    learning_rate: float | None = None
+    prices: PriceConfig = field(default_factory=PriceConfig)
+
+
+def from_runs(tables: dict[str, Table], asked: Asked, source: str) -> dict[str, Any]:
+    """The certificate of the table of runs; of several parametrizations, that of the best-transferring, compared."""
+    assessments = {name: _assess(table, asked, source) for name, table in tables.items()}
+    rows = compare(assessments)
+    best = rows[0]["table"]
+    assessment = assessments[best]
+    verdict = judge(Case([], assessment, None))
+    price = assessment.price(None, asked.prices)
+    target = {axis: assessment.target[axis] for axis in assessment.axes}
+    data = certificate(target, 2.0**assessment.log2_rate, best or None, verdict, [], assessment, price)
+    notes = [note for table in tables.values() for note in table.dropped]
+    data["notes"] = [f"left out: {note}" for note in notes]
+    if len(tables) > 1:
+        data["comparison"], data["comparison_words"] = rows, in_words(rows)
+    return data
+
+
+def _assess(table: Table, asked: Asked, source: str) -> Assessment:
+    points = table.points
+    require(
+        len(points) > 0,
+        f"runs={source} has no width with three finished rates ({'; '.join(table.dropped)}); add rates, or seeds.",
+    )
+    largest = {axis: float(points[axis].max()) for axis in AXES}
+    base = points[list(AXES)].sort_values(list(AXES)).iloc[0].to_dict()
+    target = largest | {"width": asked.target_width or 2 * largest["width"]}
+    return assess(points, {str(k): float(v) for k, v in base.items()}, target, asked.learning_rate, axes=table.axes)
+
+
+def from_optima(optima: dict[float, float], asked: Asked, source: str) -> dict[str, Any]:
+    """How far the optima move, NOT CERTIFIED: without the runs nobody knows how sure they are."""
+    widths = np.array(list(optima), float)
+    rungs = pd.DataFrame({axis: widths if axis == "width" else np.ones(len(widths)) for axis in AXES})
+    rates = np.log2(list(optima.values()))
+    none = np.zeros(len(widths))
+    covariance = OPTIMUM_ERROR**2 * np.eye(len(widths))
+    fit = Fit(1.0, rates, covariance, 30.0, 0.0, none, none, none, none, 0.0, 0.0)
+    valleys = Valleys(rungs, (None,) * len(widths), rates, (fit,), np.ones(1))
+    target = dict.fromkeys(AXES, 1.0) | {"width": asked.target_width or 2 * float(widths.max())}
+    log2_rate = float(np.log2(asked.learning_rate)) if asked.learning_rate else float(rates[0])
+    drift = extrapolate(valleys, 0, target)
+    points = pd.DataFrame({"seed": [], "loss": [], **{axis: [] for axis in AXES}})
+    assessment = Assessment(points, ("width",), target, 0, log2_rate, None, valleys, drift, None)
+    assert drift is not None
+    low, middle, high = drift.quantiles(drift.slopes[:, 0])
+    near = drift.quantiles(assessment.distance)
+    verdict = Verdict(
+        "NOT CERTIFIED",
+        [
+            f"optima alone do not say how sure they are; each is taken as known to {OPTIMUM_ERROR:g} octaves",
+            f"over widths {widths.min():g}-{widths.max():g} the optimum moves {middle:+.2f} ({low:+.2f} to "
+            f"{high:+.2f}) octaves per doubling; at width {target['width']:g} it is expected {near[1]:+.2f} "
+            f"({near[0]:+.2f} to {near[2]:+.2f}) octaves from {2.0**log2_rate:.4g}",
+        ],
+        ["the runs behind the optima: python -m mutune.transfer runs=<file with width,lr,loss,seed>"],
+    )
+    data = certificate({"width": target["width"]}, 2.0**log2_rate, None, verdict, [], None)
+    return {**data, "source": source, "optima": [{"width": w, "learning_rate": r} for w, r in optima.items()]}

@@ -1,0 +1,55 @@
+"""Someone else's Optuna study, as a plain table of runs."""
+
+from typing import Any
+
+import optuna
+import pandas as pd
+from sqlalchemy.exc import SQLAlchemyError
+
+from mutune.errors import Refusal, require
+
+
+def read_foreign(url: str) -> pd.DataFrame:
+    """The finished trials of the study at `url` (`sqlite:///study.db`, `#name` after it where there are several).
+
+    One row each: its parameters and numeric user attributes by name, and `loss`. A failed trial, or one that told a
+    value that is not finite, has no loss; a pruned one is left out.
+
+    Raises:
+        Refusal: no database, no such study, or one that maximises or has several objectives.
+    """
+    address, _, name = url.partition("#")
+    logging = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        storage = optuna.storages.RDBStorage(address, skip_table_creation=True)
+        names = optuna.get_all_study_names(storage)
+        require(bool(names), f"runs={url} holds no study; for example runs=sqlite:///study.db.")
+        require(
+            name in names or (not name and len(names) == 1),
+            f"runs={url} holds the studies {', '.join(sorted(names))}; say which: runs={address}#{names[0]}.",
+        )
+        study = optuna.load_study(study_name=name or names[0], storage=storage)
+    except (SQLAlchemyError, RuntimeError, ImportError, ValueError) as error:
+        if isinstance(error, Refusal):
+            raise
+        line = str(error).strip().splitlines()[0]
+        raise Refusal(
+            f"runs={url} cannot be read as an Optuna study ({line}); for example runs=sqlite:///study.db."
+        ) from None
+    finally:
+        optuna.logging.set_verbosity(logging)
+    require(len(study.directions) == 1, f"runs={url}: the study has several objectives; use one that minimises a loss.")
+    minimises = study.direction == optuna.study.StudyDirection.MINIMIZE
+    require(minimises, f"runs={url}: the study maximises; use one that minimises a loss.")
+    rows = [_row(trial) for trial in study.get_trials(deepcopy=False) if trial.state in (COMPLETE, FAIL)]
+    require(bool(rows), f"runs={url}: the study has no finished trial; run it first.")
+    return pd.DataFrame(rows)
+
+
+COMPLETE, FAIL = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.FAIL
+
+
+def _row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    numbers = {k: v for k, v in trial.user_attrs.items() if isinstance(v, (int, float)) and k not in trial.params}
+    return {**numbers, **trial.params, "loss": trial.value if trial.state == COMPLETE else float("nan")}
