@@ -36,11 +36,11 @@ def settling_rung(assessment: Assessment, settled: Callable[[Assessment], bool])
 def deciding_rung(assessment: Assessment) -> tuple[dict[str, float], float] | None:
     """The rung without which the target's optimum would be expected furthest from where it is, and by how many octaves.
 
-    None with fewer than three rungs besides the base.
+    None with fewer than two rungs besides the base.
     """
     valleys, drift = assessment.valleys, assessment.drift
     others = [i for i in range(len(valleys.rungs)) if i != assessment.base]
-    if drift is None or len(others) < 3:
+    if drift is None or len(others) < 2:
         return None
     middle, shifts = drift.quantiles(assessment.distance)[1], {}
     for i in others:
