@@ -61,7 +61,7 @@ def test_a_seed_that_is_worse_everywhere_moves_no_optimum() -> None:
 def test_a_wild_run_hardly_moves_an_optimum() -> None:
     points = make_ladder(Family(), 5).points
     wild = points.copy()
-    wild.loc[7, "loss"] += 1.0
+    wild["loss"] += np.where(wild.index == 7, 1.0, 0.0)
     assert fit_valleys(wild).optima == pytest.approx(fit_valleys(points).optima, abs=0.05)
 
 
@@ -69,7 +69,7 @@ def test_a_wild_run_hardly_moves_an_optimum() -> None:
 def test_a_lowest_loss_at_the_first_or_last_rate_is_a_bound(slope: float, edge: str) -> None:
     points = make_ladder(Family(), 5).points
     widest = points.width == points.width.max()
-    points.loc[widest, "loss"] = 3 + 0.1 * slope * np.log2(points.learning_rate[widest])
+    points["loss"] = points.loss.where(~widest, 3 + 0.1 * slope * np.log2(points.learning_rate))
     assert fit_valleys(points).edges == (None, None, None, edge)
 
 
