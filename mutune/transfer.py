@@ -76,7 +76,7 @@ def work(config: TransferConfig) -> int:
 def _inputs(source: Source) -> dict[str, Any]:
     """What two starts of one transfer must agree in; each run of the ladder says for itself what made it."""
     transfer = plain(source.transfer)
-    del transfer["provenance"]["commit"]
+    del transfer["provenance"]["commit"], transfer["prediction"]
     return {"transfer": transfer}
 
 
@@ -198,6 +198,8 @@ def _certify(config: TransferConfig, source: Source, target: RunSpec, directory:
     """Run the ladder, write every result, and return the verdict."""
     from mutune.certificate.certificate import certificate, write_certificate
     from mutune.certificate.ladder import Rung
+    from mutune.certificate.prediction import PUBLISHED as UNPREDICTED
+    from mutune.certificate.prediction import outcomes, predict_target
     from mutune.certificate.valley import Drift
     from mutune.certificate.verdict import published_differences, published_verdict
     from mutune.training.run import write_plan
@@ -205,16 +207,18 @@ def _certify(config: TransferConfig, source: Source, target: RunSpec, directory:
     rungs: list[Rung] = []
     drift: Drift | None = None
     if source.proxy is None:
-        verdict = published_verdict(source.transfer)
+        verdict, prediction = published_verdict(source.transfer), UNPREDICTED
         differing = published_differences(source.transfer.base.width, target)
         figures: list[Path] = []
     else:
         rungs, drift, verdict, differing = _ladder(config, source.proxy, target, directory, runs)
+        prediction = predict_target(source.proxy, target, rungs)
         from mutune.reporting.figures import draw_transfer
 
         figures = drawn(lambda: draw_transfer(directory))
-    transfer = source.transfer.sealed(verdict.verdict)
+    transfer = replace(source.transfer, prediction=prediction).sealed(verdict.verdict)
     data = certificate(transfer, verdict, differing, rungs, drift)
+    data["outcome"] = outcomes(directory / "certificate.json", transfer.seal) or []
     write_certificate(directory, data)
     write_plan(directory, target.plan(target.tokenizer.num_ids))
     write_yaml(directory / "transfer.yaml", transfer.as_dict(), "for: python -m mutune.train transfer=<this file>")
@@ -263,6 +267,8 @@ def _say(data: dict[str, Any], transfer: TransferFile, directory: Path, figures:
     print(f"verdict    {data['verdict']}")
     for reason in data["reasons"]:
         print(f"           - {reason}")
+    if transfer.prediction is not None:
+        print(f"prediction {transfer.prediction}")
     names = ["transfer.yaml", "certificate.md", "certificate.json", "parametrization.csv", "multipliers.csv"]
     names += [f"figures/{figure.name}" for figure in figures]
     print(f"written    {directory}/: {', '.join(names)}")

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mutune.certificate.config import TransferFile
+from mutune.certificate.config import Prediction, TransferFile
 from mutune.certificate.ladder import Rung
 from mutune.certificate.valley import Drift
 from mutune.certificate.verdict import Difference, Verdict
@@ -17,8 +17,8 @@ def certificate(
 ) -> dict[str, Any]:
     """Everything the certificate says, as plain data.
 
-    `prediction` is null: mutune does not predict the target's loss yet. `regret` is what was measured: for each rung,
-    the loss at the transferred rate minus the fitted minimum, nats per token, mean over seeds.
+    `regret` is what was measured: for each rung, the loss at the transferred rate minus the fitted minimum, nats per
+    token, mean over seeds. `outcome` is empty until `mutune.train` has run the target; `seal` is the transfer file's.
     """
     return {
         "verdict": verdict.verdict,
@@ -28,7 +28,9 @@ def certificate(
         "table": transfer.parametrization.table,
         "rungs": [_rung(rung, _base(rungs, transfer)) for rung in rungs],
         "drift": None if drift is None else {key: _finite(value) for key, value in asdict(drift).items()},
-        "prediction": None,
+        "prediction": None if transfer.prediction is None else asdict(transfer.prediction),
+        "outcome": [],
+        "seal": transfer.seal,
         "regret": [{"width": rung.width, "nats_per_token": _regret(rung)} for rung in rungs] or None,
         "differences": [asdict(difference) for difference in differences],
     }
@@ -45,6 +47,8 @@ def markdown(data: dict[str, Any]) -> str:
     lines = [f"# {data['verdict']}", "", f"Target `{data['target']['name']}`, table `{data['table']}`, "]
     lines[-1] += f"base learning rate {data['learning_rate']:.5g}."
     lines += ["", "## Reasons", "", *(f"- {reason}" for reason in data["reasons"])]
+    if data["prediction"]:
+        lines += ["", "## Prediction of the target's loss", "", f"{Prediction(**data['prediction'])}"]
     if data["rungs"]:
         lines += [
             "",
