@@ -26,7 +26,7 @@ CELL = 0.5 * math.log(EXPONENTS[1] / EXPONENTS[0])
 #: The slope's relative wandering per square root of a doubling (a Wiener process), with prior weights: model error.
 WANDERINGS, WANDERING_WEIGHTS = np.array([0.0, 0.1, 0.2, 0.4]), np.array([0.7, 0.15, 0.1, 0.05])
 #: The noise over its estimate; weighted by the estimate's degrees of freedom.
-NOISE_SCALES = np.array([0.6, 0.85, 1.2, 1.7, 2.6])
+NOISE_SCALES = np.array([0.7, 1.1, 1.8])
 #: At most one rung is off, by this standard deviation in units of its error; for each with this probability (for all
 #: together at most one half).
 OUTLIER, OUTLIER_PROBABILITY = 8.0, 0.03
@@ -117,8 +117,8 @@ def _gram(
     fall = max(y[0] - y[-1], 2 * error) / (1.0 - decay[:, n - 1])  # a, as far as it scales the wandering
     wandering = fall[:, None, None] ** 2 * _wandering(x)
     covariance = WANDERINGS[:, None, None, None] ** 2 * wandering[:, None, None]  # A, W, 1, n + 1, n + 1
-    for cell in _cell(x, decay, fall):
-        covariance = covariance + (cell[:, :, None] * cell[:, None, :])[:, None, None]
+    cell = CELL * (fall * EXPONENTS)[:, None] * math.log(2.0) * x * decay  # A, n + 1: an exponent's neighbours
+    covariance = covariance + (cell[:, :, None] * cell[:, None, :])[:, None, None]
     own = np.diag(np.append(np.full(n, error**2), run_error**2))
     covariance = covariance + NOISE_SCALES[:, None, None] ** 2 * own
     inverse = np.linalg.inv(covariance[..., :n, :n])
@@ -134,13 +134,6 @@ def _gram(
     gram = np.concatenate([whole[..., None, :, :], whole[..., None, :, :] - shrunk], axis=-3)
     base = -np.linalg.slogdet(inverse)[1][..., None]
     return gram, covariance[..., n, n, None], np.concatenate([base, base + np.log1p(extra * diagonal)], axis=-1)
-
-
-def _cell(x: Array, decay: Array, fall: Array) -> tuple[Array, Array]:
-    """Deviations of the curve within an exponent's cell, first and second order in log α: A, n + 1 each."""
-    log = EXPONENTS[:, None] * math.log(2.0) * x
-    curve = fall[:, None] * decay
-    return CELL * curve * log, CELL**2 / math.sqrt(2.0) * curve * (log**2 - log)
 
 
 def _wandering(x: Array) -> Array:
