@@ -500,7 +500,7 @@ def test_adam_is_taken_without_decay_alone() -> None:
         (
             {"output": "head"},
             replace(PLAIN, attention_multiplier=2.0),
-            r"at site attention_logits by α_attn / d_head, .*take hyperparameters\.attention_multiplier=1 in place of 2,",
+            r"site attention_logits by α_attn / d_head, .*take hyperparameters\.attention_multiplier=1 in place of 2,",
         ),
         ({"output": "haed"}, PLAIN, r"sites\['output'\] has the pattern haed, which matches no module"),
     ],
