@@ -3,6 +3,11 @@
 Trains a few steps at several sizes and seeds, and holds the slopes of activations, updates, weight updates and
 gradients against their bounds. Exit code 0 where all keep to them, 1 where one does not, with the likely cause.
 Results: verdict.json, and slopes, coordinates and a figure by axis, under <out>/checks/<name>/.
+
+examples:
+  python -m mutune.check
+  python -m mutune.check parametrization=completep model.width=64 model.depth=2 'widths=[]' 'depths=[2,4,8,16]'
+  python -m mutune.check family=examples.llama:family     # your own model, as a mutune.Family
 """
 
 import math

@@ -48,8 +48,12 @@ class SweepConfig(DoorConfig):
     """Everything that decides a study.
 
     Attributes:
-        study: its name, and the name of its folder.
+        study: its name, and the name of its folder; a sweep's file has one.
+        model: shape of the proxy, which is the base.
+        hyperparameters: what every trial has unless its search space names it.
         run: length and batch of every trial.
+        loop: how steps are taken and watched.
+        search: which trials are made.
     """
 
     study: str | None = None

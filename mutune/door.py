@@ -11,11 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-import yaml
-
-from mutune.compose import choices, compose, plain, sweep_files
+from mutune.compose import compose
 from mutune.config import DoorConfig
 from mutune.errors import Refusal, require
+from mutune.help import help_text
 
 T = TypeVar("T", bound="DoorConfig")
 
@@ -83,7 +82,7 @@ def enter(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence
         argv: the command line after the command.
     """
     if {"-h", "--help"} & set(argv):
-        print(_help(door, schema, work, groups))
+        print(help_text(door, schema, sys.modules[work.__module__].__doc__ or "", groups))
         return OK
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
@@ -113,28 +112,3 @@ def _check_device(device: str) -> None:
 
 def _raise_terminated(signum: int, frame: FrameType | None) -> None:
     raise Terminated
-
-
-def _help(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence[str]) -> str:
-    known = [f"  {group}=  {', '.join(choices(group))}" for group in groups]
-    if door == "sweep":
-        known.insert(0, f"  +sweep=  {', '.join(sorted(sweep_files()))}")
-    return "\n".join(
-        [
-            f"python -m mutune.{door} [key=value ...]",
-            "",
-            (sys.modules[work.__module__].__doc__ or "").strip(),
-            "",
-            "choices:",
-            *known,
-            "",
-            "keys and their defaults:",
-            _indent(yaml.safe_dump(plain(schema()), sort_keys=False, allow_unicode=True)),
-            "",
-            "exit codes: 0 done, 1 failed while working, 2 refused, 3 not GO (require_go=true), 130/143 after a signal",
-        ]
-    )
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.rstrip().splitlines())

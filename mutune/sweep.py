@@ -2,6 +2,11 @@
 
 Rerunning the same command continues the study, or returns at once when it is finished. Results: best.yaml, the trials'
 records and the figures under <out>/sweeps/<study>/.
+
+examples:
+  python -m mutune.sweep +sweep=smoke                     # eight tiny trials: does everything run?
+  python -m mutune.sweep +sweep=proxy dry_run=true        # what it would do, and what a trial costs
+  python -m mutune.sweep +sweep=proxy study=mine data=text data.path=corpus.jsonl model.depth=8
 """
 
 import sys

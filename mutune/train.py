@@ -2,6 +2,10 @@
 
 Rerunning the same command resumes from the newest checkpoint. Results: metrics.jsonl, checkpoints and figures under
 <out>/train/<name>/. The held-out loss is compared with what the transfer file predicted of it.
+
+examples:
+  python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml dry_run=true
+  python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml name=second seed=1
 """
 
 import json

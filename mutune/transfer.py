@@ -2,6 +2,11 @@
 
 Writes the transfer file that `python -m mutune.train` takes, the plan, the certificate and the figures under
 <out>/transfer/<study>--<target>/. `study=published` takes BTLM-3B-8K's own values and needs no ladder.
+
+examples:
+  python -m mutune.transfer target=small                  # the study `proxy`, to a target for a laptop
+  python -m mutune.transfer study=mine target=small target.model.width=256 target.name=wider ladder.seeds=3
+  python -m mutune.transfer study=published dry_run=true  # what BTLM-3B-8K costs
 """
 
 import sys

@@ -28,7 +28,7 @@ DOORS = ["sweep", "transfer", "train", "check"]
 NOTEBOOK_DOOR, ITS_FRONT = "own_model", PACKAGE / "search" / "__init__.py"
 #: Modules beside the rooms, and the rooms that they may know: all of them, or none.
 HALL_KNOWS_ROOMS = ["config", "door", NOTEBOOK_DOOR, *DOORS]
-HALL_KNOWS_NONE = ["errors", "files", "folders", "progress", "versions", "compose"]
+HALL_KNOWS_NONE = ["errors", "files", "folders", "help", "progress", "versions", "compose"]
 #: What a user's code imports: it names rooms, and loads them on first use only.
 FRONT = "__init__"
 ONLY_IN = {
@@ -57,6 +57,7 @@ WITHOUT_TORCH = [
     "compose.py",
     "config.py",
     "door.py",
+    "help.py",
 ]
 
 

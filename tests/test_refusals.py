@@ -271,16 +271,6 @@ def test_an_output_folder_that_cannot_be_written_is_refused(
     assert f"out={place} cannot be used" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("door", ["sweep", "transfer", "train"])
-def test_help_lists_keys_and_choices(door: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main: Callable[[list[str]], int] = importlib.import_module(f"mutune.{door}").main
-    assert main(["--help"]) == 0
-    printed = capsys.readouterr().out
-    assert f"python -m mutune.{door} [key=value ...]" in printed
-    assert "out: runs" in printed
-    assert "Exit codes" in printed or "exit codes" in printed
-
-
 def test_a_refusal_is_the_same_in_a_process_of_its_own(tmp_path: Path) -> None:
     result = doors.run("sweep", "+sweep=smoke", "+model.widht=3", cwd=tmp_path, expect=2)
     assert result.stderr == "mutune.sweep: unknown key model.widht; did you mean model.width?\n"

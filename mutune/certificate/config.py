@@ -1,6 +1,7 @@
 """What a transfer is asked for (target, ladder), and what it hands on (the transfer file)."""
 
 import hashlib
+import inspect
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
@@ -126,6 +127,9 @@ class Overrides:
     def given(self) -> dict[str, float]:
         """Only what was set."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+Overrides.__doc__ = f"{Overrides.__doc__}\n\n{inspect.getdoc(BaseHyperparameters)}"  # its keys mean the same
 
 
 @dataclass(frozen=True)

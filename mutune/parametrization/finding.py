@@ -53,7 +53,8 @@ class AuditError(Exception):
         lines = _sentences(self.findings)
         shown = [f"- {line}" for line in lines[:SHOWN]]
         if len(lines) > SHOWN:
-            shown.append(f"- and {len(lines) - SHOWN} findings more")
+            more = len(lines) - SHOWN
+            shown.append(f"- and {more} finding{'s' if more > 1 else ''} more")
         count = len(self.findings)
         return "\n".join([f"the audit found {count} mismatch{'es' if count > 1 else ''} with the plan:", *shown])
 

@@ -22,6 +22,9 @@ STEPS = 1000
 ABSOLUTE = ("eta_min", "min_lrs", "max_lrs", "base_lrs")
 #: The same in the optimizer's groups, where some schedulers keep them.
 ABSOLUTE_IN_GROUPS = {lr_scheduler.OneCycleLR: ("max_lr", "min_lr"), SWALR: ("swa_lr",)}
+#: What mends it.
+CURES = {"eta_min": "leave eta_min at 0, or decay to a share of the peak with a LambdaLR"}
+PER_GROUP = "give it one value per group, all in proportion to the peaks"
 #: Rates below this part of their peak have lost their digits to underflow and say nothing about ratios.
 VANISHED = 1e-30
 
@@ -59,7 +62,7 @@ def _absolute(scheduler: Any, optimizer: Optimizer, peaks: Sequence[Peak | None]
         for key, value in settings.items():
             off = _off(value if isinstance(value, list) else [value] * len(peaks), peaks)
             if off is not None:
-                why = "it does not follow the groups' peaks, and erases the ratios between them"
+                why = f"it erases the ratios between the groups' rates, so {CURES.get(key, PER_GROUP)}"
                 yield Finding(off[0], f"{type(part).__name__}'s {key}", off[1], off[2], why)
                 break
 
@@ -86,8 +89,8 @@ def _simulated(scheduler: Any, optimizer: Optimizer, peaks: Sequence[Peak | None
             off = None if _vanished(rates, peaks) else _off(rates, peaks)
             if off is not None:
                 tensor, wanted, found = off
-                why = f"{type(scheduler).__name__} changes the ratios between groups"
-                yield Finding(tensor, f"learning rate in {step} steps", wanted, found, why)
+                quantity = f"{type(scheduler).__name__}'s learning rate in {step} step{'s' if step > 1 else ''}"
+                yield Finding(tensor, quantity, wanted, found, "it changes the ratios between the groups' rates")
                 return
 
 

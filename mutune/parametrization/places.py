@@ -10,7 +10,7 @@ from mutune.errors import Refusal, require
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.plan import TensorSpec
 from mutune.parametrization.roles import check_patterns
-from mutune.parametrization.rules import Table
+from mutune.parametrization.rules import Site, Table
 from mutune.parametrization.survey import Survey, Tensor
 
 #: The one site that may be left to the model: its value follows the head size alone.
@@ -123,11 +123,19 @@ def unplaced_sites(
             continue
         easier = ", or, untied, take table=mup_table3, which needs none" if name == "output" and alpha == 1.0 else ""
         raise Refusal(
-            f"table {table.name} multiplies at site {name} by {site.formula}, and the model has no place for it; put "
-            f"mutune.Multiplier({name!r}) into its code, or name the module whose output it multiplies, for example "
-            f"sites={{{name!r}: {proposals.get(name, 'block.module')!r}}}{easier}."
+            f"table {table.name} multiplies at site {name} by {site.formula}, and the model has no place for it; "
+            f"{_without(name, site, alpha)}put mutune.Multiplier({name!r}) into its code, or name the module whose "
+            f"output it multiplies, for example sites={{{name!r}: {proposals.get(name, 'block.module')!r}}}{easier}."
         )
     return tuple(unplaced)
+
+
+def _without(name: str, site: Site, alpha: float) -> str:
+    """The hyperparameter whose 1 needs no place, where that is what is in the way."""
+    if alpha == 1.0 or (name != LOGITS and (site.width or site.depth or site.head)):
+        return ""
+    key = f"hyperparameters.{site.hyperparameter}"
+    return f"take {key}=1 in place of {alpha:g}, which needs none, or "
 
 
 def proposals(found: Survey, specs: Iterable[TensorSpec]) -> dict[str, str]:

@@ -6,10 +6,13 @@ Drawing the same records again writes the same bytes.
 import io
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -71,7 +74,7 @@ def draw_check(directory: Path, axis: str) -> Path:
 
 def history_figure(runs: pd.DataFrame) -> Figure:
     """How a search went."""
-    figure = _figure(PAGE_WIDTH, 3.6)
+    figure = _figure(PAGE_WIDTH, 3.9)
     axes = figure.subplots()
     history = frames.history(runs)
     plots.plot_history(history, axes)
@@ -86,7 +89,7 @@ def slices_figure(runs: pd.DataFrame, space: dict[str, bool]) -> Figure:
     """Each searched quantity against the held-out loss; `space` is that of `frames.load_space`."""
     columns = min(2, len(space))
     rows = math.ceil(len(space) / columns)
-    figure = _figure(PAGE_WIDTH, 0.5 + 2.7 * rows)
+    figure = _figure(PAGE_WIDTH, 0.9 + 2.7 * rows)
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for axes, (name, log) in zip(panels, space.items(), strict=False):
         points = plots.plot_slice(runs, name, axes, log=log)
@@ -95,6 +98,7 @@ def slices_figure(runs: pd.DataFrame, space: dict[str, bool]) -> Figure:
     for axes in panels[len(space) :]:
         axes.remove()
     figure.colorbar(points, ax=list(panels[: len(space)]), label="trial", aspect=40, pad=0.02)
+    _legend(figure, _labelled(panels[: len(space)]))
     return figure
 
 
@@ -119,16 +123,14 @@ def valley_figure(valleys: pd.DataFrame, optima: pd.DataFrame) -> Figure:
     named = plots.legend_entries(list(panels))
     marks = {label: artist for label, artist in named.items() if label in plots.MARKS}
     widths = {label: artist for label, artist in named.items() if label not in plots.MARKS}
-    panels[0].legend(list(widths.values()), list(widths), frameon=False, loc="best")
-    if marks:
-        style: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "handletextpad": 0.3, "frameon": False}
-        figure.legend(list(marks.values()), list(marks), **style)
+    _legend(figure, widths, loc="outside right center", ncols=1)
+    _legend(figure, marks)
     return figure
 
 
 def drift_figure(optima: pd.DataFrame) -> Figure:
     """How far the optimum moves with width, a line per table."""
-    figure = _figure(PAGE_WIDTH, 3.8)
+    figure = _figure(PAGE_WIDTH, 4.1)
     axes = figure.subplots()
     plots.plot_drift(frames.offsets(optima), axes)
     drifts = frames.drift(optima).dropna(subset=["octaves_per_doubling"])
@@ -142,7 +144,7 @@ def drift_figure(optima: pd.DataFrame) -> Figure:
 def train_figure(curves: pd.DataFrame) -> Figure:
     """Training and held-out loss of one run over its learning rate, with its context switches."""
     figure = _figure(PAGE_WIDTH, 4.6)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     plots.plot_loss_curves(curves, above)
     plots.plot_learning_rate(curves, below)
     plots.plot_context_switches(frames.context_switches(curves), [above, below])
@@ -153,12 +155,13 @@ def train_figure(curves: pd.DataFrame) -> Figure:
 def check_figure(lines: pd.DataFrame, axis: str) -> Figure:
     """A panel per quantity: flat grey lines are right, red ones are out of bounds."""
     quantities = [quantity for quantity in frames.CHECKED if quantity in set(lines.quantity)]
-    figure = _figure(PAGE_WIDTH, 3.1 * math.ceil(len(quantities) / 2))
+    figure = _figure(PAGE_WIDTH, 0.3 + 3.1 * math.ceil(len(quantities) / 2))
     panels = figure.subplots(math.ceil(len(quantities) / 2), 2, squeeze=False).ravel()
     for axes, quantity in zip(panels, quantities, strict=False):
         plots.plot_coordinates(lines[lines.quantity == quantity], axes, axis=axis, title=frames.CHECKED[quantity])
     for axes in panels[len(quantities) :]:
         axes.remove()
+    _legend(figure, _labelled(panels[: len(quantities)]))
     return figure
 
 
@@ -206,6 +209,22 @@ def _unit(figure: Figure, runs: pd.DataFrame) -> Figure:
 def _is_own(runs: pd.DataFrame) -> bool:
     """Whether they are of a user's own model, whose tokens nobody counts."""
     return bool(runs.tokens.isna().all())
+
+
+def _legend(figure: Figure, entries: dict[str, Artist], **place: Any) -> None:
+    """A legend outside all panels, below them unless `place` says otherwise."""
+    if entries:
+        style: dict[str, Any] = {"loc": "outside lower center", "ncols": plots.LEGEND_COLUMNS, "frameon": False} | place
+        figure.legend(list(entries.values()), list(entries), **style)
+
+
+def _labelled(panels: Iterable[Axes]) -> dict[str, Artist]:
+    """Label → artist of everything in the panels that has a label, the first of each."""
+    found: dict[str, Artist] = {}
+    for axes in panels:
+        for artist, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, artist)
+    return found
 
 
 def _figure(width: float, height: float) -> Figure:

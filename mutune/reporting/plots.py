@@ -14,6 +14,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from mutune.reporting.frames import loss_window, mean_valleys
 
@@ -22,6 +23,10 @@ TABLE_NAMES = {"mup": "μP", "sp": "SP", "btlm": "BTLM", "completep": "CompleteP
 TABLE_COLOURS = {"mup": "#0072B2", "sp": "#D55E00", "btlm": "#009E73", "completep": "#CC79A7"}
 TABLE_MARKERS = {"mup": "o", "sp": "s", "btlm": "^", "completep": "D"}
 RED, GREY, DARK = "#B2182B", "0.55", "0.25"
+LEGEND_COLUMNS = 4
+BEST = "best trial"
+WITHIN, OUTSIDE = "within its bounds", "out of bounds, with its exponent"
+_BELOW = 0.45  # inches from an axis down to its legend: tick labels and the axis's own label lie between
 _EDGE_MARKERS = {"low": "<", "high": ">"}
 _DODGE = 0.11  # octaves between the marks of neighbouring widths at the top of a valley plot
 
@@ -38,7 +43,7 @@ def plot_history(history: pd.DataFrame, axes: Axes) -> None:
     axes.set_xlabel("trial")
     axes.set_ylabel(HELDOUT_LABEL)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.legend(frameon=False, loc="best")
+    _legend_below(axes)
     _tidy(axes)
 
 
@@ -62,7 +67,8 @@ def plot_slice(runs: pd.DataFrame, name: str, axes: Axes, *, log: bool) -> PathC
         _log_axis(axes)
     points = axes.scatter(fine[name], fine.value, c=fine.trial.astype(float), cmap="cividis_r", s=22)
     best = fine.nsmallest(1, "value")
-    axes.plot(best[name], best.value, "o", color=RED, fillstyle="none", markersize=10, markeredgewidth=1.6)
+    ring: dict[str, Any] = {"color": RED, "fillstyle": "none", "markersize": 10, "markeredgewidth": 1.6}
+    axes.plot(best[name], best.value, "o", label=BEST, **ring)
     _mark_above(axes, over, name, high)
     axes.set_ylim(low, high)
     axes.set_xlabel(name.replace("_", " "))
@@ -108,8 +114,7 @@ def plot_valleys(
     axes.set_ylabel(HELDOUT_LABEL)
     _tidy(axes)
     if legend:
-        named = legend_entries([axes])
-        axes.legend(list(named.values()), list(named), frameon=False, loc="best", fontsize="small")
+        _legend_below(axes, legend_entries([axes]))
 
 
 def legend_entries(panels: Sequence[Axes]) -> dict[str, Artist]:
@@ -146,7 +151,7 @@ def plot_drift(offsets: pd.DataFrame, axes: Axes) -> None:
     axes.set_xlabel("width")
     base = " or ".join(map(str, sorted(offsets.base_width.unique())))
     axes.set_ylabel(f"optimum relative to width {base}\n(octaves of learning rate)")
-    axes.legend(frameon=False, loc="best")
+    _legend_below(axes)
     _tidy(axes)
 
 
@@ -178,7 +183,7 @@ def plot_loss_curves(curves: pd.DataFrame, axes: Axes, *, by: str = "width", log
         _token_axis(axes)
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss (nats per token)" if single else f"{smoothing}\n(nats per token)")
-    axes.legend(frameon=False, loc="best")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=LEGEND_COLUMNS, frameon=False)
     _tidy(axes)
 
 
@@ -306,7 +311,8 @@ def plot_coordinates(lines: pd.DataFrame, axes: Axes, *, axis: str, title: str) 
         style: dict[str, Any] = (
             {"color": GREY, "linewidth": 1.2, "alpha": 0.8} if passed else {"color": RED, "linewidth": 2}
         )
-        axes.plot(line["size"], line.ratio, marker="o", markersize=3, zorder=2 if passed else 3, **style)
+        style |= {"label": WITHIN if passed else OUTSIDE, "zorder": 2 if passed else 3}
+        axes.plot(line["size"], line.ratio, marker="o", markersize=3, **style)
         if not passed:
             failed.append((line.ratio.iloc[-1], f"{place} {line.slope.iloc[0]:+.2f}"))
     axes.set_xscale("log", base=2)
@@ -328,6 +334,14 @@ def plot_coordinates(lines: pd.DataFrame, axes: Axes, *, axis: str, title: str) 
         place, align = (0.97, "top") if up else (0.03, "bottom")
         axes.text(0.03, place, text, va=align, transform=axes.transAxes, color=RED, fontsize=8)
     _tidy(axes)
+
+
+def _legend_below(axes: Axes, entries: dict[str, Artist] | None = None) -> None:
+    """A legend under the axes, where it covers nothing; by default of everything that has a label."""
+    handles, labels = axes.get_legend_handles_labels() if entries is None else (list(entries.values()), list(entries))
+    inches = ScaledTranslation(0, -_BELOW, axes.figure.dpi_scale_trans)
+    place: dict[str, Any] = {"bbox_to_anchor": (0.5, 0.0), "bbox_transform": axes.transAxes + inches}
+    axes.legend(handles, labels, loc="upper center", ncols=LEGEND_COLUMNS, frameon=False, **place)
 
 
 def _tidy(axes: Axes) -> None:

@@ -481,17 +481,26 @@ def test_adam_is_taken_without_decay_alone() -> None:
 @pytest.mark.parametrize(
     ("sites", "hyper", "message"),
     [
-        ({"embedding": "embed"}, HYPER, r"at site output by α_out / m.*mutune\.Multiplier\('output'\).*'head'}\.$"),
+        (
+            {"embedding": "embed"},
+            HYPER,
+            r"at site output by α_out / m, and .* for it; put mutune\.Multiplier\('output'\).*'head'}\.$",
+        ),
         (
             {"embedding": "embed"},
             PLAIN,
             r"sites={'output': 'head'}, or, untied, take table=mup_table3, which needs none\.$",
         ),
-        ({"output": "head"}, HYPER, r"at site embedding by α_emb.*sites={'embedding': 'embed'}"),
+        (
+            {"output": "head"},
+            HYPER,
+            r"at site embedding by α_emb, .*take hyperparameters\.embedding_multiplier=1 in place of \d.*"
+            r"sites={'embedding': 'embed'}\.$",
+        ),
         (
             {"output": "head"},
             replace(PLAIN, attention_multiplier=2.0),
-            r"at site attention_logits by α_attn / d_head, and the model has no place",
+            r"site attention_logits by α_attn / d_head, .*take hyperparameters\.attention_multiplier=1 in place of 2,",
         ),
         ({"output": "haed"}, PLAIN, r"sites\['output'\] has the pattern haed, which matches no module"),
     ],

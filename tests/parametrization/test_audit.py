@@ -68,6 +68,26 @@ def test_an_audit_stops_with_one_sentence_per_kind_of_finding_and_the_number_fir
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it may come from another process
 
 
+@pytest.mark.parametrize(
+    ("name", "cause", "cure"),
+    [
+        ("OneCycleLR with one max_lr", "OneCycleLR's max_lr is 0.02, expected 0.005", "one value per group"),
+        ("CosineAnnealingLR with eta_min, a million steps long", "eta_min is 0.0001, expected 2.5e-05", "eta_min at 0"),
+    ],
+)
+def test_a_scheduler_that_erases_ratios_is_named_before_what_it_did(name: str, cause: str, cure: str) -> None:
+    run = next(m for m in MUTATIONS if m.name == name).live()
+    with pytest.raises(AuditError) as caught:
+        audit(run.model, run.optimizer, run.plan, run.scheduler)
+    first, *rest = str(caught.value).splitlines()[1:]
+    assert first.startswith("- h.0.attn.c_attn.weight: ")
+    assert cause in first
+    assert cure in first
+    assert not any("initial_lr" in line for line in rest)  # the same once more: each tensor's rate is named once
+    tensors = [finding.tensor for finding in caught.value.findings[1:]]
+    assert len(set(tensors)) == len(tensors)
+
+
 def test_a_message_stays_short() -> None:
     many = [Finding(f"tensor_{letter}", "shape", "1", "2", "why") for letter in "abcdefghijklmnopqrstuvwxyz"]
     lines = str(AuditError(many)).splitlines()

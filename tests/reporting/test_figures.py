@@ -2,14 +2,16 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
@@ -161,6 +163,63 @@ def test_a_training_run_is_drawn_while_it_runs_with_its_context_switch(tmp_path:
     above, below = figures.train_figure(curves).axes
     assert [text.get_text().strip() for text in above.texts] == ["context 128 → 512"]
     assert re.search("learning rate", below.get_ylabel())
+
+
+def _search(folder: Path) -> Figure:
+    write_search(folder, losses=(5.0, 4.5, 4.8, 4.2, 6.5))
+    diverge(folder / "trials" / "0", 7.0, 60.0)
+    return figures.history_figure(frames.load_runs(folder))
+
+
+def _slices(folder: Path) -> Figure:
+    _search(folder)
+    return figures.slices_figure(frames.load_runs(folder), frames.load_space(folder))
+
+
+def _valleys(folder: Path) -> Figure:
+    write_valleys(folder, KNOWN, seeds=(0, 1))
+    diverge(folder / "trials" / "14", 7.0, 60.0)
+    valleys = frames.valleys(frames.load_runs(folder))
+    return figures.valley_figure(valleys, frames.optima(valleys))
+
+
+def _drift(folder: Path) -> Figure:
+    write_valleys(folder, KNOWN, seeds=(0, 1))
+    return figures.drift_figure(frames.optima(frames.valleys(frames.load_runs(folder))))
+
+
+def _loss(folder: Path) -> Figure:
+    write_run(folder, contexts=(128, 512))
+    return figures.train_figure(frames.curves(frames.load_records(folder), frames.load_runs(folder)))
+
+
+def _check(folder: Path) -> Figure:
+    rows = [
+        {"quantity": quantity, "place": place, "step": 0, "size": float(size), "slope": slope, "low": -0.2, "high": 0.2}
+        | {"passed": abs(slope) < 0.2, "ratio": (size / 64) ** slope}
+        for quantity in frames.CHECKED
+        for place, slope in (("logits", 0.0), ("h.*", 0.5))
+        for size in (64, 128, 256)
+    ]
+    return figures.check_figure(pd.DataFrame(rows), "width")
+
+
+@pytest.mark.parametrize("make", [_search, _slices, _valleys, _drift, _loss, _check])
+def test_a_legend_covers_nothing_and_nothing_is_cut_off(tmp_path: Path, make: Callable[[Path], Figure]) -> None:
+    figure = make(tmp_path / "run")
+    FigureCanvasAgg(figure).draw()
+    legends = [legend for legend in (*figure.legends, *(axes.get_legend() for axes in figure.axes)) if legend]
+    assert legends
+    boxes = [legend.get_window_extent() for legend in legends]
+    for axes in figure.axes:
+        taken = [axes.patch.get_window_extent()]
+        taken += [extent for axis in (axes.xaxis, axes.yaxis) if (extent := axis.get_tightbbox())]
+        for box in boxes:
+            assert not any(box.overlaps(other) for other in taken)
+        for box in (*boxes, *taken):
+            assert figure.bbox.padded(1).contains(box.x0, box.y0)
+            assert figure.bbox.padded(1).contains(box.x1, box.y1)
+    assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
 
 
 def test_drawing_again_gives_the_same_bytes_and_leaves_nothing_else(tmp_path: Path) -> None:

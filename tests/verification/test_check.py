@@ -290,6 +290,19 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(tmp_path: Path) ->
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_family_without_a_place_for_the_embedding_is_told_the_key_that_needs_none(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from mutune import Family\nfrom torch import nn\n\n"
+        "def build(width):\n"
+        "    return nn.Sequential(nn.Embedding(257, width), nn.Linear(width, width), nn.Linear(width, 257))\n\n"
+        "family = Family(build, base=32, delta=64, sites={'output': '2'}, roles={'1.weight': 'hidden'})\n"
+    )
+    asked = ["family=mine:family", "tokenizer=bytes", "dry_run=true", f"out={tmp_path / 'runs'}"]
+    refusal = doors.run("check", *asked, cwd=tmp_path, expect=2).stderr
+    assert "take hyperparameters.embedding_multiplier=1 in place of 12.5" in refusal
+    doors.run("check", *asked, "hyperparameters.embedding_multiplier=1", cwd=tmp_path)
+
+
 def test_btlm_passes_over_width_without_a_word_about_its_unscaled_epsilon() -> None:
     judgement = judged(BTLM, model=ModelConfig(width=32, depth=2), **QUICK)
     assert judgement.passed, said(judgement)
