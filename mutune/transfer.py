@@ -25,6 +25,7 @@ from mutune.training.schedule import ScheduleConfig
 from mutune.versions import versions
 
 if TYPE_CHECKING:
+    from mutune.certificate.adviser import Advice
     from mutune.certificate.ladder import LadderRun
 
 LADDER, SPARE = "ladder", "spare"
@@ -62,14 +63,15 @@ def work(config: TransferConfig) -> int:
     directory = Path(config.out) / "transfer" / f"{config.study}--{config.target.name}"
     runs = _plan_ladder(config, source, directory)
     _check_target_data(source.transfer, target)
+    advice = _advice(source.proxy, target, runs)
     if config.dry_run:
-        print(_dry_run(config, runs, target))
+        print(_dry_run(config, runs, target, advice))
         return OK
     inputs = _inputs(source)
     check_claim(directory, inputs, "target.name", config.overwrite)
     with locked(directory, "target.name"):
         claim(directory, inputs, "target.name", config.overwrite, keep=(LADDER, SPARE))
-        verdict = _certify(config, source, target, directory, runs)
+        verdict = _certify(config, source, target, directory, runs, advice)
     return NOT_GO if config.require_go and verdict != "GO" else OK
 
 
@@ -180,7 +182,15 @@ def _transfer_file(
     )
 
 
-def _dry_run(config: TransferConfig, runs: list["LadderRun"], target: RunSpec) -> str:
+def _advice(proxy: RunSpec | None, target: RunSpec, runs: list["LadderRun"]) -> list["Advice"]:
+    from mutune.certificate.adviser import advise
+
+    return advise(proxy, target, {"width": max(run.width for run in runs)} if runs else {})
+
+
+def _dry_run(config: TransferConfig, runs: list["LadderRun"], target: RunSpec, advice: list["Advice"]) -> str:
+    from mutune.certificate.adviser import advice_lines
+
     lines = [price_table(config.target.name, target)]
     if runs:
         widths = sorted({run.width for run in runs})
@@ -190,18 +200,28 @@ def _dry_run(config: TransferConfig, runs: list["LadderRun"], target: RunSpec) -
             f"ladder     widths {', '.join(map(str, widths))} × {len(config.ladder.offsets)} rates × "
             f"{config.ladder.seeds} seeds = {len(runs)} runs, {flops:.3g} FLOPs, {share:.2g} of the target's"
         )
-    lines.append(NOTHING_WRITTEN)
+    lines += [*advice_lines(advice), NOTHING_WRITTEN]
     return "\n".join(lines)
 
 
-def _certify(config: TransferConfig, source: Source, target: RunSpec, directory: Path, runs: list["LadderRun"]) -> str:
-    """Run the ladder, write every result, and return the verdict."""
+def _certify(
+    config: TransferConfig,
+    source: Source,
+    target: RunSpec,
+    directory: Path,
+    runs: list["LadderRun"],
+    advice: list["Advice"],
+) -> str:
+    """Give the advice, run the ladder, write every result, and return the verdict."""
+    from mutune.certificate.adviser import advice_lines
     from mutune.certificate.certificate import certificate, write_certificate
     from mutune.certificate.ladder import Rung
     from mutune.certificate.valley import Drift
     from mutune.certificate.verdict import published_differences, published_verdict
     from mutune.training.run import write_plan
 
+    for line in advice_lines(advice):
+        print(line, flush=True)
     rungs: list[Rung] = []
     drift: Drift | None = None
     if source.proxy is None:
@@ -214,7 +234,7 @@ def _certify(config: TransferConfig, source: Source, target: RunSpec, directory:
 
         figures = drawn(lambda: draw_transfer(directory))
     transfer = source.transfer.sealed(verdict.verdict)
-    data = certificate(transfer, verdict, differing, rungs, drift)
+    data = certificate(transfer, verdict, differing, rungs, drift, advice)
     write_certificate(directory, data)
     write_plan(directory, target.plan(target.tokenizer.num_ids))
     write_yaml(directory / "transfer.yaml", transfer.as_dict(), "for: python -m mutune.train transfer=<this file>")

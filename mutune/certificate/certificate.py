@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mutune.certificate.adviser import Advice
 from mutune.certificate.config import TransferFile
 from mutune.certificate.ladder import Rung
 from mutune.certificate.valley import Drift
@@ -13,7 +14,12 @@ from mutune.files import write_json, write_text
 
 
 def certificate(
-    transfer: TransferFile, verdict: Verdict, differences: list[Difference], rungs: list[Rung], drift: Drift | None
+    transfer: TransferFile,
+    verdict: Verdict,
+    differences: list[Difference],
+    rungs: list[Rung],
+    drift: Drift | None,
+    advice: list[Advice],
 ) -> dict[str, Any]:
     """Everything the certificate says, as plain data.
 
@@ -31,6 +37,7 @@ def certificate(
         "prediction": None,
         "regret": [{"width": rung.width, "nats_per_token": _regret(rung)} for rung in rungs] or None,
         "differences": [asdict(difference) for difference in differences],
+        "advice": [asdict(each) for each in advice],
     }
 
 
@@ -62,6 +69,10 @@ def markdown(data: dict[str, Any]) -> str:
     lines += ["", "## How proxy and target differ", "", "| axis | proxy | target | ratio | measured to |"]
     lines.append("|---|---|---|---|---|")
     lines += [_difference_row(difference) for difference in data["differences"]]
+    if data["advice"]:
+        lines += ["", "## Advice", "", "| severity | axis | finding | cure | source |", "|---|---|---|---|---|"]
+        keys = ("severity", "axis", "finding", "cure", "source")
+        lines += [f"| {' | '.join(advice[key] for key in keys)} |" for advice in data["advice"]]
     return "\n".join(lines) + "\n"
 
 
