@@ -30,6 +30,7 @@ from mutune.training.schedule import ScheduleConfig
 from mutune.versions import versions
 
 if TYPE_CHECKING:
+    from mutune.certificate.adviser import Advice
     from mutune.certificate.assessment import Assessment
     from mutune.certificate.ladder import LadderRun
 
@@ -70,14 +71,15 @@ def work(config: TransferConfig) -> int:
     directory = Path(config.out) / "transfer" / f"{config.study}--{config.target.name}"
     runs = _plan_ladder(config, source, directory)
     _check_target_data(source.transfer, target)
+    advice = _advice(source.proxy, target, runs)
     if config.dry_run:
-        print(_dry_run(config, runs, target))
+        print(_dry_run(config, runs, target, advice))
         return OK
     inputs = _inputs(source)
     check_claim(directory, inputs, "target.name", config.overwrite)
     with locked(directory, "target.name"):
         claim(directory, inputs, "target.name", config.overwrite, keep=(LADDER, SPARE))
-        verdict = _certify(config, source, target, directory, runs)
+        verdict = _certify(config, source, target, directory, runs, advice)
     return NOT_GO if config.require_go and verdict != "GO" else OK
 
 
@@ -224,7 +226,15 @@ def _transfer_file(
     )
 
 
-def _dry_run(config: TransferConfig, runs: list["LadderRun"], target: RunSpec) -> str:
+def _advice(proxy: RunSpec | None, target: RunSpec, runs: list["LadderRun"]) -> list["Advice"]:
+    from mutune.certificate.adviser import advise
+
+    return advise(proxy, target, {"width": max(run.width for run in runs)} if runs else {})
+
+
+def _dry_run(config: TransferConfig, runs: list["LadderRun"], target: RunSpec, advice: list["Advice"]) -> str:
+    from mutune.certificate.adviser import advice_lines
+
     lines = [price_table(config.target.name, target)]
     if runs:
         widths = sorted({run.width for run in runs})
@@ -234,12 +244,20 @@ def _dry_run(config: TransferConfig, runs: list["LadderRun"], target: RunSpec) -
             f"ladder     widths {', '.join(map(str, widths))} × {len(config.ladder.offsets)} rates × "
             f"{config.ladder.seeds} seeds = {len(runs)} runs, {flops:.3g} FLOPs, {share:.2g} of the target's"
         )
-    lines.append(NOTHING_WRITTEN)
+    lines += [*advice_lines(advice), NOTHING_WRITTEN]
     return "\n".join(lines)
 
 
-def _certify(config: TransferConfig, source: Source, target: RunSpec, directory: Path, runs: list["LadderRun"]) -> str:
-    """Run the ladder, write every result, and return the verdict."""
+def _certify(
+    config: TransferConfig,
+    source: Source,
+    target: RunSpec,
+    directory: Path,
+    runs: list["LadderRun"],
+    advice: list["Advice"],
+) -> str:
+    """Give the advice, run the ladder, write every result, and return the verdict."""
+    from mutune.certificate.adviser import advice_lines
     from mutune.certificate.certificate import certificate, write_certificate
     from mutune.certificate.prediction import PUBLISHED as UNPREDICTED
     from mutune.certificate.prediction import outcomes, predict_target
@@ -249,6 +267,8 @@ def _certify(config: TransferConfig, source: Source, target: RunSpec, directory:
     from mutune.training.run import write_plan
 
     figures: list[Path] = []
+    for line in advice_lines(advice):
+        print(line, flush=True)
     if source.proxy is None:
         assessment, price, prediction = None, None, UNPREDICTED
         differing, verdict = (
@@ -267,7 +287,7 @@ def _certify(config: TransferConfig, source: Source, target: RunSpec, directory:
         figures = drawn(lambda: draw_transfer(directory))
     transfer = replace(source.transfer, prediction=prediction).sealed(verdict.verdict)
     rate, table = transfer.hyperparameters.learning_rate, transfer.parametrization.table
-    data = certificate(asdict(transfer.target), rate, table, verdict, differing, assessment, price)
+    data = certificate(asdict(transfer.target), rate, table, verdict, differing, assessment, price, advice)
     data |= {"prediction": asdict(prediction), "outcome": outcomes(directory / "certificate.json", transfer.seal) or []}
     data["seal"] = transfer.seal
     write_certificate(directory, data)

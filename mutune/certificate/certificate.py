@@ -1,13 +1,14 @@
 """The certificate: `certificate.json` for programs, `certificate.md` for people."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mutune.certificate.adviser import Advice
 from mutune.certificate.assessment import Assessment
 from mutune.certificate.config import Prediction
 from mutune.certificate.points import AXES
@@ -23,6 +24,7 @@ def certificate(
     differences: list[Difference],
     assessment: Assessment | None,
     price: Mapping[str, Any] | None = None,
+    advice: Sequence[Advice] = (),
 ) -> dict[str, Any]:
     """Everything the certificate says, as plain data.
 
@@ -44,6 +46,7 @@ def certificate(
         "drift": _drift(known) if known else None,
         "regret": _regret(known, price or {}) if known else None,
         "differences": [asdict(difference) for difference in differences],
+        "advice": [asdict(each) for each in advice],
     }
 
 
@@ -71,6 +74,10 @@ def markdown(data: dict[str, Any]) -> str:
         lines += ["", "## How proxy and target differ", "", "| axis | proxy | target | ratio | measured to |"]
         lines.append("|---|---|---|---|---|")
         lines += [_difference_row(difference) for difference in data["differences"]]
+    if data.get("advice"):
+        lines += ["", "## Advice", "", "| severity | axis | finding | cure | source |", "|---|---|---|---|---|"]
+        keys = ("severity", "axis", "finding", "cure", "source")
+        lines += [f"| {' | '.join(advice[key] for key in keys)} |" for advice in data["advice"]]
     return "\n".join(lines) + "\n"
 
 
