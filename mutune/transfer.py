@@ -259,6 +259,7 @@ def _certify(
     """Give the advice, run the ladder, write every result, and return the verdict."""
     from mutune.certificate.adviser import advice_lines
     from mutune.certificate.certificate import certificate, write_certificate
+    from mutune.certificate.laws import law_table
     from mutune.certificate.prediction import PUBLISHED as UNPREDICTED
     from mutune.certificate.prediction import outcomes, predict_target
     from mutune.certificate.verdict import Case, difference_table, judge, published_differences, published_verdict
@@ -290,6 +291,8 @@ def _certify(
     data = certificate(asdict(transfer.target), rate, table, verdict, differing, assessment, price, advice)
     data |= {"prediction": asdict(prediction), "outcome": outcomes(directory / "certificate.json", transfer.seal) or []}
     data["seal"] = transfer.seal
+    if source.proxy and assessment:
+        data["laws"] = law_table(config.horizon, source.proxy, target, assessment.nearest_values())
     write_certificate(directory, data)
     write_plan(directory, target.plan(target.tokenizer.num_ids))
     write_yaml(directory / "transfer.yaml", transfer.as_dict(), "for: python -m mutune.train transfer=<this file>")
@@ -306,6 +309,8 @@ def _ladder(
 ) -> "Assessment":
     from mutune.certificate.assessment import assess
     from mutune.certificate.ladder import gather, place, run_ladder
+    from mutune.certificate.laws import law_slopes
+    from mutune.certificate.points import AXES
     from mutune.progress import ProgressLine, clock
     from mutune.search.workers import WorkError
 
@@ -324,7 +329,9 @@ def _ladder(
         raise WorkFailed(f"{error}\nThe same command continues the ladder.") from error
     finally:
         line.close()
-    return assess(points, place(proxy), place(target), proxy.hyperparameters.learning_rate)
+    here, measured = place(proxy), [axis for axis in AXES if points[axis].nunique() > 1]
+    laws = law_slopes(config.horizon, measured)
+    return assess(points, here, place(target), proxy.hyperparameters.learning_rate, laws)
 
 
 def _price_of_regret(config: TransferConfig, assessment: "Assessment", target: RunSpec) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from mutune.certificate.adviser import Advice
 from mutune.certificate.assessment import Assessment
 from mutune.certificate.config import Prediction
+from mutune.certificate.laws import law_words
 from mutune.certificate.points import AXES
 from mutune.certificate.verdict import FAR_OCTAVES, Difference, Verdict
 from mutune.files import write_json, write_text
@@ -70,6 +71,8 @@ def markdown(data: dict[str, Any]) -> str:
         lines += _ladder(data["rungs"])
     if data["drift"]:
         lines += _at_the_target(data)
+    if data.get("laws"):
+        lines += law_words(data["laws"])
     if data["differences"]:
         lines += ["", "## How proxy and target differ", "", "| axis | proxy | target | ratio | measured to |"]
         lines.append("|---|---|---|---|---|")
