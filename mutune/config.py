@@ -106,6 +106,7 @@ class TransferConfig(DoorConfig):
         study: name of a finished study under <out>/sweeps, or `published` for BTLM-3B-8K's own values.
         runs: instead of a study: a CSV file of finished runs (columns width, lr, loss; optional seed, depth, tokens,
             batch, table, diverged), or an Optuna study, `sqlite:///study.db`. Gives a certificate without training.
+        runs_study: with an Optuna study: its name, where `runs` holds several.
         optima: instead of a study: a CSV file with the columns width and optimum. Gives a drift statement.
         target_width: with `runs` or `optima`: the width that is asked about; null takes twice the largest.
         target: the run that the values are carried to.
@@ -118,6 +119,7 @@ class TransferConfig(DoorConfig):
 
     study: str = "proxy"
     runs: str | None = None
+    runs_study: str | None = None
     optima: str | None = None
     target_width: float | None = None
     target: TargetConfig = field(default_factory=TargetConfig)

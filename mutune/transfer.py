@@ -31,6 +31,7 @@ from mutune.versions import versions
 
 if TYPE_CHECKING:
     from mutune.certificate.adviser import Advice
+    from mutune.certificate.anyone import Asked
     from mutune.certificate.assessment import Assessment
     from mutune.certificate.ladder import LadderRun
 
@@ -97,7 +98,7 @@ def _from_table(config: TransferConfig) -> int:
         if "://" in source:
             from mutune.search.foreign import read_foreign
 
-            tables = to_tables(read_foreign(source), f"runs={source}")
+            tables = to_tables(read_foreign(source, config.runs_study), f"runs={source}")
         else:
             tables = read_tables(source)
         data = from_runs(tables, asked, source)
@@ -107,16 +108,20 @@ def _from_table(config: TransferConfig) -> int:
         return OK
     require_writable(Path(config.out))
     directory = Path(config.out) / "transfer" / f"{_stem(source)}--width{data['target']['width']:.10g}"
-    check_claim(directory, {"source": source, "asked": plain(asked)}, "runs", config.overwrite)
+    check_claim(directory, _question(config, asked), "runs", config.overwrite)
     with locked(directory, "runs"):
-        claim(directory, {"source": source, "asked": plain(asked)}, "runs", config.overwrite)
+        claim(directory, _question(config, asked), "runs", config.overwrite)
         write_certificate(directory, data)
     print(f"written    {directory}/: certificate.md, certificate.json")
     return NOT_GO if config.require_go and data["verdict"] != "GO" else OK
 
 
+def _question(config: TransferConfig, asked: "Asked") -> dict[str, Any]:
+    return {"runs": config.runs, "runs_study": config.runs_study, "optima": config.optima, "asked": plain(asked)}
+
+
 def _stem(source: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(source.partition("#")[0]).stem) or "runs"
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(source).stem) or "runs"
 
 
 def _inputs(source: Source) -> dict[str, Any]:

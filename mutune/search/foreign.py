@@ -1,16 +1,18 @@
 """Someone else's Optuna study, as a plain table of runs."""
 
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pandas as pd
+from optuna.exceptions import OptunaError
 from sqlalchemy.exc import SQLAlchemyError
 
 from mutune.errors import Refusal, require
 
 
-def read_foreign(url: str) -> pd.DataFrame:
-    """The finished trials of the study at `url` (`sqlite:///study.db`, `#name` after it where there are several).
+def read_foreign(url: str, name: str | None = None) -> pd.DataFrame:
+    """The finished trials of the study at `url` (`sqlite:///study.db`); `name` says which where there are several.
 
     One row each: its parameters and numeric user attributes by name, and `loss`. A failed trial, or one that told a
     value that is not finite, has no loss; a pruned one is left out.
@@ -18,19 +20,23 @@ def read_foreign(url: str) -> pd.DataFrame:
     Raises:
         Refusal: no database, no such study, or one that maximises or has several objectives.
     """
-    address, _, name = url.partition("#")
+    file = url.removeprefix("sqlite:///")
+    require(
+        file == url or Path(file).is_file(),
+        f"runs={url}: there is no file {file}; for example runs=sqlite:///study.db.",
+    )
     logging = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        storage = optuna.storages.RDBStorage(address, skip_table_creation=True)
+        storage = optuna.storages.RDBStorage(url, skip_table_creation=True)
         names = optuna.get_all_study_names(storage)
         require(bool(names), f"runs={url} holds no study; for example runs=sqlite:///study.db.")
         require(
             name in names or (not name and len(names) == 1),
-            f"runs={url} holds the studies {', '.join(sorted(names))}; say which: runs={address}#{names[0]}.",
+            f"runs={url} holds the studies {', '.join(sorted(names))}; say which, for example runs_study={min(names)}.",
         )
         study = optuna.load_study(study_name=name or names[0], storage=storage)
-    except (SQLAlchemyError, RuntimeError, ImportError, ValueError) as error:
+    except (SQLAlchemyError, OptunaError, RuntimeError, ImportError, ValueError) as error:
         if isinstance(error, Refusal):
             raise
         line = str(error).strip().splitlines()[0]

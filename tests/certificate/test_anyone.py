@@ -1,0 +1,224 @@
+"""Somebody's finished runs: a certificate from a CSV file or an Optuna study, a drift statement from optima."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+
+from mutune.transfer import main
+from tests.certificate.families import Family, make_ladder
+from tests.certificate.test_calibration import STORED
+
+NANOGPT = {  # published optima, widths 256 to 2048, log2 rates
+    "mup": (-11, -11, -11, -11),
+    "sp": (-11, -13, -14, -16),
+}
+
+
+def write(path: Path, points: pd.DataFrame) -> str:
+    points.rename(columns={"learning_rate": "lr"}).to_csv(path, index=False)
+    return str(path)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> str:
+    columns = ["width", "learning_rate", "loss", "seed"]
+    return write(tmp_path / "mine.csv", make_ladder(Family(), 5).points[columns])
+
+
+def certificate(out: Path, *arguments: str, expect: int = 0) -> dict[str, Any]:
+    assert main([*arguments, f"out={out}"]) == expect
+    (found,) = (out / "transfer").glob("*/certificate.json")
+    return dict(json.loads(found.read_text()))
+
+
+def test_a_file_of_runs_gets_a_certificate_without_training(
+    runs: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = certificate(out, f"runs={runs}")
+    assert data["verdict"] == "GO"
+    assert data["target"] == {"width": 512}
+    assert [rung["width"] for rung in data["rungs"]] == [32, 64, 128, 256]
+    assert data["rungs"][0]["tokens"] is None
+    assert data["regret"]["transferred"] < 0.02
+    said = capsys.readouterr().out
+    assert "verdict    GO" in said
+    text = (out / "transfer" / "mine--width512" / "certificate.md").read_text()
+    assert text.startswith("# GO\n")
+    assert "| width | optimum, log2 | 90 % interval |" in text
+    assert not list(out.rglob("*.yaml.tmp"))
+
+
+def test_the_same_question_twice_is_one_answer_and_another_is_asked_for_overwrite(runs: str, out: Path) -> None:
+    first = certificate(out, f"runs={runs}")
+    assert certificate(out, f"runs={runs}") == first
+    assert main([f"runs={runs}", "hyperparameters.learning_rate=0.03", f"out={out}"]) == 2
+    again = certificate(out, f"runs={runs}", "hyperparameters.learning_rate=0.03", "overwrite=true")
+    assert again["learning_rate"] == pytest.approx(0.03)
+    assert again["verdict"] == "NO-GO"
+
+
+def test_a_dry_run_says_it_and_writes_nothing(runs: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"runs={runs}", f"out={out}", "dry_run=true"]) == 0
+    assert "verdict    GO" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_require_go_is_exit_code_3_where_it_is_not(runs: str, out: Path) -> None:
+    assert main([f"runs={runs}", f"out={out}", "require_go=true"]) == 0
+    assert main([f"runs={runs}", f"out={out}", "require_go=true", "target_width=100000"]) == 3
+
+
+def test_a_file_with_tokens_prices_the_regret_in_tokens(tmp_path: Path, out: Path) -> None:
+    points = make_ladder(Family(), 5).points.assign(tokens=1e9)
+    data = certificate(out, f"runs={write(tmp_path / 'mine.csv', points.drop(columns=['depth', 'batch']))}")
+    assert data["regret"]["tokens"] == pytest.approx(
+        1e9 * (2 ** (data["regret"]["transferred"] * np.log2(1.25) / (0.01 * data["rungs"][-1]["loss"])) - 1)
+    )
+    assert data["regret"]["flops"] is None
+
+
+def test_tables_in_one_file_are_compared_and_transfer_is_told_from_training(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = certificate(out, f"runs={STORED / 'bytes.csv'}", "target_width=512")
+    assert [row["table"] for row in data["comparison"]] == ["mup", "sp"]
+    assert data["table"] == "mup"
+    said = capsys.readouterr().out
+    assert "transfers best: mup" in said
+    assert "trains best, each at its own best rate: sp" in said
+
+
+def test_an_optuna_study_is_read(tmp_path: Path, out: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(storage=url, study_name="theirs")
+    for row in make_ladder(Family(seeds=1), 5).points.to_dict("records"):
+        trial = study.ask(
+            {
+                "width": optuna.distributions.IntDistribution(row["width"], row["width"]),
+                "lr": optuna.distributions.FloatDistribution(row["learning_rate"], row["learning_rate"]),
+            }
+        )
+        study.tell(trial, row["loss"])
+    study.tell(
+        study.ask(
+            {
+                "width": optuna.distributions.IntDistribution(32, 32),
+                "lr": optuna.distributions.FloatDistribution(0.9, 0.9),
+            }
+        ),
+        state=optuna.trial.TrialState.FAIL,
+    )
+    data = certificate(out, f"runs={url}")
+    assert [rung["width"] for rung in data["rungs"]] == [32, 64, 128, 256]
+    assert data["rungs"][0]["points"][-1]["diverged"]  # the failed trial
+    optuna.create_study(storage=url, study_name="other")
+    assert main([f"runs={url}", f"out={out}"]) == 2
+    assert main([f"runs={url}", "runs_study=theirs", f"out={out}", "overwrite=true"]) == 0
+
+
+@pytest.mark.parametrize(("table", "low", "high"), [("mup", -0.2, 0.2), ("sp", -1.8, -1.3)])
+def test_optima_alone_give_a_drift_statement_and_no_certificate(
+    table: str, low: float, high: float, tmp_path: Path, out: Path
+) -> None:
+    rows = [f"{256 * 2**i},{2.0**rate}" for i, rate in enumerate(NANOGPT[table])]
+    (tmp_path / "optima.csv").write_text("\n".join(["width,optimum", *rows]))
+    data = certificate(out, f"optima={tmp_path / 'optima.csv'}")
+    assert data["verdict"] == "NOT CERTIFIED"
+    assert low < float(data["reasons"][1].partition("the optimum moves ")[2].partition(" (")[0]) < high
+
+
+HEAD = "width,lr,loss"
+GRID = [(w, 2.0**x, 3 + 0.05 * (x + 7) ** 2) for w in (32, 64, 128) for x in (-9, -8, -7, -6, -5)]
+
+
+def lines(rows: list[tuple[Any, ...]], head: str = HEAD) -> str:
+    return "\n".join([head, *(",".join(map(str, row)) for row in rows)])
+
+
+REFUSED = [
+    ("", "cannot be read as CSV"),
+    (HEAD, "has no rows"),
+    ("a,b\n1,2", "has no column width and lr and loss"),
+    (lines(GRID, "width,lr,accuracy"), "has no column loss"),
+    (lines([*GRID, (32, 0.0078125, 3.0)]), "has width 32 at lr 0.0078125 more than once with the same seed"),
+    (lines([*GRID, (32, -1, 3.0)]), "lr must be a number above 0, not -1.0 (row 16 of the data)"),
+    (lines([*GRID, ("wide", 1, 3.0)]), "width must be a number above 0, not wide (row 16 of the data)"),
+    (lines([*GRID, (32, "nan", 3.0)]), "lr must be a number above 0, not nan"),
+    (lines([*GRID, (32, 1, "good")]), "has the loss 'good', which is no number"),
+    (
+        lines([(32, 0.01, 3.0)]),
+        "has no width with three finished rates (width 32 has 1 finished rate, of three needed)",
+    ),
+    (lines([(w, x, "nan") for w, x, _ in GRID]), "has no width with three finished rates"),
+    (lines([(w, x, x, y) for w, x, y in GRID], "width,lr,learning_rate,loss"), "has the column lr twice"),
+]
+
+
+@pytest.mark.parametrize(("text", "sentence"), REFUSED, ids=[sentence[:40] for _, sentence in REFUSED])
+def test_a_file_that_does_not_serve_gets_one_sentence(
+    text: str, sentence: str, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.csv").write_text(text)
+    assert main([f"runs={tmp_path / 'bad.csv'}", f"out={out}"]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["runs=nowhere.csv"], "runs=nowhere.csv does not exist"),
+        (["runs=sqlite:///nowhere.db"], "runs=sqlite:///nowhere.db: there is no file nowhere.db"),
+        (["runs=a.csv", "optima=b.csv"], "are two questions"),
+        (["target_width=256"], "target_width=256 is read with runs= or optima="),
+        (["runs=a.csv", "target_width=0"], "target_width=0"),
+        (["optima=nowhere.csv"], "optima=nowhere.csv does not exist"),
+    ],
+)
+def test_a_question_that_cannot_be_asked_gets_one_sentence(
+    arguments: list[str], sentence: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, f"out={out}"]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([row for row in GRID if row[0] == 32], "1 width has an optimum inside the tried rates, of 3 needed"),
+        ([row for row in GRID if row[1] <= 2**-7], "the optimum is at the edge of the tried rates"),
+        ([row for row in GRID if row[0] != 64], "2 widths have an optimum inside the tried rates, of 3 needed"),
+    ],
+)
+def test_too_little_is_not_certified_and_says_why(
+    rows: list[tuple[Any, ...]], reason: str, tmp_path: Path, out: Path
+) -> None:
+    (tmp_path / "few.csv").write_text(lines(rows))
+    data = certificate(out, f"runs={tmp_path / 'few.csv'}")
+    assert data["verdict"] == "NOT CERTIFIED"
+    assert any(reason in each for each in data["reasons"])
+
+
+def test_widths_in_any_order_columns_in_any_order_and_thin_widths_beside_are_fine(tmp_path: Path, out: Path) -> None:
+    rows = [(loss, width, rate) for width, rate, loss in reversed(GRID)] + [(3.0, 256, 0.01)]
+    (tmp_path / "odd.csv").write_text(lines(rows, " Loss , Width, LR"))
+    data = certificate(out, f"runs={tmp_path / 'odd.csv'}", "target_width=256")
+    assert data["verdict"] == "GO"
+    assert data["notes"] == ["left out: width 256 has 1 finished rate, of three needed"]
+
+
+def test_ten_thousand_rows_are_judged(tmp_path: Path, out: Path) -> None:
+    points = make_ladder(Family(rungs=5, rates=20, seeds=100, spacing=0.25), 5).points
+    assert len(points) == 10_000
+    data = certificate(out, f"runs={write(tmp_path / 'big.csv', points[['width', 'learning_rate', 'loss', 'seed']])}")
+    assert data["verdict"] == "GO"
