@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from mutune.parametrization.infer import Family, parametrize
     from mutune.parametrization.multiplier import Multiplier
     from mutune.parametrization.parametrized import Parametrized
+    from mutune.parametrization.plan import Decay
     from mutune.parametrization.roles import Role
     from mutune.verification.check import coordinate_check
 
 __all__ = [
     "AuditError",
+    "Decay",
     "Family",
     "Multiplier",
     "Parametrized",
@@ -29,6 +31,7 @@ __all__ = [
 #: Public name → the module that has it.
 PUBLIC = {
     "AuditError": "mutune.parametrization.finding",
+    "Decay": "mutune.parametrization.plan",
     "Family": "mutune.parametrization.infer",
     "Multiplier": "mutune.parametrization.multiplier",
     "Parametrized": "mutune.parametrization.parametrized",

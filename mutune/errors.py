@@ -54,7 +54,8 @@ def require_number(
     bounds = (("above", above), ("at least", at_least), ("below", below), ("at most", at_most))
     words = " and ".join(f"{word} {_written(bound)}" for word, bound in bounds if math.isfinite(bound))
     kind = "a whole number" if whole else "a finite number"
-    raise Refusal(f"{key}={shown(value)} must be {kind} {words}; for example {key}={_written(example)}.")
+    said = shown(repr(value) if isinstance(value, str) else value)
+    raise Refusal(f"{key}={said} must be {kind} {words}; for example {key}={_written(example)}.")
 
 
 def shown(value: Any) -> str:

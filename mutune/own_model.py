@@ -36,12 +36,13 @@ from mutune.certificate.ladder import fingerprint, gather, run_open
 from mutune.compose import build as build_dataclass
 from mutune.compose import plain
 from mutune.door import WorkFailed, drawn
-from mutune.errors import Refusal, require, require_name, require_number, shown
+from mutune.errors import Refusal, require, require_number, shown
 from mutune.files import read_yaml, require_writable, write_text, write_yaml
 from mutune.folders import CONFIG, check_claim, claim, differences, locked
 from mutune.model.shape import MAX_WIDTH
+from mutune.parametrization.arguments import as_hyperparameters, called, check_build, plain_values
 from mutune.parametrization.finding import AuditError
-from mutune.parametrization.hyperparameters import NAMES, BaseHyperparameters
+from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.infer import Family
 from mutune.parametrization.roles import Role
 from mutune.progress import ProgressLine, clock
@@ -49,6 +50,7 @@ from mutune.reporting import frames
 from mutune.reporting.figures import draw_study, draw_transfer
 from mutune.search.config import Dimension, SearchConfig, dimensions, initial_points
 from mutune.search.display import followed
+from mutune.search.own_arguments import check_arguments, check_train, grouped, listed
 from mutune.search.own_code import fingerprints
 from mutune.search.own_trial import OwnModel, OwnRung, Train, rehearse, run_task
 from mutune.search.proposals import total_trials
@@ -60,6 +62,7 @@ from mutune.training.run import RunResult
 
 Pool: TypeAlias = Workers[Any, RunResult]  # of `Trial`s and `OwnRung`s
 
+HORIZON_ONLY = "is read by decay=horizon only, which is not for a user's loop"
 LADDER, SPARE, FAILURE = "ladder", "spare", "failure.txt"
 
 
@@ -127,7 +130,7 @@ def run(
     seeds: int = 2,
     offsets: Sequence[float] = (-2.0, -1.0, 0.0, 1.0, 2.0),
     table: str = "mup",
-    hyperparameters: Mapping[str, float] = {},
+    hyperparameters: BaseHyperparameters | Mapping[str, float] = {},
     roles: Mapping[str, Role | str] = {},
     sites: Mapping[str, str] = {},
     base_fan_in: Mapping[str, float] = {},
@@ -147,7 +150,8 @@ def run(
 
     Running it again continues, finished it returns at once, and what came from other inputs or other code is refused.
     A killed kernel loses at most the runs in progress. Before anything is written, a copy of `train` is rehearsed here
-    up to its first report, at the width `delta`; one that reports nothing is run to its end.
+    up to its first report, at the width `delta`; one that reports nothing is run to its end. Where it cannot be copied,
+    as with a lock, it is rehearsed itself.
 
     Where `train` raises, all stops with its traceback; once it is mended, running it again keeps what was finished, and
     `config.yaml` keeps the fingerprints of the code that made it.
@@ -181,18 +185,32 @@ def run(
         WorkFailed: every trial diverged.
     """
     with _as_arguments():
+        base, delta, seed, seeds = map(plain_values, (base, delta, seed, seeds))
+        n_trials, n_startup_trials, cohort = map(plain_values, (n_trials, n_startup_trials, cohort))
+        require_number("base", base, at_least=1, at_most=MAX_WIDTH, example=64, whole=True)
+        delta = 2 * base if delta is None else delta
+        rungs = listed("widths", widths, [2 * base, 4 * base])
         search = SearchConfig(
             sampler=sampler,
             n_trials=n_trials,
             n_startup_trials=n_startup_trials,
             cohort=cohort,
-            space=dict(space),
-            initial=[dict(point) for point in initial],
+            space=grouped("space", space, {"learning_rate": {"low": 0.001, "high": 0.1}}),
+            initial=[
+                grouped(f"initial[{i}]", point, {"learning_rate": 0.01})
+                for i, point in enumerate(listed("initial", initial, [{"learning_rate": 0.01}]))
+            ],
         )
-        ladder = LadderConfig(list(widths), list(offsets), seeds) if widths else None
-        delta = 2 * base if delta is None else delta
-        _check_arguments(base, delta, widths, seed, seeds, workers, name)
-        values = _base_values(hyperparameters)
+        ladder = LadderConfig(rungs, listed("offsets", offsets, [-1, 0, 1]), seeds) if rungs else None
+        check_arguments(base, delta, rungs, seed, seeds, workers, out, name, overwrite)
+        check_train(train)
+        require(isinstance(table, str), f"table={table!r} must be the name of a table; for example table='mup'.")
+        values = as_hyperparameters(hyperparameters)
+        require(
+            values.decay_timescale is None,
+            f"hyperparameters.decay_timescale={values.decay_timescale} {HORIZON_ONLY}; set weight_decay.",
+        )
+        base_fan_in = plain_values(base_fan_in)
         options = {"roles": roles, "sites": sites, "base_fan_in": base_fan_in, "depth": depth, "head_size": head_size}
         family = _family(build, base, delta, options)
         functions = {"build": build, "train": train, "depth": depth, "head_size": head_size}
@@ -276,7 +294,7 @@ class _Work:
         require(name != "width", "space.width is not searched but climbed; for example widths=[128, 256].")
         require(
             name != "decay_timescale",
-            "space.decay_timescale is read by decay=horizon only, which is not for a user's loop; search weight_decay.",
+            f"space.decay_timescale {HORIZON_ONLY}; search weight_decay.",
         )
         for value in dimension.values or (dimension.low, dimension.high):
             if name == "seed":
@@ -363,37 +381,11 @@ class _Work:
         )
 
 
-def _check_arguments(
-    base: int, delta: int, widths: Sequence[int], seed: int, seeds: int, workers: int | None, name: str
-) -> None:
-    for key, value, example in (("base", base, 64), ("delta", delta, 128)):
-        require_number(key, value, at_least=1, at_most=MAX_WIDTH, example=example, whole=True)
-    require(base != delta, f"delta={delta} is the base; for example delta={2 * base}.")
-    require(
-        not widths or set(widths) != {base},
-        f"widths={list(widths)} holds only the base's own width; for example widths=[{2 * base}, {4 * base}].",
-    )
-    require_number("seed", seed, at_least=0, at_most=MAX_SEED - seeds, example=0, whole=True)
-    if workers is not None:
-        require_number("workers", workers, at_least=0, example=2, whole=True)
-    require_name("name", name)
-
-
-def _base_values(given: Mapping[str, float]) -> BaseHyperparameters:
-    for name in given:
-        require(name in NAMES, f"hyperparameters.{name} is unknown; known: {', '.join(NAMES)}.")
-    return BaseHyperparameters(**given)
-
-
 def _family(build: Callable[[int], nn.Module], base: int, delta: int, options: Mapping[str, Any]) -> Family[int]:
+    check_build(build)
     for width in (base, delta):
-        try:
-            with torch.random.fork_rng(devices=[]):
-                model = build(width)
-        except Exception as error:
-            raise Refusal(
-                f"build({width}) raised {type(error).__name__}: {shown(error)}; it must make a model at every width."
-            ) from error
+        with torch.random.fork_rng(devices=[]):
+            model = called("build", build, width, "make a model at every width")
         require(isinstance(model, nn.Module), f"build({width}) returned {type(model).__name__}, not a torch.nn.Module.")
     return Family(build, base, delta, **options)
 
@@ -448,5 +440,5 @@ def _as_arguments() -> Iterator[None]:
     try:
         yield
     except Refusal as refusal:
-        text = re.sub(r"(?<![\w.])(search|ladder)\.(?=[a-z])", "", str(refusal))
+        text = re.sub(r"(?<![\w.])(search|ladder|parametrization)\.(?=[a-z])", "", str(refusal))
         raise Refusal(text.replace("overwrite=true", "overwrite=True").replace("=null", "=None")) from refusal.__cause__

@@ -22,6 +22,7 @@ def refuse(door: str, arguments: list[str], out: Path, capsys: pytest.CaptureFix
     return captured.err
 
 
+HORIZON = ["+sweep=smoke", "parametrization.decay=horizon", "hyperparameters.decay_timescale=0.1"]
 SWEEP = [
     (["+sweep=smoke", "model.widht=3"], "unknown key model.widht; did you mean model.width?"),
     (["+sweep=smoke", "+model.widht=3"], "unknown key model.widht; did you mean model.width?"),
@@ -90,11 +91,23 @@ SWEEP = [
     ),
     (
         ["+sweep=smoke", "parametrization.decay=horizon"],
-        "hyperparameters.decay_timescale=null does not go with parametrization.decay=horizon; set both",
+        "parametrization.decay=horizon needs hyperparameters.decay_timescale",
     ),
     (
         ["+sweep=smoke", "hyperparameters.decay_timescale=0.1"],
-        "hyperparameters.decay_timescale=0.1 does not go with parametrization.decay=table; set both",
+        "hyperparameters.decay_timescale=0.1 is read by parametrization.decay=horizon alone, and decay is table;",
+    ),
+    (
+        [*HORIZON, "hyperparameters.weight_decay=0.2"],
+        "hyperparameters.weight_decay=0.2 is not read by parametrization.decay=horizon",
+    ),
+    (
+        [*HORIZON, "+search.space.weight_decay={low: 0.01, high: 0.3}"],
+        "search.space.weight_decay is not read by parametrization.decay=horizon, which has decay_timescale in",
+    ),
+    (
+        ["+sweep=smoke", "+search.space.decay_timescale={low: 0.01, high: 0.3}"],
+        "search.space.decay_timescale is not read by parametrization.decay=table, which has weight_decay in",
     ),
     (["+sweep=smoke", "device=tpu"], "device=tpu is unknown; known devices: auto, cpu, cuda."),
     (["+sweep=smoke", "seed=-1"], "seed=-1 must be"),

@@ -82,9 +82,10 @@ class _Watched:
         self.name, self.module, self.row, self.calls = name, module, plan.multipliers[module.site], 0
         self.off: tuple[float, float] | None = None
 
-    def hook(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(self, module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
         self.calls += 1
-        wanted = inputs[0] * self.row.value
+        (x,) = (*args, *named.values())
+        wanted = x * self.row.value
         if not torch.allclose(output, wanted, rtol=ROUNDING, atol=0.0, equal_nan=True):
             self.off = wanted.norm().item(), output.norm().item()
 
@@ -134,7 +135,7 @@ def _never_needed(row: SitePlan) -> bool:
     return row.value == 1.0 and not _RATIO.search(row.formula)
 
 
-def _poison(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _poison(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
     return torch.full_like(output, torch.nan)
 
 
@@ -148,7 +149,7 @@ def _holds_nan(result: Any) -> bool:
 
 @contextmanager
 def _hooks(hooks: Mapping[Multiplier, Callable[..., Any]]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
     try:
         yield
     finally:

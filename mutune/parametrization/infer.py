@@ -4,19 +4,29 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import nn
 
-from mutune.errors import Refusal, require, require_number, shown
+from mutune.errors import Refusal, require, require_number
+from mutune.parametrization.arguments import (
+    as_decay,
+    as_hyperparameters,
+    as_table,
+    called,
+    check_build,
+    check_head_size,
+    check_options,
+    shown_value,
+)
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.names import matching
 from mutune.parametrization.parametrized import Parametrized
 from mutune.parametrization.places import LOGITS, check_sites, places_of, proposals, sites_of, unplaced_sites
 from mutune.parametrization.plan import BaseShape, Decay, Plan, TensorPlan, TensorSpec, kind, make_plan
 from mutune.parametrization.roles import Role, check_patterns, named_roles, settle
-from mutune.parametrization.rules import Table, get_table
+from mutune.parametrization.rules import Table
 from mutune.parametrization.survey import Survey, Tensor, block_of, blocks, stack_depths, survey, with_infinite
 
 Shape = TypeVar("Shape")
@@ -56,11 +66,11 @@ class Family(Generic[Shape]):
         depth: Callable[[Shape], int] | None = None,
         head_size: int | Callable[[Shape], int] | None = None,
     ) -> None:
+        check_build(build)
+        check_options(roles, sites, base_fan_in, depth, head_size)
         self.build, self.base, self.delta = build, base, delta
         self.roles, self.sites, self.base_fan_in = dict(roles), dict(sites), dict(base_fan_in)
         self._depth, self._head_size = depth, head_size
-        for pattern, value in base_fan_in.items():
-            require_number(f"base_fan_in[{pattern!r}]", value, above=0.0, example=682.6)
         with torch.random.fork_rng(devices=[]):
             own = survey(self._built(base))
         self._base = replace(own, tensors=with_infinite(own, self._survey(delta)))
@@ -78,8 +88,8 @@ class Family(Generic[Shape]):
         self,
         shape: Shape,
         table: str | Table = "mup",
-        hyperparameters: BaseHyperparameters = BaseHyperparameters(),
-        decay: Decay = Decay(),
+        hyperparameters: BaseHyperparameters | Mapping[str, float] = BaseHyperparameters(),
+        decay: str | Decay = Decay(),
     ) -> Plan:
         """The plan at `shape`; see `at`."""
         return self.at(shape, table, hyperparameters, decay).plan
@@ -88,15 +98,15 @@ class Family(Generic[Shape]):
         self,
         shape: Shape,
         table: str | Table = "mup",
-        hyperparameters: BaseHyperparameters = BaseHyperparameters(),
-        decay: Decay = Decay(),
+        hyperparameters: BaseHyperparameters | Mapping[str, float] = BaseHyperparameters(),
+        decay: str | Decay = Decay(),
     ) -> Parametrized:
         """The table applied at `shape`, which may be the base: there a proxy is trained.
 
         Raises:
             Refusal: a role or a site that the table does not have, or a site of the table that has no place.
         """
-        theory = get_table(table) if isinstance(table, str) else table
+        theory, values, rule = as_table(table), as_hyperparameters(hyperparameters), as_decay(decay)
         found = self._at(shape)
         places = places_of(found, self.sites)
         specs = tuple(spec for spec, _ in self._measured(found))
@@ -106,7 +116,7 @@ class Family(Generic[Shape]):
             f"table {theory.name} gives the output its own rule, and the model has no output matrix of its own; take "
             f"table=mup, or name it, for example roles={{'lm_head.weight': 'output'}}.",
         )
-        unplaced = unplaced_sites(theory, places, hyperparameters, proposals(found, specs))
+        unplaced = unplaced_sites(theory, places, values, proposals(found, specs))
         sizes = {self._head_size_at(s) for s in (self.base, shape)}
         require(
             None not in sizes or LOGITS not in places,
@@ -117,8 +127,8 @@ class Family(Generic[Shape]):
             f"the head size grows with the model, {sorted(sizes, key=str)}, and site {LOGITS}, whose value follows it, "
             f"has no place; put mutune.Multiplier({LOGITS!r}) on the queries, or fix head_size.",
         )
-        plan = self._plan(shape, found, theory, hyperparameters, decay)
-        return Parametrized(plan, specs, self.sites, unplaced, hyperparameters, theory, partial(self.build, shape))
+        plan = self._plan(shape, found, theory, values, rule)
+        return Parametrized(plan, specs, self.sites, unplaced, values, theory, partial(self.build, shape))
 
     def rows(self, shape: Shape, table: Table) -> dict[str, TensorPlan]:
         """The plan's rows of tensors alone, whether or not the table's multipliers have a place; for auditing."""
@@ -159,7 +169,11 @@ class Family(Generic[Shape]):
         )
 
     def _head_size_at(self, shape: Shape) -> int | None:
-        return self._head_size(shape) if callable(self._head_size) else self._head_size
+        if not callable(self._head_size):
+            return self._head_size
+        size = called("head_size", self._head_size, shape, "return d_head at every shape")
+        check_head_size(size)
+        return cast(int | None, size)
 
     def _survey(self, shape: Shape) -> Survey:
         """On the meta device; on the CPU where the model looks at numbers as it is built."""
@@ -173,12 +187,7 @@ class Family(Generic[Shape]):
                 return survey(self._built(shape))
 
     def _built(self, shape: Shape) -> nn.Module:
-        try:
-            return self.build(shape)
-        except Exception as error:
-            raise Refusal(
-                f"build({shape}) raised {type(error).__name__}: {shown(error)}; it must make a model at every shape."
-            ) from error
+        return called("build", self.build, shape, "make a model at every shape")
 
     def _at(self, shape: Shape) -> Survey:
         """The survey at `shape`, each tensor with what the base knows of it: infinite dimensions, initial values."""
@@ -209,6 +218,11 @@ class Family(Generic[Shape]):
         measured = []
         for name, (role, axes) in settled.items():
             shape = tensors[name].shape
+            require(
+                all(shape[axis] > 0 for axis in axes),
+                f"{name} of shape {_by(shape)} has a fan-in of 0; make its size at least 1, or where it is meant to be "
+                f"empty, call requires_grad_(False) on it.",
+            )
             spec = TensorSpec(
                 name=name,
                 role=role,
@@ -234,7 +248,9 @@ class Family(Generic[Shape]):
     def _depth_at(self, shape: Shape, found: Survey) -> int:
         """L, by the user's function or by counting; the same number in every stack."""
         if self._depth is not None:
-            return self._depth(shape)
+            depth = called("depth", self._depth, shape, "return the number of blocks at every shape")
+            require_number(f"depth({shown_value(shape)})", depth, above=0.0, example=4)
+            return cast(int, depth)
         stacks = stack_depths(found.tensors, blocks(found.tensors.values()))
         require(
             len(set(stacks.values())) <= 1,
@@ -251,8 +267,8 @@ def parametrize(
     delta: Shape,
     target: Shape,
     table: str | Table = "mup",
-    hyperparameters: BaseHyperparameters = BaseHyperparameters(),
-    decay: Decay = Decay(),
+    hyperparameters: BaseHyperparameters | Mapping[str, float] = BaseHyperparameters(),
+    decay: str | Decay = Decay(),
     roles: Mapping[str, Role | str] = {},
     sites: Mapping[str, str] = {},
     base_fan_in: Mapping[str, float] = {},

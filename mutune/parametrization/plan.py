@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
-from mutune.errors import Refusal, require
+from mutune.errors import Refusal, require, require_number
 from mutune.files import csv_text
 from mutune.parametrization.hyperparameters import BaseHyperparameters
-from mutune.parametrization.rules import NORMAL, TRUNCATED_NORMAL, TRUNCATED_STD_RATIO, Rule, Site, Table
+from mutune.parametrization.rules import DECAYS, NORMAL, TRUNCATED_NORMAL, TRUNCATED_STD_RATIO, Rule, Site, Table
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,16 @@ class Decay:
     exponent: float = 1.0
     num_steps: int | None = None
 
+    def __post_init__(self) -> None:
+        require(self.mode in DECAYS, f"decay={self.mode} is unknown; known decays: {', '.join(DECAYS)}.")
+        require_number("decay.exponent", self.exponent, at_least=0.0, at_most=2.0, example=1.0)
+        require(
+            self.exponent == 1.0 or self.mode == "scaled",
+            f"decay.exponent={self.exponent:g} belongs to decay=scaled; for example Decay('scaled', 0.5).",
+        )
+        if self.num_steps is not None:
+            require_number("decay.num_steps", self.num_steps, at_least=1, example=1000, whole=True)
+
 
 def make_plan(
     table: Table,
@@ -160,14 +170,14 @@ def make_plan(
         Refusal: a tensor whose role the table does not rule, or that the base does not have; a table that needs
             separate embedding and output matrices on a tied model; a decay that lacks its hyperparameter.
     """
-    specs = list(specs)
+    specs, base_decay = list(specs), _base_decay(decay, hyperparameters)
     for spec in specs:
         require(
             not (table.untied and {"embedding", "output"} <= set(spec.sites)),
             f"parametrization.table={table.name} gives embedding and output their own rules, and {spec.name} is both; "
             f"untie them (model.tied=false) or take parametrization.table=mup.",
         )
-    rows = {spec.name: _tensor_plan(table, spec, base, hyperparameters, decay, depth) for spec in specs}
+    rows = {spec.name: _tensor_plan(table, spec, base, hyperparameters, decay, base_decay, depth) for spec in specs}
     acts_on: dict[str, TensorSpec] = {}
     for spec in specs:
         for site in spec.sites:
@@ -186,7 +196,13 @@ def make_plan(
 
 
 def _tensor_plan(
-    table: Table, spec: TensorSpec, base: BaseShape, hyper: BaseHyperparameters, decay: Decay, depth: int
+    table: Table,
+    spec: TensorSpec,
+    base: BaseShape,
+    hyper: BaseHyperparameters,
+    decay: Decay,
+    base_decay: float,
+    depth: int,
 ) -> TensorPlan:
     if spec.role not in table.rules:
         raise Refusal(
@@ -214,7 +230,7 @@ def _tensor_plan(
         wd_mult=wd_mult,
         eps_mult=_scale(_scale(1.0, m, rule.eps), m_depth, rule.eps_depth),
         peak_lr=peak_lr,
-        weight_decay=_base_decay(decay, hyper) * wd_mult,
+        weight_decay=base_decay * wd_mult,
         adam_eps=_scale(_scale(eps, m, rule.eps), m_depth, rule.eps_depth),
     )
 
@@ -234,29 +250,47 @@ def _wd_mult(rule: Rule, m: float, lr_mult: float, decay: Decay) -> float:
 
 def _base_decay(decay: Decay, hyper: BaseHyperparameters) -> float:
     """AdamW's λ at the base, where lr_mult is 1."""
-    if decay.mode == "independent":
-        require(
-            hyper.weight_decay < 1.0,
-            f"hyperparameters.weight_decay={hyper.weight_decay:g} is, with parametrization.decay=independent, the part "
-            f"of a weight that a step takes off; it must be below 1, for example hyperparameters.weight_decay=0.0001.",
-        )
-        return hyper.weight_decay / hyper.learning_rate
-    if decay.mode != "horizon":
+    if decay.mode == "horizon":
+        return _horizon_decay(decay.num_steps, hyper)
+    require(
+        hyper.decay_timescale is None,
+        f"hyperparameters.decay_timescale={hyper.decay_timescale} is read by parametrization.decay=horizon alone, and "
+        f"decay is {decay.mode}; set parametrization.decay=horizon, or hyperparameters.weight_decay=0.1 instead.",
+    )
+    if decay.mode != "independent":
         return hyper.weight_decay
+    require(
+        hyper.weight_decay < 1.0,
+        f"hyperparameters.weight_decay={hyper.weight_decay:g} is, with parametrization.decay=independent, the part "
+        f"of a weight that a step takes off; it must be below 1, for example hyperparameters.weight_decay=0.0001.",
+    )
+    return hyper.weight_decay / hyper.learning_rate
+
+
+def _horizon_decay(num_steps: int | None, hyper: BaseHyperparameters) -> float:
+    """λ = 1 / (τ·steps·η); a `weight_decay` that is not the default was set by someone who expects it to be read."""
+    require(
+        hyper.weight_decay == BaseHyperparameters.weight_decay,
+        f"hyperparameters.weight_decay={hyper.weight_decay:g} is not read by parametrization.decay=horizon, which has "
+        f"hyperparameters.decay_timescale in its place; set that, for example hyperparameters.decay_timescale=0.1.",
+    )
     require(
         hyper.decay_timescale is not None,
         "parametrization.decay=horizon needs hyperparameters.decay_timescale, the moving average's timescale as a "
         "fraction of the run; for example hyperparameters.decay_timescale=0.1.",
     )
-    require(decay.num_steps is not None, "decay=horizon needs the run's num_steps; for example num_steps=1000.")
-    assert hyper.decay_timescale is not None
-    assert decay.num_steps is not None
     require(
-        hyper.decay_timescale * decay.num_steps > 1.0,
-        f"hyperparameters.decay_timescale={hyper.decay_timescale:g} of {decay.num_steps} steps is not even one step; "
+        num_steps is not None,
+        "decay=horizon needs the run's num_steps; for example decay=mutune.Decay('horizon', num_steps=1000).",
+    )
+    assert hyper.decay_timescale is not None
+    assert num_steps is not None
+    require(
+        hyper.decay_timescale * num_steps > 1.0,
+        f"hyperparameters.decay_timescale={hyper.decay_timescale:g} of {num_steps} steps is not even one step; "
         f"for example hyperparameters.decay_timescale=0.1.",
     )
-    return 1.0 / (hyper.decay_timescale * decay.num_steps * hyper.learning_rate)
+    return 1.0 / (hyper.decay_timescale * num_steps * hyper.learning_rate)
 
 
 def _init_std(rule: Rule, m: float, depth: int, sigma: float) -> tuple[float, float]:

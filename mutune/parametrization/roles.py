@@ -67,9 +67,14 @@ def settle(tensor: Tensor, role: Role | None, in_block: bool) -> tuple[str, tupl
     name = _inferred(tensor, in_block) if role is None else role.name
     if name is None:
         raise Refusal(_unsettled(tensor))
+    require(
+        bool(tensor.shape) or (name in ("gain", "bias") and (role is None or role.fan_in is None)),
+        f"{tensor.name} is a scalar, which is a gain (it starts at 1) or a bias (at 0), and has no fan-in; for example "
+        f"{_entry(tensor, 'gain', None)}.",
+    )
     if role is not None and role.fan_in is not None:
         return name, _checked_axes(tensor, role.fan_in)
-    axes = (tensor.infinite_axes or (len(tensor.shape) - 1,)) if name in CARRIERS else input_axes(tensor)
+    axes = (tensor.infinite_axes or tuple(range(len(tensor.shape)))[-1:]) if name in CARRIERS else input_axes(tensor)
     if axes is None or (len(axes) > 1 and name in CARRIERS):
         raise Refusal(
             f"{tensor.name} of shape {_shape(tensor)} is {name}, but which dimension is its fan-in cannot be told; say "
@@ -128,7 +133,7 @@ def _checked_axes(tensor: Tensor, fan_in: int | tuple[int, ...]) -> tuple[int, .
 
 
 def _unsettled(tensor: Tensor) -> str:
-    if len(tensor.shape) == 1:
+    if len(tensor.shape) <= 1:
         entry = _entry(tensor, "gain", None)
     elif len(tensor.infinite_axes) >= 2:
         entry = _entry(tensor, "hidden", _likely_axis(tensor))
@@ -149,4 +154,4 @@ def _likely_axis(tensor: Tensor) -> int:
 
 
 def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
+    return "x".join(map(str, tensor.shape)) or "a scalar"

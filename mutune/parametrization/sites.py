@@ -54,14 +54,19 @@ def _attach(name: str, module: nn.Module, site: str) -> None:
     if isinstance(module, nn.Sequential):
         return  # the child is the last of the chain
     if site == "output" and isinstance(module, nn.Linear):
-        module.register_forward_pre_hook(multiply_input)
+        module.register_forward_pre_hook(multiply_input, with_kwargs=True)
     else:
         module.register_forward_hook(multiply_output)
 
 
-def multiply_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The forward pre-hook of a named output matrix."""
-    return (getattr(module, CHILD)(args[0]), *args[1:])
+def multiply_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The forward pre-hook of a named output matrix, whose input may come by name."""
+    multiplier = getattr(module, CHILD)
+    if args:
+        return (multiplier(args[0]), *args[1:]), kwargs
+    return args, {name: multiplier(value) for name, value in kwargs.items()}
 
 
 def multiply_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

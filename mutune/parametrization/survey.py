@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import mup
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from mutune.errors import Refusal, require
 from mutune.parametrization.multiplier import Multiplier
@@ -57,12 +58,14 @@ def survey(model: nn.Module) -> Survey:
     """The facts of a model on any device; nothing of it is kept.
 
     Raises:
-        Refusal: not a module, no trainable tensor, or two parameters that share memory without being one parameter.
+        Refusal: not a module, no trainable tensor, one without a shape, or two parameters that share memory without
+            being one parameter.
     """
     require(
         isinstance(model, nn.Module),
         f"build(shape) returned a {type(model).__name__}; it must return the model, an nn.Module.",
     )
+    _check_sized(model)
     names: dict[nn.Parameter, list[str]] = defaultdict(list)
     owners: dict[nn.Parameter, list[type[nn.Module]]] = defaultdict(list)
     for raw, parameter in model.named_parameters(remove_duplicate=False):
@@ -159,6 +162,15 @@ def _owner(model: nn.Module, raw: str) -> type[nn.Module]:
     before, found, _ = f".{raw}".partition(".parametrizations.")
     path = before if found else before.rpartition(".")[0]
     return type(model.get_submodule(path.removeprefix(".")))
+
+
+def _check_sized(model: nn.Module) -> None:
+    for raw, parameter in model.named_parameters():
+        require(
+            not isinstance(parameter, UninitializedParameter),
+            f"{canonical_name(raw)} has no shape before the model's first forward pass; give its layer the number of "
+            f"its inputs, as in nn.Linear(64, 64), or run one batch inside build.",
+        )
 
 
 def _constant(parameter: nn.Parameter) -> float | None:

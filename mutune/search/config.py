@@ -148,7 +148,11 @@ def _listed(name: str, key: str, data: dict[str, Any]) -> Dimension:
     values = data["values"]
     others = " ".join(f"~{key}.{part}" for part in data if part != "values")
     require(len(data) == 1, f"{key} has both values and a range; take the range out with {others}.")
-    require(isinstance(values, list) and len(values) > 0, f"{key}.values={values} is empty; list at least one value.")
+    require(
+        isinstance(values, list),
+        f"{key}.values={shown(values)} must be a list; for example {key}.values=[{shown(values)}].",
+    )
+    require(len(values) > 0, f"{key}.values=[] is empty; list at least one value.")
     values = [_value(name, f"{key}.values[{i}]", value) for i, value in enumerate(values)]
     require(len(set(values)) == len(values), f"{key}.values={values} repeats a value; list each once.")
     return Dimension(name, values=tuple(values))

@@ -1,5 +1,6 @@
 """One run of a user's own model: built, initialised and given its optimizer by the plan, trained by the user's loop."""
 
+import contextlib
 import json
 import math
 import pickle
@@ -119,12 +120,15 @@ def run_task(model: OwnModel, task: Trial | OwnRung) -> RunResult:
 
 
 def rehearse(run: OwnRun) -> None:
-    """Build, audit and train up to the first report, writing nothing, on a copy of the user's functions.
+    """Build, audit and train up to the first report, writing nothing, on a copy of the user's functions where they can
+    be copied; others, which hold a lock or an open file, are only for runs in this process.
 
     It is done at a width besides the base, where a table gives tensors different rates: there a schedule that destroys
     their ratios shows, and at the base it does not.
     """
-    _train(pickle.loads(cloudpickle.dumps(run)), None, stop_at_first=True)
+    with contextlib.suppress(Exception):
+        run = pickle.loads(cloudpickle.dumps(run))
+    _train(run, None, stop_at_first=True)
 
 
 def run_own(run: OwnRun, directory: Path, note: dict[str, Any]) -> RunResult:

@@ -27,6 +27,8 @@ from mutune.training.config import RunSpec
 from mutune.training.run import RunResult, run_to_end
 
 STORAGE = "study.db"
+#: What `parametrization.decay=horizon` does not read and what it does; every other decay has it the other way round.
+DECAY_NAMES = ("weight_decay", "decay_timescale")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,14 @@ def check_space(spec: RunSpec, search: SearchConfig) -> list[Dimension]:
     space = dimensions(search.space)
     if not space:
         raise Refusal("search.space={} is empty; choose a sweep, for example +sweep=proxy.")
+    decay = spec.parametrization.decay
+    unread, read = DECAY_NAMES if decay == "horizon" else reversed(DECAY_NAMES)
     for dimension in space:
+        if dimension.name == unread:
+            raise Refusal(
+                f"search.space.{unread} is not read by parametrization.decay={decay}, which has {read} in its place; "
+                f"search that instead, for example search.space.{read}={{low: 0.01, high: 1.0}}."
+            )
         for value in dimension.values or (dimension.low, dimension.high):
             trial_spec(spec, {dimension.name: value})
     if spec.base != base_config(spec.model):

@@ -93,13 +93,6 @@ class RunSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        horizon, timescale = self.parametrization.decay == "horizon", self.hyperparameters.decay_timescale
-        require(
-            horizon == (timescale is not None),
-            f"hyperparameters.decay_timescale={'null' if timescale is None else timescale} does not go with "
-            f"parametrization.decay={self.parametrization.decay}; set both hyperparameters.decay_timescale=0.1 and "
-            "parametrization.decay=horizon, or neither.",
-        )
         require(
             len(self.stages) > 0, "stages=[] is empty; a run needs at least one, for example stages=[{num_steps: 240}]."
         )

@@ -3,8 +3,10 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -409,6 +411,21 @@ def test_named_modules_multiply_as_written_out(tied: bool) -> None:
         torch.testing.assert_close(model(ids), wanted)
 
 
+def test_a_named_output_whose_input_comes_by_name_multiplies_it_too() -> None:
+    class ByName(Bare):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(input=self.embed(ids))
+
+    class ByPlace(Bare):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embed(ids))
+
+    named, placed = (
+        Family(make, 16, 32, sites=BARE_SITES).at(64, "mup", HYPER).build(seed=0) for make in (ByName, ByPlace)
+    )
+    assert torch.equal(named(torch.arange(13)), placed(torch.arange(13)))
+
+
 def test_placing_twice_is_placing_once() -> None:
     result = Family(Bare, 16, 32, sites=BARE_SITES).at(64, "mup", HYPER)
     model = result.build(seed=0)
@@ -452,10 +469,121 @@ def llama_result(**changed: Any) -> Parametrized:
         ({"base_fan_in": {"*.w1.*": 0.0}}, r"base_fan_in\['\*\.w1\.\*'\]=0\.0 must be a finite number above 0"),
         ({"base_fan_in": {"*.w1.*": 3.0, "*.w?.weight": 3.0}}, r"base_fan_in .* both match layers\.0\.mlp\.w1\.weight"),
         ({"decay": Decay("horizon")}, "decay=horizon needs"),
+        ({"decay": "fxied"}, "decay=fxied is unknown; known decays: table, fixed,"),
+        ({"decay": None}, r"decay=None must be the name of a decay, or a mutune\.Decay"),
+        (
+            {"decay": Decay("horizon", num_steps=10), "hyperparameters": {"weight_decay": 0.2}},
+            r"weight_decay=0\.2 is not",
+        ),
+        ({"hyperparameters": {"decay_timescale": 0.2}}, r"decay_timescale=0\.2 is read by .*decay=horizon alone"),
+        ({"hyperparameters": None}, "hyperparameters=None must be a dict"),
+        ({"hyperparameters": {"lr": 0.1}}, r"hyperparameters\.lr is unknown; known: learning_rate"),
+        (
+            {"hyperparameters": {"learning_rate": "0.1"}},
+            r"hyperparameters\.learning_rate='0\.1' must be a finite number",
+        ),
+        ({"table": None}, "table=None must be the name of a table; for example table='mup'"),
+        ({"head_size": 0}, "head_size=0 must be a finite number above 0; for example head_size=64"),
+        ({"head_size": "16"}, "head_size='16' must be a finite number above 0"),
+        (
+            {"head_size": lambda shape: shape.heads},
+            r"head_size\(LlamaShape\(.*raised AttributeError: .*; it must return",
+        ),
+        ({"depth": 2}, "depth=2 must be a function of the shape; for example depth=lambda shape: 4"),
+        ({"depth": lambda shape: 0}, r"depth\(LlamaShape\(.*=0 must be a finite number above 0"),
+        ({"base": None}, r"build\(None\) raised AttributeError: .*; it must make a model at every shape"),
+        ({"target": "64"}, r"build\('64'\) raised AttributeError"),
+        ({"roles": ["*.wo.weight"]}, r"roles=\['\*\.wo\.weight'\] must be a dict; for example roles={"),
+        ({"roles": {3: "hidden"}}, "roles has the key 3, which is no name"),
+        ({"roles": {"*.wo.weight": None}}, r"roles\['\*\.wo\.weight'\]=None must name a row of the table"),
+        ({"roles": {"*.wo.weight": Role("hidden", (1, 1))}}, r"fan_in=\(1, 1\), which must be a dimension or several"),
+        ({"roles": {"*.wo.weight": Role("hidden", True)}}, "fan_in=True, which must be a dimension or several"),
+        ({"sites": None}, "sites=None must be a dict; for example sites={'output': 'lm_head'}"),
+        ({"sites": {"output": ["head"]}}, r"sites\['output'\]=\['head'\] must be the name of a module"),
+        ({"base_fan_in": [3.0]}, r"base_fan_in=\[3\.0\] must be a dict"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(changed: dict[str, Any], message: str) -> None:
     refused(message, lambda: llama_result(**changed))
+
+
+def test_what_is_close_to_a_refused_argument_is_taken() -> None:
+    wanted = llama_result(hyperparameters=replace(BaseHyperparameters(), learning_rate=0.25), decay=Decay("fixed"))
+    named = llama_result(hyperparameters={"learning_rate": np.float32(0.25)}, decay="fixed")
+    assert named.plan == wanted.plan != llama_result(decay="fixed").plan
+    assert named.hyperparameters == wanted.hyperparameters
+    axis = llama_result(roles={**RESIDUAL, "*.w1.weight": Role("hidden", 1)}, head_size=lambda shape: shape.head_size)
+    assert axis.plan == llama_result().plan
+    deep = llama_result(depth=lambda shape: shape.depth, head_size=16.0)
+    assert deep.plan == llama_result().plan
+
+
+class Extra(nn.Sequential):
+    """A linear model with something beside it."""
+
+    def __init__(self, width: int, make: Callable[[int], nn.Module | nn.Parameter]) -> None:
+        super().__init__(nn.Linear(4, width), Multiplier("output"), nn.Linear(width, 1))
+        extra = make(width)
+        if isinstance(extra, nn.Module):
+            self.add_module("extra", extra)
+        else:
+            self.extra = extra
+
+
+def with_extra(make: Callable[[int], nn.Module | nn.Parameter], **options: Any) -> Parametrized:
+    return parametrize(lambda width: Extra(width, make), base=8, delta=16, target=32, **options)
+
+
+@pytest.mark.parametrize("table", ["mup", "mup_table3", "btlm", "sp"])
+@pytest.mark.parametrize(("role", "start"), [("gain", 1.0), (Role("bias"), 0.0)])
+def test_a_scalar_is_a_gain_or_a_bias_that_no_width_scales(table: str, role: Role | str, start: float) -> None:
+    untied = {"roles": {"extra": role, "2.weight": "output"}, "hyperparameters": {"learning_rate": 0.25}}
+    result = with_extra(lambda width: nn.Parameter(torch.tensor(3.0)), table=table, **untied)
+    row = result.plan.parameters["extra"]
+    assert (row.width_mult, row.peak_lr, row.weight_decay) == (1.0, 0.25, 0.0)
+    model = result.build(seed=0)
+    assert model.get_parameter("extra").item() == start
+    mutune.audit(model, result.optimizer(model), result.plan, at_init=True)
+
+
+def test_a_scalar_without_a_role_or_with_that_of_a_matrix_is_asked_about() -> None:
+    roles: list[dict[str, Role | str]] = [{}, {"extra": "hidden"}, {"extra": Role("gain", 0)}]
+    for named in roles:
+        make = partial(with_extra, lambda width: nn.Parameter(torch.tensor(1.0)), roles=named)
+        refused(r'extra.* a scalar.*for example roles={"extra": Role\("gain"\)}\.$', make)
+
+
+def test_a_layer_without_a_shape_is_refused_and_one_that_has_found_it_is_not() -> None:
+    refused(r"extra\.weight has no shape before .*as in nn\.Linear", lambda: with_extra(lambda w: nn.LazyLinear(w)))
+
+    def run_once(width: int) -> nn.Module:
+        layer = nn.LazyLinear(width)
+        layer(torch.zeros(1, width))
+        return layer
+
+    rows = with_extra(run_once, roles={"2.weight": "output", "extra.weight": "hidden"}).plan.parameters
+    assert rows["extra.weight"].shape == "32x32"
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_an_empty_tensor_is_refused_only_where_its_inputs_are_counted() -> None:
+    def empty(width: int) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(0))
+
+    refused(r"extra of shape 0 has a fan-in of 0; .*requires_grad_", lambda: with_extra(empty, roles={"extra": "bias"}))
+    frozen = with_extra(lambda width: nn.Parameter(torch.zeros(0), requires_grad=False))
+    assert "extra" not in frozen.plan.parameters
+    refused(r"0\.weight of shape 0x4 has a fan-in of 0", lambda: parametrize(linear, base=8, delta=16, target=0))
+    assert with_extra(lambda width: nn.Linear(0, width, bias=False)).plan.parameters["extra.weight"].shape == "32x0"
+
+
+def linear(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, width), Multiplier("output"), nn.Linear(width, 1))
+
+
+@pytest.mark.parametrize("build", [None, linear(8)])
+def test_what_is_not_a_builder_is_refused(build: Any) -> None:
+    refused("build is a .* and must be a function from shape to a fresh model", lambda: Family(build, 8, 16))
 
 
 def test_a_table_that_lacks_a_role_names_the_tensor() -> None:

@@ -260,6 +260,27 @@ class Dropped(nn.Module):
         return x
 
 
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_multiplier_whose_input_comes_by_name_is_watched_as_any_other(factor: float) -> None:
+    class Named(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, width), nn.Linear(width, 1)
+            self.scale = Multiplier("output")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.scale(x=factor * self.first(x)))
+
+    result = Family(Named, 8, 16).at(32)
+    model = result.build(seed=0)
+    optimizer, forward = result.optimizer(model), lambda: model(torch.ones(2, 4))
+    assert not list(findings(model, optimizer, result.plan, forward=forward))
+    model.get_submodule("scale").forward = lambda x: x
+    assert [found.diagnosis for found in findings(model, optimizer, result.plan, forward=forward)] == [
+        "the output is not the input times the plan's value"
+    ]
+
+
 def test_a_multiplier_whose_result_is_dropped_in_one_block_only_is_found() -> None:
     run = live()
     run.model.set_submodule("h.1.mlp_multiplier", Dropped(run.model.get_submodule("h.1.mlp_multiplier")))

@@ -115,11 +115,35 @@ def test_another_rate_leaves_the_shrink_per_step_under_independent_and_horizon_a
     assert after == pytest.approx([factor * shrink for shrink in before], rel=1e-14)
 
 
-def test_horizon_replaces_the_weight_decay() -> None:
-    decay = Decay("horizon", num_steps=NUM_STEPS)
-    assert plan_of("mup", decay, hyperparameters=HORIZON) == plan_of(
-        "mup", decay, hyperparameters=replace(HORIZON, weight_decay=0.7)
-    )
+def test_horizon_refuses_a_weight_decay_of_ones_own_and_the_others_a_timescale() -> None:
+    horizon = Decay("horizon", num_steps=NUM_STEPS)
+    with pytest.raises(Refusal, match=r"weight_decay=0\.7 is not read by .*decay=horizon, .* set that, for example"):
+        plan_of("mup", horizon, hyperparameters=replace(HORIZON, weight_decay=0.7))
+    plan_of("mup", horizon, hyperparameters=replace(HORIZON, weight_decay=0.1))  # the default, as every config holds it
+    for mode in ("table", "fixed", "scaled", "independent"):
+        with pytest.raises(
+            Refusal, match=rf"decay_timescale=0\.1 is read by .*decay=horizon alone, and decay is {mode}"
+        ):
+            plan_of("mup", Decay(mode), hyperparameters=HORIZON)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fxied",), r"^decay=fxied is unknown; known decays: table, fixed, scaled, independent, horizon\.$"),
+        ((None,), "^decay=None is unknown"),
+        (("scaled", 2.5), r"^decay\.exponent=2\.5 must be a finite number at least 0 and at most 2"),
+        (("scaled", "1"), r"^decay\.exponent='1' must be a finite number"),
+        (("fixed", 0.5), r"^decay\.exponent=0\.5 belongs to decay=scaled; for example Decay\('scaled', 0\.5\)\.$"),
+        (("horizon", 1.0, 0), r"^decay\.num_steps=0 must be a whole number at least 1"),
+        (("horizon", 1.0, "10"), r"^decay\.num_steps='10' must be a whole number"),
+    ],
+)
+def test_a_decay_that_cannot_be_is_refused_where_it_is_made(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        Decay(*arguments)
+    Decay("scaled", 0.5, 1000)
+    Decay("table", num_steps=1000)  # the length is that of every run
 
 
 @pytest.mark.parametrize("mode", DECAYS)
@@ -179,7 +203,7 @@ def test_horizon_without_its_timescale_is_refused() -> None:
 
 
 def test_horizon_without_the_length_of_the_run_is_refused() -> None:
-    with pytest.raises(Refusal, match=r"decay=horizon needs the run's num_steps; for example num_steps=1000\.$"):
+    with pytest.raises(Refusal, match=r"needs the run's num_steps; for example .*num_steps=1000\)\.$"):
         plan_of("mup", Decay("horizon"), hyperparameters=HORIZON)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -56,6 +57,86 @@ def test_settings_and_data_count_and_lists_that_loops_fill_do_not() -> None:
     ):
         assert made(F, STEPS=one) == made(F, STEPS=copy.deepcopy(one)) != made(F, STEPS=other)
     assert made(F, STEPS=[1]) == made(F, STEPS=[1, 2])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(x):\n    if x not in MEMO:\n        MEMO[x] = x + 1\n    return MEMO[x]\n",
+        "def f(x):\n    MEMO['sums'][x] += 1\n",
+        "def f(x):\n    return MEMO.setdefault(x, 3)\n",
+        "def f(x):\n    del MEMO[x]\n",
+        "def f(x):\n    global MEMO\n    MEMO = MEMO or {x: 1}\n    return MEMO\n",
+        "def g(x):\n    MEMO.update(x=1)\ndef f(x):\n    g(x)\n    return MEMO\n",
+        "def f(x, memo=MEMO):\n    memo[x] = 1\n",
+        "def f(*, memo=MEMO):\n    memo[0] = 1\n",
+        "class C:\n    memo = MEMO\n    def put(self, x):\n        self.memo[x] = 1\ndef f():\n    return C()\n",
+        "def f(x):\n    def inner():\n        MEMO[x] = 1\n    return inner\n",
+    ],
+)
+def test_what_the_functions_write_to_is_state_and_does_not_count(source: str) -> None:
+    assert made(source, MEMO={}) == made(source, MEMO={3: 4})
+    assert made(source, MEMO={}) != made(source.replace("def f(", "def f(y, "), MEMO={})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(x):\n    x['lr'] = SETTINGS['lr']\n",
+        "def f(x):\n    x[SETTINGS['lr']] = 1\n",
+        "def f(x):\n    x.update(SETTINGS)\n",
+        "def f(x):\n    return SETTINGS\ndef other():\n    SETTINGS[0] = 1\n",  # not of its functions
+        "def f(x, settings=SETTINGS, memo={}):\n    memo[x] = settings\n",
+    ],
+)
+def test_what_they_only_read_counts(source: str) -> None:
+    assert made(source, SETTINGS={"lr": 1}) != made(source, SETTINGS={"lr": 2})
+
+
+def test_a_memo_in_a_closure_and_a_nonlocal_counter_do_not_count() -> None:
+    def make(settings: dict[str, int]) -> Callable[[int], int]:
+        memo: dict[int, int] = {}
+        calls = 0
+
+        def f(x: int) -> int:
+            nonlocal calls
+            calls += 1
+            memo[x] = calls + settings["steps"]
+            return memo[x]
+
+        return f
+
+    f = make({"steps": 3})
+    before = of(f)
+    f(3)
+    assert of(f) == before == of(make({"steps": 3})) != of(make({"steps": 4}))
+
+
+def test_what_holds_itself_counts_once() -> None:
+    def knot(steps: int) -> dict[str, Any]:
+        held: dict[str, Any] = {"steps": steps}
+        held["self"], held["pair"], held["list"] = held, (held, steps), [held]
+        return held
+
+    assert made(F, STEPS=knot(3)) == made(F, STEPS=knot(3)) != made(F, STEPS=knot(4))
+
+
+def test_a_dict_that_is_keyed_by_functions_is_the_same_in_every_process() -> None:
+    def keyed(value: int) -> dict[Any, int]:
+        return {type("Key", (), {}): value, lambda: 3: value}
+
+    assert made(F, STEPS=keyed(3)) == made(F, STEPS=keyed(3)) != made(F, STEPS=keyed(4))
+
+
+def test_an_object_that_answers_to_every_name_is_no_wrapper() -> None:
+    class Any_:
+        def __getattr__(self, name: str) -> "Any_":
+            return self
+
+        def __call__(self) -> int:
+            return 3
+
+    assert set(of(Any_())) == {"f.__getattr__", "f.__call__"}
 
 
 def test_a_global_that_is_not_read_does_not_count() -> None:

@@ -6,11 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import psutil
 import pytest
@@ -26,6 +29,7 @@ from mutune import reporting
 from mutune.door import WorkFailed
 from mutune.errors import Refusal
 from mutune.parametrization.finding import AuditError
+from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.reporting import figures
 from mutune.search.results import load_study
 from mutune.search.workers import WorkError
@@ -352,6 +356,39 @@ def grow(width: int) -> nn.Module:
         ({"build": lambda width: None}, r"^build\(16\) returned NoneType, not a torch\.nn\.Module\.$"),
         ({"build": grow}, r"^build\(32\) raised RuntimeError: too wide; it must make a model at every width\.$"),
         ({"build": lambda width: nn.Linear(3, 5)}, "base"),
+        ({"space": [1]}, r"^space=\[1\] must be a dict; for example space=\{'learning_rate': \{'low'"),
+        ({"space": None}, "^space=None must be a dict"),
+        ({"space": {"learning_rate": {"values": 0.1}}}, r"^space\.learning_rate\.values=0\.1 must be a list"),
+        ({"widths": 32}, r"^widths=32 must be a list; for example widths=\[32, 64\]\.$"),
+        ({"widths": "32"}, r"^widths='32' must be a list"),
+        ({"widths": [32.5]}, r"^widths=32\.5 must be a whole number"),
+        ({"widths": [32], "offsets": None}, r"^offsets=None must be a list"),
+        ({"seeds": None}, r"^seeds=None must be a whole number"),
+        ({"base": None}, r"^base=None must be a whole number"),
+        ({"base": "16"}, r"^base='16' must be a whole number"),
+        ({"n_trials": "4"}, r"^n_trials='4' must be a whole number"),
+        ({"initial": {"learning_rate": 0.01}}, r"^initial=\{'learning_rate': 0\.01\} must be a list"),
+        ({"initial": [3]}, r"^initial\[0\]=3 must be a dict"),
+        ({"table": None}, "^table=None must be the name of a table"),
+        ({"hyperparameters": None}, "^hyperparameters=None must be a dict"),
+        (
+            {"hyperparameters": {"decay_timescale": 0.1}},
+            r"^hyperparameters\.decay_timescale=0\.1 is read by decay=horizon",
+        ),
+        ({"depth": 3}, "^depth=3 must be a function"),
+        ({"roles": None}, "^roles=None must be a dict"),
+        ({"out": ""}, "^out='' is empty"),
+        ({"out": 3}, "^out=3 must be"),
+        ({"name": None}, "^name=None must be"),
+        ({"overwrite": "no"}, "^overwrite='no' must be True or False"),
+        ({"build": None}, "^build is a NoneType and must be a function"),
+        ({"build": own.Net(16)}, "^build is a Net and must be a function"),
+        ({"train": None}, "^train is a NoneType and must be a function"),
+        ({"train": lambda model, optimizer: 1.0}, r"^train cannot be called with four arguments \(too many positional"),
+        (
+            {"train": lambda *a, steps: 1.0},
+            r"^train cannot be called with four arguments \(missing a required argument",
+        ),
         ({"train": returns_none}, r"^train returned None; return the final held-out loss as a number"),
     ],
 )
@@ -359,9 +396,34 @@ def test_what_cannot_be_used_is_refused_and_nothing_is_written(
     arguments: dict[str, Any], message: str, out: Path
 ) -> None:
     with pytest.raises(Refusal, match=message) as caught:
-        search(out, **arguments)
+        search(**{"out": out, **arguments})
     assert str(caught.value).count("\n") == 0
     assert not out.exists()
+
+
+def test_numbers_and_sequences_of_numpy_are_taken_for_what_they_are(out: Path) -> None:
+    """And the folder is the same as from plain ones: running it again with those returns at once."""
+    numbers: dict[str, Any] = {
+        "space": {"learning_rate": {"low": np.float64(1e-3), "high": torch.tensor(0.125)}},
+        "base": np.int64(16), "n_trials": np.int64(2), "seed": np.int64(1), "widths": np.array([32]),
+        "seeds": np.int64(1), "offsets": np.linspace(-1, 1, 3), "hyperparameters": {"weight_decay": np.float32(0.5)},
+    }  # fmt: skip
+    first = search(out, **numbers)
+    before = times(out)
+    plain: dict[str, Any] = {
+        "space": {"learning_rate": {"low": 1e-3, "high": 0.125}}, "n_trials": 2, "seed": 1,
+        "widths": range(32, 33), "seeds": 1, "offsets": (-1.0, 0.0, 1.0), "hyperparameters": {"weight_decay": 0.5},
+    }  # fmt: skip
+    again = search(out, **plain)
+    assert times(out) == before
+    assert again.best == first.best
+    taken = search(out, name="mine", **{**plain, "hyperparameters": replace(BaseHyperparameters(), weight_decay=0.5)})
+    assert taken.best == first.best
+
+
+def test_a_value_list_may_be_a_tuple(out: Path) -> None:
+    space = {"learning_rate": {"values": (0.01, 0.02)}}
+    assert set(search(out, space=space, sampler="grid", n_trials=None).trials.learning_rate) == {0.01, 0.02}
 
 
 def test_functions_that_cannot_be_sent_are_refused_and_run_here(out: Path, tmp_path: Path) -> None:
@@ -373,6 +435,33 @@ def test_functions_that_cannot_be_sent_are_refused_and_run_here(out: Path, tmp_p
 
         with pytest.raises(Refusal, match=r"cannot be sent to worker processes \(.*\); open files, locks"):
             search(out, train=logs, workers=1)
+        search(out, train=logs, workers=0)
+    assert (tmp_path / "log").read_text() == "x" * (1 + 4)  # the rehearsal, and the trials
+
+
+def test_a_lock_is_no_hindrance_in_this_process(out: Path) -> None:
+    lock = threading.Lock()
+
+    def locked(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, report: Report) -> float:
+        with lock:
+            return train(model, optimizer, seed, report)
+
+    assert len(search(out, train=locked, workers=0, n_trials=2).trials) == 2
+
+
+def test_a_memo_that_fills_up_is_no_other_code(out: Path) -> None:
+    batches: dict[int, Any] = {}
+
+    def remembers(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, report: Report) -> float:
+        if seed not in batches:
+            batches[seed] = own.batch(seed)
+        return train(model, optimizer, seed, report)
+
+    search(out, train=remembers, n_trials=2)
+    assert list(batches) == [0]
+    before = times(out)
+    search(out, train=remembers, n_trials=3)
+    assert before.items() <= times(out).items()
 
 
 def test_what_changed_since_is_refused_with_the_difference(out: Path) -> None:
