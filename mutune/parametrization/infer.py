@@ -13,7 +13,15 @@ from mutune.errors import Refusal, require, require_number, shown
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.names import matching
 from mutune.parametrization.parametrized import Parametrized
-from mutune.parametrization.places import LOGITS, check_sites, places_of, proposals, sites_of, unplaced_sites
+from mutune.parametrization.places import (
+    LOGITS,
+    absent_branches,
+    check_sites,
+    places_of,
+    proposals,
+    sites_of,
+    unplaced_sites,
+)
 from mutune.parametrization.plan import BaseShape, Decay, Plan, TensorPlan, TensorSpec, kind, make_plan
 from mutune.parametrization.roles import Role, check_patterns, named_roles, settle
 from mutune.parametrization.rules import Table, get_table
@@ -106,7 +114,8 @@ class Family(Generic[Shape]):
             f"table {theory.name} gives the output its own rule, and the model has no output matrix of its own; take "
             f"table=mup, or name it, for example roles={{'lm_head.weight': 'output'}}.",
         )
-        unplaced = unplaced_sites(theory, places, hyperparameters, proposals(found, specs))
+        absent = absent_branches(found, places)
+        unplaced = unplaced_sites(theory, places, absent, hyperparameters, proposals(found, specs))
         sizes = {self._head_size_at(s) for s in (self.base, shape)}
         require(
             None not in sizes or LOGITS not in places,

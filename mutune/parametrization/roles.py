@@ -13,7 +13,7 @@ from mutune.parametrization.plan import kind
 from mutune.parametrization.survey import Tensor
 
 #: Roles whose fan-in is the width that the tensor carries; every other role's is what each of its outputs sums over.
-CARRIERS = ("embedding", "position_embedding", "gain", "bias")
+CARRIERS = ("embedding", "position_embedding", "input", "gain", "bias")
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Role:
     """A role given to tensors by name.
 
     Attributes:
-        name: a row of the table: `embedding`, `position_embedding`, `hidden`, `residual_output`, `output`, `gain`,
-            `bias`.
+        name: a row of the table: `embedding`, `position_embedding`, `input` (weights of a block whose fan-in is no
+            width), `hidden`, `residual_output`, `output`, `gain`, `bias`.
         fan_in: the dimension or dimensions that each output sums over, where the owner's class does not say it:
             1 for experts' (E, in, out).
     """
@@ -96,16 +96,17 @@ def input_axes(tensor: Tensor) -> tuple[int, ...] | None:
 def _inferred(tensor: Tensor, in_block: bool) -> str | None:
     if len(tensor.shape) == 1:
         return _vector_role(tensor)
+    inputs = "input" if in_block else "embedding"  # outside blocks TP-V's input weights have the embedding's site
     if any(issubclass(owner, nn.Embedding) for owner in tensor.owners):
-        return None if tensor.infinite[0] else "embedding"
+        return None if tensor.infinite[0] else inputs
     axes = input_axes(tensor)
     if axes is None:
         return None
     grows_in = any(tensor.infinite[axis] for axis in axes)
     grows_out = any(grows and axis not in axes for axis, grows in enumerate(tensor.infinite))
-    if in_block or grows_in == grows_out:
-        return "hidden"
-    return "output" if grows_in else "embedding"  # TP-V's input weights have the embedding's rule
+    if grows_out and not grows_in:
+        return inputs
+    return "output" if grows_in and not grows_out and not in_block else "hidden"
 
 
 def _vector_role(tensor: Tensor) -> str | None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from examples import llama
 from mutune import Family
 from mutune.model.shape import ModelConfig
 from mutune.parametrization.hyperparameters import BaseHyperparameters
+from mutune.parametrization.multiplier import Multiplier
 from mutune.parametrization.rules import BTLM, MUP, MUP_TABLE3, MUP_TABLE9, SP, Table, completep
 from mutune.verification.check import as_words, coordinate_check
 from mutune.verification.coordinates import Probe, measure
@@ -243,6 +245,59 @@ def test_a_forgotten_multiplier_of_a_users_model_is_seen_by_its_slopes() -> None
     judgement = coordinate_check(family, [64, 128, 256], training=Text(context_length=32), seeds=1)
     assert "the output multiplier scales as m^-1.00" in " ".join(f.diagnosis for f in judgement.findings)
     assert not judgement.passed
+
+
+class Conditioned(nn.Module):
+    """Each block has two inputs of a fixed size: what modulates it (adaLN), and a depthwise convolution's kernel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(1024, width)
+        self.condition = nn.Buffer(torch.randn(1024, 8, generator=torch.Generator().manual_seed(0)))
+        self.blocks = nn.ModuleList(ConditionedBlock(width) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.scale_output = Multiplier("output")
+        self.head = nn.Linear(width, 1024, bias=False)
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.embed(ids_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, self.condition[ids_BT])
+        return self.head(self.scale_output(self.norm(x_BTD)))
+
+
+class ConditionedBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(8, 2 * width)
+        self.conv = nn.Conv1d(width, width, 3, padding=2, groups=width, bias=False)
+        self.up = nn.Linear(width, 2 * width, bias=False)
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor, condition_BTC: torch.Tensor) -> torch.Tensor:
+        scale_BTD, shift_BTD = self.modulation(condition_BTC).chunk(2, dim=-1)
+        mixed_BTD = self.norm(x_BTD) * (1.0 + scale_BTD) + shift_BTD
+        mixed_BTD = self.conv(mixed_BTD.mT)[..., : x_BTD.shape[1]].mT
+        return x_BTD + self.down(torch.relu(self.up(mixed_BTD)))
+
+
+@pytest.mark.parametrize("table", ["mup", "mup_table9", "completep"])
+def test_the_epsilon_of_a_blocks_inputs_follows_their_gradient(table: str) -> None:
+    """Also where the embedding's rule has moved with its multiplier, which these do not have."""
+
+    def check(roles: Mapping[str, str]) -> Judgement:
+        family: Family[int] = Family(
+            Conditioned, 32, 64, roles=roles, sites={"embedding": "embed", "residual.mlp": "blocks.?.down"}
+        )
+        quick: dict[str, Any] = {"training": Text(context_length=32), "seeds": 1}
+        return coordinate_check(family, [64, 128, 256], table=table, hyperparameters=strong, **quick)
+
+    strong = BaseHyperparameters(learning_rate=2**-7, init_std=0.25, embedding_multiplier=4.0)
+    right, wrong = check({}), check({"blocks.?.modulation.weight": "hidden", "blocks.?.conv.weight": "hidden"})
+    assert right.passed, said(right)
+    assert {finding.slope.place for finding in wrong.findings} == {"blocks.*.modulation.weight", "blocks.*.conv.weight"}
+    assert all("its ε scales as m^+0.00 and must follow the gradient" in f.diagnosis for f in wrong.findings)
 
 
 @pytest.mark.parametrize("rate", [1e30, 1e-30, 1e-60])
