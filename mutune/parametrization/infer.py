@@ -202,7 +202,7 @@ class Family(Generic[Shape]):
             f"{tensor.name} is {_by(tensor.shape)} here and {_by(base.shape)} at the base, in a dimension that does "
             f"not change from base to delta; change it in delta if it is a width, else give the base the same size.",
         )
-        return replace(tensor, infinite=base.infinite, constant=base.constant)
+        return replace(tensor, infinite=base.infinite, start=base.start)
 
     def _measured(self, found: Survey) -> list[tuple[TensorSpec, float]]:
         """Each spec with its base fan-in."""

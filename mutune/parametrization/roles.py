@@ -111,11 +111,23 @@ def _inferred(tensor: Tensor, in_block: bool) -> str | None:
 
 def _vector_role(tensor: Tensor) -> str | None:
     """By what it starts as: all ones a gain, all zeros a bias, also where that bias is a zero-centred gain (1 + w)."""
-    if any(name.rpartition(".")[2].endswith("bias") for name in tensor.names):
-        return "bias"
+    if _called_bias(tensor):
+        return "bias" if _may_start_at_zero(tensor) else None
     if tensor.constant is None and any("norm" in owner.__name__.lower() for owner in tensor.owners):
         return "gain"
     return {1.0: "gain", 0.0: "bias"}.get(tensor.constant) if tensor.constant is not None else None
+
+
+def _called_bias(tensor: Tensor) -> bool:
+    return any(name.rpartition(".")[2].endswith("bias") for name in tensor.names)
+
+
+def _may_start_at_zero(tensor: Tensor) -> bool:
+    """Whether it starts at zero, or as torch draws a layer's `bias`, from ±1/√fan_in; others mean where they start."""
+    if tensor.start is None or tensor.constant == 0.0:
+        return True
+    drawn = tensor.constant is None or tensor.shape == (1,)
+    return drawn and max(map(abs, tensor.start)) <= 1.0 and any(f".{name}".endswith(".bias") for name in tensor.names)
 
 
 def _checked_axes(tensor: Tensor, fan_in: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -129,6 +141,13 @@ def _checked_axes(tensor: Tensor, fan_in: int | tuple[int, ...]) -> tuple[int, .
 
 
 def _unsettled(tensor: Tensor) -> str:
+    if len(tensor.shape) == 1 and _called_bias(tensor) and tensor.start is not None:
+        low, high = tensor.start
+        return (
+            f"{tensor.name} starts at values from {low:.4g} to {high:.4g}, so that it is no plain bias, which a plan "
+            f"starts at zero; if it may start there, say {_entry(tensor, 'bias', None)}, and write what it must start "
+            f"at after build(seed)."
+        )
     if len(tensor.shape) == 1:
         entry = _entry(tensor, "gain", None)
     elif len(tensor.infinite_axes) >= 2:

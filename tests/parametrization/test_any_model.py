@@ -361,6 +361,67 @@ def test_roles_by_owner_and_initial_values(make: Callable[[int], nn.Module], nam
     assert by_name(family.specs(64))[f"part.{name}"].role == role
 
 
+class Biased(nn.Module):
+    """A Linear of its own, or a step size as in Mamba: a vector called a bias."""
+
+    def __init__(self, width: int, name: str, start: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Linear(width, width).weight
+        self.register_parameter(name, nn.Parameter(start(width)))
+
+
+def step_sizes(width: int) -> Tensor:
+    """The inverse softplus of 0.001 to 0.1."""
+    return torch.expm1(torch.logspace(-3, -1, width)).log()
+
+
+def gaussian(width: int) -> Tensor:
+    return 0.02 * torch.randn(width)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "words"),
+    [
+        ("dt_bias", step_sizes, r"part\.dt_bias starts at values from -6\.907 to -2\.252, so that it is no plain bias"),
+        ("dt_bias", gaussian, r"part\.dt_bias starts at values from .* roles={\"part\.dt_bias\": Role\(\"bias\"\)}"),
+        ("bias", step_sizes, r"part\.bias starts at values from -6\.907 to -2\.252"),
+        ("bias", lambda width: torch.full((width,), 0.5), r"part\.bias starts at values from 0\.5 to 0\.5"),
+        ("bias", lambda width: torch.full((1,), -4.6), r"part\.bias starts at values from -4\.6 to -4\.6"),
+    ],
+)
+def test_a_bias_that_starts_at_values_of_its_own_is_asked_about(
+    name: str, start: Callable[[int], Tensor], words: str
+) -> None:
+    def build(width: int) -> nn.Module:
+        return nn.ModuleDict({"part": Biased(width, name, start)})
+
+    roles: dict[str, Role | str] = {"part.weight": Role("hidden", 1)}
+    refused(words, lambda: Family(build, 16, 32, roles=roles))
+    specs = by_name(Family(build, 16, 32, roles={**roles, f"part.{name}": Role("bias")}).specs(64))
+    assert specs[f"part.{name}"].role == "bias"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda width: nn.Linear(width, 1),
+        lambda width: nn.Linear(1, width),
+        lambda width: nn.Conv1d(width, width, 3),
+        lambda width: nn.LayerNorm(width),
+        lambda width: Biased(width, "bias", gaussian),
+        lambda width: Biased(width, "q_bias", torch.zeros),
+        lambda width: Biased(width, "dt_bias", lambda n: torch.empty(n, device="meta")),  # not known
+    ],
+)
+def test_a_bias_at_zero_or_as_torch_draws_it_or_of_unknown_values_is_one(make: Callable[[int], nn.Module]) -> None:
+    def build(width: int) -> nn.Module:
+        return nn.ModuleDict({"part": make(width)})
+
+    roles: dict[str, Role | str] = {"part.weight": Role("hidden", 0)}
+    specs = Family(build, 16, 32, roles=roles).specs(64)
+    assert [spec.role for spec in specs if spec.name.endswith("bias")] == ["bias"]
+
+
 def test_a_convolution_sums_over_channels_and_kernel() -> None:
     family = Family(lambda n: nn.ModuleDict({"conv": nn.Conv2d(n, 2 * n, (3, 5))}), 16, 32)
     assert by_name(family.specs(64))["conv.weight"].fan_in == 64 * 15
