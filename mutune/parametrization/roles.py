@@ -160,7 +160,8 @@ def _unsettled(tensor: Tensor) -> str:
 
 def _entry(tensor: Tensor, role: str, axis: int | None) -> str:
     fan_in = "" if axis is None else f", fan_in={axis}"
-    return f'roles={{"{kind(tensor.name)}": Role("{role}"{fan_in})}}'
+    pattern = kind(tensor.name)
+    return f'roles={{"{tensor.name if pattern.startswith("*") else pattern}": Role("{role}"{fan_in})}}'
 
 
 def _likely_axis(tensor: Tensor) -> int:
