@@ -23,7 +23,15 @@ from mutune.parametrization.arguments import (
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.names import matching
 from mutune.parametrization.parametrized import Parametrized
-from mutune.parametrization.places import LOGITS, check_sites, places_of, proposals, sites_of, unplaced_sites
+from mutune.parametrization.places import (
+    LOGITS,
+    absent_branches,
+    check_sites,
+    places_of,
+    proposals,
+    sites_of,
+    unplaced_sites,
+)
 from mutune.parametrization.plan import BaseShape, Decay, Plan, TensorPlan, TensorSpec, kind, make_plan
 from mutune.parametrization.roles import Role, check_patterns, named_roles, settle
 from mutune.parametrization.rules import Table
@@ -116,7 +124,8 @@ class Family(Generic[Shape]):
             f"table {theory.name} gives the output its own rule, and the model has no output matrix of its own; take "
             f"table=mup, or name it, for example roles={{'lm_head.weight': 'output'}}.",
         )
-        unplaced = unplaced_sites(theory, places, values, proposals(found, specs))
+        absent = absent_branches(found, places)
+        unplaced = unplaced_sites(theory, places, absent, values, proposals(found, specs))
         sizes = {self._head_size_at(s) for s in (self.base, shape)}
         require(
             None not in sizes or LOGITS not in places,
@@ -202,7 +211,7 @@ class Family(Generic[Shape]):
             f"{tensor.name} is {_by(tensor.shape)} here and {_by(base.shape)} at the base, in a dimension that does "
             f"not change from base to delta; change it in delta if it is a width, else give the base the same size.",
         )
-        return replace(tensor, infinite=base.infinite, constant=base.constant)
+        return replace(tensor, infinite=base.infinite, start=base.start)
 
     def _measured(self, found: Survey) -> list[tuple[TensorSpec, float]]:
         """Each spec with its base fan-in."""

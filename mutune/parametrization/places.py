@@ -11,10 +11,12 @@ from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.plan import TensorSpec
 from mutune.parametrization.roles import check_patterns
 from mutune.parametrization.rules import Site, Table
-from mutune.parametrization.survey import Survey, Tensor
+from mutune.parametrization.survey import Survey, Tensor, block_of, blocks
 
 #: The one site that may be left to the model: its value follows the head size alone.
 LOGITS = "attention_logits"
+#: The sites of residual branches, and what modules of such a branch have in their names.
+_BRANCHES = {"residual.attn": ("attn", "attention"), "residual.mlp": ("mlp", "ffn", "feed_forward", "feedforward")}
 _PROPOSALS = {LOGITS: "*.q_proj", "residual.attn": "*.attn", "residual.mlp": "*.mlp", "output": "lm_head"}
 
 
@@ -105,10 +107,23 @@ def check_sites(table: Table, places: Iterable[str], specs: Iterable[TensorSpec]
         )
 
 
+def absent_branches(found: Survey, placed: Iterable[str]) -> set[str]:
+    """The sites of residual branches that the model does not have, by the names in its blocks; never all of them."""
+    known, placed = blocks(found.tensors.values()), set(placed)
+    names = [name.lower() for name in found.modules if block_of(name, known) is not None]
+    there = {site for site, words in _BRANCHES.items() if any(word in name for word in words for name in names)}
+    there |= {"residual.attn"} if LOGITS in placed else set()
+    return _BRANCHES.keys() - (placed & _BRANCHES.keys() | there or {"residual.mlp"})
+
+
 def unplaced_sites(
-    table: Table, placed: Iterable[str], hyperparameters: BaseHyperparameters, proposals: Mapping[str, str]
+    table: Table,
+    placed: Iterable[str],
+    absent: Iterable[str],
+    hyperparameters: BaseHyperparameters,
+    proposals: Mapping[str, str],
 ) -> tuple[str, ...]:
-    """The sites left to the model.
+    """The sites left to the model; nothing stands at the absent ones.
 
     Raises:
         Refusal: a site without a place whose number depends on the shape or is not 1.
@@ -116,7 +131,7 @@ def unplaced_sites(
     unplaced = []
     for name, site in table.sites.items():
         alpha = getattr(hyperparameters, site.hyperparameter) if site.hyperparameter else 1.0
-        if name in placed or (alpha == 1.0 and not (site.width or site.depth or site.head)):
+        if name in placed or name in absent or (alpha == 1.0 and not (site.width or site.depth or site.head)):
             continue
         if name == LOGITS and alpha == 1.0:
             unplaced.append(name)

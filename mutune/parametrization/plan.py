@@ -18,7 +18,8 @@ class TensorSpec:
         name: the parameter's name in `model.named_parameters()`.
         role: the row of the table that rules it.
         shape: dimensions, `(fan_out, fan_in)` for matrices.
-        fan_in: number of inputs each output sums over; for the embedding table and for vectors, the width they carry.
+        fan_in: number of inputs each output sums over; for the embedding table, a block's input weights and vectors,
+            the width they carry.
         in_block: whether it sits inside a residual block (depth rules apply there).
         sites: the forward multipliers that act on its product.
     """

@@ -13,7 +13,7 @@ from mutune.parametrization.plan import kind
 from mutune.parametrization.survey import Tensor
 
 #: Roles whose fan-in is the width that the tensor carries; every other role's is what each of its outputs sums over.
-CARRIERS = ("embedding", "position_embedding", "gain", "bias")
+CARRIERS = ("embedding", "position_embedding", "input", "gain", "bias")
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Role:
     """A role given to tensors by name.
 
     Attributes:
-        name: a row of the table: `embedding`, `position_embedding`, `hidden`, `residual_output`, `output`, `gain`,
-            `bias`.
+        name: a row of the table: `embedding`, `position_embedding`, `input` (weights of a block whose fan-in is no
+            width), `hidden`, `residual_output`, `output`, `gain`, `bias`.
         fan_in: the dimension or dimensions that each output sums over, where the owner's class does not say it:
             1 for experts' (E, in, out).
     """
@@ -101,25 +101,38 @@ def input_axes(tensor: Tensor) -> tuple[int, ...] | None:
 def _inferred(tensor: Tensor, in_block: bool) -> str | None:
     if len(tensor.shape) == 1:
         return _vector_role(tensor)
+    inputs = "input" if in_block else "embedding"  # outside blocks TP-V's input weights have the embedding's site
     if any(issubclass(owner, nn.Embedding) for owner in tensor.owners):
-        return None if tensor.infinite[0] else "embedding"
+        return None if tensor.infinite[0] else inputs
     axes = input_axes(tensor)
     if axes is None:
         return None
     grows_in = any(tensor.infinite[axis] for axis in axes)
     grows_out = any(grows and axis not in axes for axis, grows in enumerate(tensor.infinite))
-    if in_block or grows_in == grows_out:
-        return "hidden"
-    return "output" if grows_in else "embedding"  # TP-V's input weights have the embedding's rule
+    if grows_out and not grows_in:
+        return inputs
+    return "output" if grows_in and not grows_out and not in_block else "hidden"
 
 
 def _vector_role(tensor: Tensor) -> str | None:
     """By what it starts as: all ones a gain, all zeros a bias, also where that bias is a zero-centred gain (1 + w)."""
-    if any(name.rpartition(".")[2].endswith("bias") for name in tensor.names):
-        return "bias"
+    if _called_bias(tensor):
+        return "bias" if _may_start_at_zero(tensor) else None
     if tensor.constant is None and any("norm" in owner.__name__.lower() for owner in tensor.owners):
         return "gain"
     return {1.0: "gain", 0.0: "bias"}.get(tensor.constant) if tensor.constant is not None else None
+
+
+def _called_bias(tensor: Tensor) -> bool:
+    return any(name.rpartition(".")[2].endswith("bias") for name in tensor.names)
+
+
+def _may_start_at_zero(tensor: Tensor) -> bool:
+    """Whether it starts at zero, or as torch draws a layer's `bias`, from ±1/√fan_in; others mean where they start."""
+    if tensor.start is None or tensor.constant == 0.0:
+        return True
+    drawn = tensor.constant is None or tensor.shape == (1,)
+    return drawn and max(map(abs, tensor.start)) <= 1.0 and any(f".{name}".endswith(".bias") for name in tensor.names)
 
 
 def _checked_axes(tensor: Tensor, fan_in: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -133,6 +146,13 @@ def _checked_axes(tensor: Tensor, fan_in: int | tuple[int, ...]) -> tuple[int, .
 
 
 def _unsettled(tensor: Tensor) -> str:
+    if len(tensor.shape) == 1 and _called_bias(tensor) and tensor.start is not None:
+        low, high = tensor.start
+        return (
+            f"{tensor.name} starts at values from {low:.4g} to {high:.4g}, so that it is no plain bias, which a plan "
+            f"starts at zero; if it may start there, say {_entry(tensor, 'bias', None)}, and write what it must start "
+            f"at after build(seed)."
+        )
     if len(tensor.shape) <= 1:
         entry = _entry(tensor, "gain", None)
     elif len(tensor.infinite_axes) >= 2:
@@ -145,7 +165,8 @@ def _unsettled(tensor: Tensor) -> str:
 
 def _entry(tensor: Tensor, role: str, axis: int | None) -> str:
     fan_in = "" if axis is None else f", fan_in={axis}"
-    return f'roles={{"{kind(tensor.name)}": Role("{role}"{fan_in})}}'
+    pattern = kind(tensor.name)
+    return f'roles={{"{tensor.name if pattern.startswith("*") else pattern}": Role("{role}"{fan_in})}}'
 
 
 def _likely_axis(tensor: Tensor) -> int:

@@ -1,8 +1,9 @@
 """The theory as tables. A parametrization is data that a reader can hold against the paper; code only looks it up.
 
-Symbols: m = fan_in / base fan_in of the tensor (vector-like tensors and the embedding table, whose fan-in is not a
-width: their width / base width), m_L = depth / base depth inside residual blocks and 1 elsewhere, L = number of
-blocks, d_head = head size, α = a tunable multiplier, θ = a constant of the abc-symmetry (`symmetry.py`).
+Symbols: m = fan_in / base fan_in of the tensor (vector-like tensors, the embedding table and a block's input weights,
+whose fan-in is not a width: their width / base width), m_L = depth / base depth inside residual blocks and 1
+elsewhere, L = number of blocks, d_head = head size, α = a tunable multiplier, θ = a constant of the abc-symmetry
+(`symmetry.py`).
 For Adam: init_std = σ·m^std, lr = η·m^lr·m_L^lr_depth, eps = ε·m^eps·m_L^eps_depth, weight decay = λ·m^wd.
 """
 
@@ -89,6 +90,7 @@ SP = Table(
     rules={
         "embedding": Rule(NORMAL),
         "position_embedding": Rule(NORMAL),
+        "input": Rule(NORMAL),
         "hidden": Rule(NORMAL),
         "residual_output": Rule(NORMAL),
         "output": Rule(NORMAL),
@@ -104,7 +106,8 @@ SP = Table(
     },
 )
 
-# SP with the embedding's rate raised by the width ratio, and nothing else of μP. A tied table is the embedding's.
+# SP with the embedding's rate raised by the width ratio, and nothing else of μP: a block's input weights stay as they
+#   are. A tied table is the embedding's.
 SP_EMBED = replace(
     SP,
     name="sp_embed",
@@ -117,6 +120,9 @@ SP_EMBED = replace(
 )
 
 # Maximal update parametrization with explicit multipliers: the placement of Table 8, which allows tying.
+#   input: weights inside a block whose fan-in is no width, such as those of what conditions it: the embedding's rule
+#   without its site. hidden: also a block's matrices with a fixed number of outputs (routers, gates). Table 3's output
+#   has the same rate and starts at m^-1, so that its products would start at m^-1/2; here they start alike.
 #   std, lr, multipliers: arXiv:2203.03466 Table 8 (Adam), attention §4; eps: every gradient shrinks as 1/m
 #   (arXiv:2505.01618 Table 1); wd: lr·λ constant across width (as in mup's MuAdamW; arXiv:2405.13698).
 MUP = Table(
@@ -127,6 +133,7 @@ MUP = Table(
         #                               std   lr    eps   wd       exponents of m
         "embedding": Rule(NORMAL, 0.0, 0.0, -1.0, 0.0),
         "position_embedding": Rule(NORMAL, 0.0, 0.0, -1.0, 0.0),
+        "input": Rule(NORMAL, 0.0, 0.0, -1.0, 0.0),
         "hidden": Rule(NORMAL, -0.5, -1.0, -1.0, 1.0),
         "residual_output": Rule(NORMAL, -0.5, -1.0, -1.0, 1.0),
         "output": Rule(NORMAL, 0.0, 0.0, -1.0, 0.0),
@@ -157,12 +164,12 @@ MUP_TABLE3 = replace(
 # The same theory with multipliers that make both ends' initial variance 1/width: θ = √m on embedding and output.
 #   arXiv:2203.03466 Table 9, Adam: input var 1/fan_out, multiplier √fan_out, lr 1/√fan_out; output var 1/fan_in,
 #   multiplier 1/√fan_in, lr 1/√fan_in. Both ends have the same θ, so it allows tying as Table 8 does. Table 9 moves
-#   biases and gains like inputs, which would put a multiplier on every one of them; here they stay where Table 8 has
-#   them, which is the same theory.
+#   biases, gains and every input weight, which would put a multiplier on each of them; inside blocks, and gains and
+#   biases everywhere, they stay where Table 8 has them, which is the same theory.
 MUP_TABLE9 = replace(
     MUP,
     name="mup_table9",
-    source="arXiv:2203.03466 Table 9, Adam, gains and biases as in Table 8; eps and weight decay as in mup, moved",
+    source="arXiv:2203.03466 Table 9, Adam, gains, biases, block inputs as in Table 8; eps and decay as in mup, moved",
     rules={
         **MUP.rules,
         "embedding": Rule(NORMAL, -0.5, -0.5, -0.5, 0.5),
@@ -186,6 +193,7 @@ BTLM = Table(
     rules={
         "embedding": Rule(TRUNCATED_NORMAL),
         "position_embedding": Rule(TRUNCATED_NORMAL),
+        "input": Rule(TRUNCATED_NORMAL),
         "hidden": Rule(TRUNCATED_NORMAL, -0.5, -1.0),
         "residual_output": Rule(TRUNCATED_NORMAL, -0.5, -1.0, per_depth=True),
         "output": Rule(TRUNCATED_NORMAL),
@@ -205,7 +213,7 @@ def completep(alpha: float = 1.0) -> Table:
     """
     inside = {
         role: replace(MUP.rules[role], lr_depth=alpha - 1.0, eps_depth=-alpha)
-        for role in ("hidden", "residual_output", "gain", "bias")  # ln_f is in no block, so its m_L is 1
+        for role in ("input", "hidden", "residual_output", "gain", "bias")  # ln_f is in no block, so its m_L is 1
     }
     return replace(
         MUP,

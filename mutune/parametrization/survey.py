@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import mup
-import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -23,7 +22,7 @@ class Tensor:
         name: its canonical name; `aliases` are its other names, where it is tied.
         shape: dimensions.
         owners: the classes of the modules that hold it.
-        constant: the value that all elements of a vector start with, None where they differ or are not known.
+        start: the smallest and the largest value that a vector starts with, None where they are not known.
         infinite: for each dimension, whether it grows with the model's width.
     """
 
@@ -31,13 +30,18 @@ class Tensor:
     shape: tuple[int, ...]
     owners: tuple[type[nn.Module], ...]
     aliases: tuple[str, ...] = ()
-    constant: float | None = None
+    start: tuple[float, float] | None = None
     infinite: tuple[bool, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every canonical name."""
         return (self.name, *self.aliases)
+
+    @property
+    def constant(self) -> float | None:
+        """The value that all elements of a vector start with, None where they differ or are not known."""
+        return self.start[0] if self.start is not None and self.start[0] == self.start[1] else None
 
     @property
     def infinite_axes(self) -> tuple[int, ...]:
@@ -77,7 +81,7 @@ def survey(model: nn.Module) -> Survey:
             shape=tuple(parameter.shape),
             owners=tuple(owners[parameter]),
             aliases=tuple(alias for alias in names[parameter] if alias != name),
-            constant=_constant(parameter),
+            start=_start(parameter),
         )
         for name, parameter in trainable(model).items()
     }
@@ -173,11 +177,10 @@ def _check_sized(model: nn.Module) -> None:
         )
 
 
-def _constant(parameter: nn.Parameter) -> float | None:
+def _start(parameter: nn.Parameter) -> tuple[float, float] | None:
     if parameter.is_meta or parameter.dim() != 1 or not len(parameter):
         return None
-    first = parameter.detach()[0]
-    return float(first) if bool(torch.all(parameter.detach() == first)) else None
+    return float(parameter.detach().min()), float(parameter.detach().max())
 
 
 def _check_memory(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -6,7 +6,7 @@ on one fixed probe batch. Source: arXiv:2203.03466 §D.1 and appendix; per-tenso
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,9 +18,18 @@ from torch.overrides import TorchFunctionMode
 
 from mutune.parametrization.apply import make_optimizer
 from mutune.parametrization.multiplier import Multiplier
-from mutune.parametrization.plan import Plan, kind
+from mutune.parametrization.plan import Plan
 from mutune.parametrization.sites import CHILD
-from mutune.verification.places import ATTENTION_LOGITS, LAST_BLOCK, LOGITS, OUTPUT, RESIDUAL, Coordinate
+from mutune.verification.places import (
+    ATTENTION_LOGITS,
+    LAST_BLOCK,
+    LOGITS,
+    OUTPUT,
+    RESIDUAL,
+    Coordinate,
+    module_place,
+    tensor_places,
+)
 
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, torch.einsum)
 _PRODUCTS = (F.linear, F.embedding, torch.addmm, *_MATMULS)
@@ -74,19 +83,19 @@ def measure(subject: Subject, size: int, seed: int, training: Training) -> list[
 def _measure(subject: Subject, size: int, seed: int, training: Training) -> list[Coordinate]:
     model, plan = subject.make(size, seed)
     optimizer = make_optimizer(model, plan, betas=training.betas)
-    probe = Probe(model)
+    probe, places = Probe(model), tensor_places(plan)
     before = probe.take(training.probe)
-    found = [*_activations(before)]
+    found = [*_activations(before, places)]
     for step in range(training.steps[-1]):
         ids_BT = training.batch(seed, step)
         optimizer.zero_grad()
         cross_entropy(logits_of(model(ids_BT[:, :-1])), ids_BT[:, 1:]).backward()
         if step == 0:
-            found += _gradients(model)
+            found += _gradients(model, places)
         optimizer.step()
         if step + 1 in training.steps:
             after = probe.take(training.probe)
-            found += [(step + 1, *row) for row in _updates(before, after)]
+            found += [(step + 1, *row) for row in _updates(before, after, places)]
     return [Coordinate(size, seed, *row) for row in found]
 
 
@@ -240,35 +249,39 @@ def _attention_logits(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
     return logits.tril() if logits.shape[-1] == logits.shape[-2] else logits
 
 
-def _activations(snapshot: Snapshot) -> Iterator[tuple[int, str, str, int, float]]:
-    for place, order, value in _by_place({n: _rms(out) for n, out in snapshot.outputs.items()}, snapshot.blocks):
+def _activations(snapshot: Snapshot, places: Mapping[str, str]) -> Iterator[tuple[int, str, str, int, float]]:
+    for place, order, value in _by_place(
+        {n: _rms(out) for n, out in snapshot.outputs.items()}, places, snapshot.blocks
+    ):
         yield 0, "activation", place, order, value
-    for place, order, value in _by_place(snapshot.inputs):
+    for place, order, value in _by_place(snapshot.inputs, places):
         yield 0, "input", place, order, value
     if snapshot.head_size:
         yield 0, "head_size", ATTENTION_LOGITS, 0, float(snapshot.head_size)
 
 
-def _updates(before: Snapshot, after: Snapshot) -> Iterator[tuple[str, str, int, float]]:
+def _updates(before: Snapshot, after: Snapshot, places: Mapping[str, str]) -> Iterator[tuple[str, str, int, float]]:
     changes = {name: _rms(out - before.outputs[name]) for name, out in after.outputs.items()}
-    for place, order, value in _by_place(changes, after.blocks):
+    for place, order, value in _by_place(changes, places, after.blocks):
         yield "update", place, order, value
-    for place, order, value in _by_place(after.products):
+    for place, order, value in _by_place(after.products, places):
         yield "weight_update", place, order, value
 
 
-def _gradients(model: nn.Module) -> Iterator[tuple[int, str, str, int, float]]:
+def _gradients(model: nn.Module, places: Mapping[str, str]) -> Iterator[tuple[int, str, str, int, float]]:
     values = {name: _rms(p.grad) for name, p in model.named_parameters() if p.grad is not None}
-    for place, order, value in _by_place(values):
+    for place, order, value in _by_place(values, places):
         yield 0, "gradient", place, order, value
 
 
-def _by_place(values: dict[str, float], blocks: Sequence[str] = ()) -> Iterator[tuple[str, int, float]]:
+def _by_place(
+    values: dict[str, float], places: Mapping[str, str], blocks: Sequence[str] = ()
+) -> Iterator[tuple[str, int, float]]:
     """RMS over the blocks of each place, in the order of the forward pass; the last block also by itself."""
     squares: dict[str, list[float]] = defaultdict(list)
     for name, value in values.items():
-        place = ATTENTION_LOGITS if name.endswith(ATTENTION_LOGITS) else kind(name)
-        squares[place].append(value * value)
+        place = places.get(name) or module_place(name, places)
+        squares[ATTENTION_LOGITS if name.endswith(ATTENTION_LOGITS) else place].append(value * value)
     seen = [name for name in blocks if name in values]
     if seen:
         squares[LAST_BLOCK] = [values[seen[-1]] ** 2]

@@ -1,9 +1,11 @@
 """What a coordinate is, as plain data."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mutune.errors import require
+from mutune.parametrization.plan import Plan, kind
 
 #: Largest over smallest size, at least: the noise of a slope goes as one over the logarithm of this.
 MIN_SPAN = 4
@@ -27,8 +29,8 @@ class Coordinate:
             itself where there is none), times the multiplier after it where the product is the output. `gradient`:
             RMS of the loss's gradient, at init. Only to explain: `input`: RMS of what goes into a module, at init;
             `head_size`: d_head, as attention saw it.
-        place: module or tensor, with `*` for the block index; or `logits`, `attention_logits`, `last_block`, and
-            `output` for the second product of a tied table.
+        place: module or tensor, with `*` for the block index (`tensor_places`); or `logits`, `attention_logits`,
+            `last_block`, and `output` for the second product of a tied table.
         order: position in the forward pass.
         value: the RMS, over all blocks of that place.
     """
@@ -40,6 +42,45 @@ class Coordinate:
     place: str
     order: int
     value: float
+
+
+def tensor_places(plan: Plan) -> dict[str, str]:
+    """Tensor → its place: its kind, `h.*.mlp.weight`, shared by all tensors of one role and one base fan-in.
+
+    Where a kind has several of those, as `*.weight` of a plain `Sequential` does, an index that tells them apart stays:
+    that of the first of those alike, `2.weight` for the hidden layers 2 and 4.
+    """
+    alike: dict[str, dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, row in plan.parameters.items():
+        alike[kind(name)][row.role, f"{row.fan_in / row.width_mult:.6g}"].append(name)
+    return {
+        name: place
+        for groups in alike.values()
+        for place, names in zip(_labels(list(groups.values())), groups.values(), strict=True)
+        for name in names
+    }
+
+
+def module_place(name: str, places: Mapping[str, str]) -> str:
+    """The place of a module: that of its weight, or of another tensor of its own, without the tensor's name."""
+    own = next((tensor for tensor in (f"{name}.weight", f"{name}.bias") if tensor in places), None)
+    return kind(name) if own is None else places[own].rpartition(".")[0]
+
+
+def _labels(groups: Sequence[Sequence[str]]) -> list[str]:
+    """One label per group of names that differ in their indices alone."""
+    columns = [
+        list(zip(*(name.split(".") for name in group), strict=True)) for group in groups
+    ]  # group → part → values
+    shared = [len({frozenset(column) for column in part}) == 1 for part in zip(*columns, strict=True)]
+    labels = [
+        ".".join(
+            "*" if all_have and column[0].isdigit() else column[0]
+            for all_have, column in zip(shared, group, strict=True)
+        )
+        for group in columns
+    ]
+    return labels if len(set(labels)) == len(labels) else [group[0] for group in groups]
 
 
 def require_span(key: str, sizes: Sequence[int], example: Sequence[int]) -> None:

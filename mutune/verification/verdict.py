@@ -10,8 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from mutune.parametrization.plan import Plan, TensorPlan, kind
-from mutune.verification.places import ATTENTION_LOGITS, LAST_BLOCK, LOGITS, OUTPUT, RESIDUAL, Coordinate
+from mutune.parametrization.plan import Plan, TensorPlan
+from mutune.verification.places import (
+    ATTENTION_LOGITS,
+    LAST_BLOCK,
+    LOGITS,
+    OUTPUT,
+    RESIDUAL,
+    Coordinate,
+    tensor_places,
+)
 
 #: Student's t, 97.5 % quantile, by degrees of freedom; 2 beyond.
 T_QUANTILES = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 10: 2.23}
@@ -77,8 +85,11 @@ class Judgement:
 def slopes(coordinates: Iterable[Coordinate]) -> list[Slope]:
     """The exponent of every coordinate over size.
 
-    One that is zero everywhere is left out; one that is not finite somewhere has +inf, one that is zero somewhere -inf.
+    One that is zero everywhere, or that some size does not have, is left out; one that is not finite somewhere has
+    +inf, one that is zero somewhere -inf.
     """
+    coordinates = list(coordinates)
+    sizes = {c.size for c in coordinates}
     series: dict[tuple[str, str, int], dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     orders: dict[tuple[str, str, int], int] = {}
     for c in coordinates:
@@ -88,6 +99,8 @@ def slopes(coordinates: Iterable[Coordinate]) -> list[Slope]:
     found = []
     for (quantity, place, step), seeds in series.items():
         values = [value for points in seeds.values() for value in points.values()]
+        if any(points.keys() != sizes for points in seeds.values()):
+            continue  # over depth, a layer unlike the others that only the deeper models have
         if not all(map(math.isfinite, values)):
             found.append(Slope(quantity, place, step, orders[quantity, place, step], math.inf, math.nan))
             continue
@@ -196,15 +209,16 @@ def _gradient_bound(slope: Slope, rules: "_PlanSlopes") -> Bound | None:
 
 
 class _PlanSlopes:
-    """Exponents of the plan itself over size, by kind of tensor, and that of the head size."""
+    """Exponents of the plan itself over size, by place of tensor, and that of the head size."""
 
     def __init__(self, plans: Mapping[int, Plan], head_size: float) -> None:
         self.head_size = head_size
         self.sizes = sorted(plans)
-        self.rows: dict[str, dict[int, TensorPlan]] = defaultdict(dict)
+        rows: dict[str, dict[int, TensorPlan]] = defaultdict(dict)
         for size, plan in plans.items():
-            for name, row in plan.parameters.items():
-                self.rows[kind(name)].setdefault(size, row)
+            for name, place in tensor_places(plan).items():
+                rows[place].setdefault(size, plan.parameters[name])
+        self.rows = {place: found for place, found in rows.items() if len(found) == len(plans)}
         self.sites = {
             site: [plan.multipliers[site].value for _, plan in sorted(plans.items())]
             for site in plans[self.sizes[0]].multipliers

@@ -245,6 +245,50 @@ def test_a_role_that_cannot_be_told_is_asked_for_with_the_entry_that_settles_it(
         Family(lambda n: Mixture(n), 16, 32, roles={key: role for key, role in EXPERTS.items() if key != missing})
 
 
+class Conditioned(nn.Module):
+    """Weights of a fixed fan-in inside blocks: of a condition (adaLN), a depthwise convolution, a table of classes."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        width, depth = shape
+        self.outer = nn.Linear(3, width)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "modulation": nn.Linear(3, 6 * width),
+                    "conv": nn.Conv1d(width, width, 4, groups=width),
+                    "classes": nn.Embedding(10, width),
+                    "mix": nn.Linear(width, width),
+                }
+            )
+            for _ in range(depth)
+        )
+        self.head = nn.Linear(width, 7)
+
+
+@pytest.mark.parametrize("name", ["modulation", "conv", "classes"])
+def test_inputs_of_a_block_have_the_rule_of_the_embedding_without_its_multiplier(name: str) -> None:
+    family = Family(Conditioned, (16, 2), (32, 2), sites={"output": "head", "residual.mlp": "blocks.?.mix"})
+
+    def numbers(table: str) -> tuple[float, ...]:
+        row = family.plan((64, 4), table, PLAIN).parameters[f"blocks.3.{name}.weight"]
+        assert (row.role, row.width_mult, row.depth_mult) == ("input", 4.0, 2.0)
+        return row.init_std / 0.25, row.lr_mult, row.eps_mult, row.wd_mult
+
+    assert by_name(family.specs((64, 4)))[f"blocks.3.{name}.weight"].sites == ()
+    assert by_name(family.specs((64, 4)))["outer.weight"].role == "embedding"
+    assert numbers("mup") == numbers("mup_table3") == (1.0, 1.0, 1 / 4, 1.0)
+    assert numbers("completep") == (1.0, 1.0, 1 / 8, 1.0)
+    assert numbers("btlm") == numbers("sp") == numbers("sp_embed") == (1.0, 1.0, 1.0, 1.0)
+
+
+def test_inputs_of_a_block_stay_where_they_are_when_the_embedding_moves() -> None:
+    sites = {"output": "head", "embedding": "outer"}
+    rows = Family(Conditioned, (16, 2), (32, 2), sites=sites).plan((64, 2), "mup_table9").parameters
+    assert rows["outer.weight"].lr_mult == 0.5
+    assert {rows[f"blocks.0.{name}.weight"].lr_mult for name in ("modulation", "conv", "classes")} == {1.0}
+
+
 def plain_mlp(width: int, depth: int = 3) -> nn.Module:
     hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
     return nn.Sequential(nn.Linear(5, width), nn.ReLU(), *hidden, nn.Linear(width, 3))
@@ -317,6 +361,67 @@ class ZeroCentred(nn.Module):
 def test_roles_by_owner_and_initial_values(make: Callable[[int], nn.Module], name: str, role: str) -> None:
     family = Family(lambda n: nn.ModuleDict({"part": make(n)}), 16, 32)
     assert by_name(family.specs(64))[f"part.{name}"].role == role
+
+
+class Biased(nn.Module):
+    """A Linear of its own, or a step size as in Mamba: a vector called a bias."""
+
+    def __init__(self, width: int, name: str, start: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Linear(width, width).weight
+        self.register_parameter(name, nn.Parameter(start(width)))
+
+
+def step_sizes(width: int) -> Tensor:
+    """The inverse softplus of 0.001 to 0.1."""
+    return torch.expm1(torch.logspace(-3, -1, width)).log()
+
+
+def gaussian(width: int) -> Tensor:
+    return 0.02 * torch.randn(width)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "words"),
+    [
+        ("dt_bias", step_sizes, r"part\.dt_bias starts at values from -6\.907 to -2\.252, so that it is no plain bias"),
+        ("dt_bias", gaussian, r"part\.dt_bias starts at values from .* roles={\"part\.dt_bias\": Role\(\"bias\"\)}"),
+        ("bias", step_sizes, r"part\.bias starts at values from -6\.907 to -2\.252"),
+        ("bias", lambda width: torch.full((width,), 0.5), r"part\.bias starts at values from 0\.5 to 0\.5"),
+        ("bias", lambda width: torch.full((1,), -4.6), r"part\.bias starts at values from -4\.6 to -4\.6"),
+    ],
+)
+def test_a_bias_that_starts_at_values_of_its_own_is_asked_about(
+    name: str, start: Callable[[int], Tensor], words: str
+) -> None:
+    def build(width: int) -> nn.Module:
+        return nn.ModuleDict({"part": Biased(width, name, start)})
+
+    roles: dict[str, Role | str] = {"part.weight": Role("hidden", 1)}
+    refused(words, lambda: Family(build, 16, 32, roles=roles))
+    specs = by_name(Family(build, 16, 32, roles={**roles, f"part.{name}": Role("bias")}).specs(64))
+    assert specs[f"part.{name}"].role == "bias"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda width: nn.Linear(width, 1),
+        lambda width: nn.Linear(1, width),
+        lambda width: nn.Conv1d(width, width, 3),
+        lambda width: nn.LayerNorm(width),
+        lambda width: Biased(width, "bias", gaussian),
+        lambda width: Biased(width, "q_bias", torch.zeros),
+        lambda width: Biased(width, "dt_bias", lambda n: torch.empty(n, device="meta")),  # not known
+    ],
+)
+def test_a_bias_at_zero_or_as_torch_draws_it_or_of_unknown_values_is_one(make: Callable[[int], nn.Module]) -> None:
+    def build(width: int) -> nn.Module:
+        return nn.ModuleDict({"part": make(width)})
+
+    roles: dict[str, Role | str] = {"part.weight": Role("hidden", 0)}
+    specs = Family(build, 16, 32, roles=roles).specs(64)
+    assert [spec.role for spec in specs if spec.name.endswith("bias")] == ["bias"]
 
 
 def test_a_convolution_sums_over_channels_and_kernel() -> None:
@@ -639,11 +744,44 @@ def test_a_multiplier_without_a_place_is_refused(
     refused(message, lambda: Family(Bare, 16, 32, sites=sites).at(64, "mup", hyper))
 
 
-def test_completep_needs_places_on_its_branches() -> None:
-    refused(
-        r"table completep multiplies at site residual\.attn",
-        lambda: Family(Bare, 16, 32, sites={"output": "head", "residual.mlp": "layers.?"}).at(64, "completep", PLAIN),
-    )
+class Branches(nn.Module):
+    """Blocks of the named branches."""
+
+    def __init__(self, width: int, *branches: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(width, width) for name in branches}) for _ in range(2)
+        )
+        self.head = nn.Linear(width, 13)
+
+
+@pytest.mark.parametrize(
+    ("branches", "sites", "missing"),
+    [
+        (["self_attn", "mlp"], ["mlp"], "attn"),
+        (["self_attn", "mlp"], ["attn"], "mlp"),
+        (["self_attn", "mlp"], [], "attn"),
+        (["mixer"], [], "mlp"),
+        (["self_attn"], [], "attn"),
+        (["self_attn", "mlp"], ["attn", "mlp"], None),
+        (["mixer"], ["mlp"], None),
+        (["mixer"], ["attn"], None),
+        (["self_attn"], ["attn"], None),
+        (["mixer", "mlp"], ["mlp"], None),
+    ],
+)
+def test_completep_needs_places_on_the_branches_that_there_are(
+    branches: list[str], sites: list[str], missing: str | None
+) -> None:
+    modules = dict(zip(["attn", "mlp"], [branches[0], branches[-1]], strict=True))
+    named = {"output": "head"} | {f"residual.{site}": f"layers.?.{modules[site]}" for site in sites}
+    family: Family[int] = Family(lambda width: Branches(width, *branches), 16, 32, sites=named)
+    if missing is None:
+        assert {s for s in family.at(64, "completep", PLAIN).plan.multipliers if "residual" in s} == named.keys() - {
+            "output"
+        }
+    else:
+        refused(rf"multiplies at site residual\.{missing}", lambda: family.at(64, "completep", PLAIN))
 
 
 def test_the_attention_scale_may_be_left_to_the_model_and_is_recorded() -> None:

@@ -1,5 +1,7 @@
 """The tables against their sources, cell by cell."""
 
+from dataclasses import replace
+
 import pytest
 
 from mutune.parametrization.rules import BTLM, MUP, MUP_TABLE3, MUP_TABLE9, SP, SP_EMBED, TABLES, Table
@@ -40,6 +42,15 @@ def test_the_tables_of_tensor_programs_v_are_transcribed_exactly(
     for roles, exponent in zip((INPUTS, ("output",), HIDDEN), exponents, strict=True):
         for role in roles:
             assert cell(table, row, role) == exponent, role
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_the_inputs_of_a_block_are_embeddings_without_a_multiplier(table: Table) -> None:
+    """Not moved with the embedding's site, nor raised with the embedding layer's rate."""
+    unmoved = {MUP_TABLE9.name: MUP, SP_EMBED.name: SP}.get(table.name, table)
+    inside = table.rules["hidden"]
+    embedding = replace(unmoved.rules["embedding"], lr_depth=inside.lr_depth, eps_depth=inside.eps_depth)
+    assert table.rules["input"] == embedding
 
 
 @pytest.mark.parametrize("table", [MUP_TABLE3, MUP, MUP_TABLE9, BTLM], ids=lambda table: str(table.name))

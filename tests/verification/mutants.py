@@ -14,7 +14,7 @@ from mutune.verification.verdict import DEPTH, WIDTH, Judgement, judge, slopes
 VOCAB = 1024
 WIDTHS = (128, 256, 512)
 DEPTHS = (2, 4, 8, 16)
-#: The stream starts with RMS 1; every role of every table is in the model.
+#: The stream starts with RMS 1; every role of every table is in the model, but for a block's inputs.
 HYPER = BaseHyperparameters(learning_rate=2**-7, init_std=0.08, embedding_multiplier=12.5)
 PLAIN = replace(HYPER, embedding_multiplier=1.0)
 EVERY_ROLE = ModelConfig(width=32, depth=2, positions="learned", max_positions=64, tied=False)
@@ -41,7 +41,7 @@ def mutants(table: Table) -> Iterator[Mutant]:
     for role, rule in table.rules.items():
         random = rule.init in (NORMAL, TRUNCATED_NORMAL)
         columns = ["std"] * random + ["lr", "eps"] + ["wd"] * rule.decayed
-        if "depth" in table.transfers_over and role in ("hidden", "residual_output", "gain", "bias"):
+        if "depth" in table.transfers_over and role in ("input", "hidden", "residual_output", "gain", "bias"):
             columns += ["lr_depth", "eps_depth"]
         for column in columns:
             for by in (-0.5, 0.5):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ from examples import llama
 from mutune import Family
 from mutune.model.shape import ModelConfig
 from mutune.parametrization.hyperparameters import BaseHyperparameters
+from mutune.parametrization.multiplier import Multiplier
+from mutune.parametrization.plan import kind
+from mutune.parametrization.roles import Role
 from mutune.parametrization.rules import BTLM, MUP, MUP_TABLE3, MUP_TABLE9, SP, Table, completep
 from mutune.verification.check import as_words, coordinate_check
 from mutune.verification.coordinates import Probe, measure
-from mutune.verification.places import Coordinate
+from mutune.verification.places import Coordinate, tensor_places
 from mutune.verification.subjects import DecoderSubject, Text
 from mutune.verification.verdict import DEPTH, WIDTH, Judgement, slopes
 from tests import doors
-from tests.verification.mutants import DEEP, EVERY_ROLE, HYPER, Mutant, judged, mutants
+from tests.verification.mutants import DEEP, EVERY_ROLE, HYPER, VOCAB, Mutant, judged, mutants
 
 #: A check for impatient tests; the full one is `make soak`'s.
 QUICK: dict[str, Any] = {"widths": (64, 128, 256), "text": Text(context_length=32)}
@@ -111,6 +115,13 @@ def test_a_coordinate_that_is_not_finite_or_zero_at_one_size_has_no_power_and_on
     assert slopes(at(math.nan, "x"))[0].mean == math.inf
     assert slopes(at(0.0, "x"))[0].mean == -math.inf
     assert slopes([Coordinate(size, 0, 0, "activation", "x", 0, 0.0) for size in (16, 32)]) == []
+
+
+def test_a_place_that_some_size_does_not_have_is_left_out() -> None:
+    """Over depth: a layer unlike the others that only a deep model has."""
+    found = [Coordinate(size, 0, 0, "activation", "h.*", 0, 1.0) for size in (2, 4, 8)]
+    found += [Coordinate(size, 0, 0, "activation", "h.3", 1, 1.0) for size in (4, 8)]
+    assert [slope.place for slope in slopes(found)] == ["h.*"]
 
 
 def test_the_probe_sees_a_head_that_is_no_module_and_attention() -> None:
@@ -243,6 +254,129 @@ def test_a_forgotten_multiplier_of_a_users_model_is_seen_by_its_slopes() -> None
     judgement = coordinate_check(family, [64, 128, 256], training=Text(context_length=32), seeds=1)
     assert "the output multiplier scales as m^-1.00" in " ".join(f.diagnosis for f in judgement.findings)
     assert not judgement.passed
+
+
+def plain_mlp(width: int, depth: int = 2) -> nn.Module:
+    hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width, bias=False), nn.ReLU())]
+    return nn.Sequential(nn.Embedding(1024, width), *hidden, nn.Linear(width, 1024, bias=False))
+
+
+class Residual(nn.Module):
+    """Blocks that are plain Sequentials."""
+
+    def __init__(self, width: int, depth: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(1024, width)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.RMSNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            for _ in range(depth)
+        )
+        self.norm = nn.RMSNorm(width)
+        self.head = nn.Linear(width, 1024)
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.embed(ids_BT)
+        for layer in self.layers:
+            x_BTD = x_BTD + layer(x_BTD)
+        return self.head(self.norm(x_BTD))
+
+
+ENDS = {"output": "head", "embedding": "embed"}
+
+
+def test_layers_of_a_sequential_that_differ_have_places_of_their_own_and_repeated_blocks_one() -> None:
+    mlp: Family[int] = Family(plain_mlp, 32, 64, sites={"output": "5", "embedding": "0"})
+    assert tensor_places(mlp.plan(128)) == {
+        "0.weight": "0.weight",
+        "1.weight": "1.weight",
+        "3.weight": "1.weight",
+        "5.weight": "5.weight",
+    }
+    places = tensor_places(Family(Residual, 32, 64, sites=ENDS).plan(128))
+    names = ("layers.*.0.weight", "layers.*.1.weight", "layers.*.1.bias", "layers.*.3.weight", "layers.*.3.bias")
+    for block in ("0", "1"):
+        assert [places[name.replace("*", block)] for name in names] == list(names)
+    plan = DecoderSubject(WIDTH, EVERY_ROLE, MUP, HYPER, VOCAB).plan(64)
+    assert tensor_places(plan) == {name: kind(name) for name in plan.parameters}
+
+
+def test_names_that_no_index_tells_apart_keep_all_of_theirs() -> None:
+    def crossed(width: int) -> nn.Module:
+        return nn.ModuleList(
+            nn.ModuleList([nn.Linear(a * width, b * width, bias=False), nn.Linear(b * width, a * width, bias=False)])
+            for a, b in ((1, 2), (2, 1))
+        )
+
+    places = tensor_places(Family(crossed, 32, 64).plan(64, "sp"))
+    assert places == {"0.0.weight": "0.0.weight", "1.1.weight": "0.0.weight"} | dict.fromkeys(
+        ["0.1.weight", "1.0.weight"], "0.1.weight"
+    )
+
+
+def test_the_blocks_of_a_users_model_may_be_sequentials() -> None:
+    """Gains and matrices in one place would be judged as one of the two."""
+
+    def check(roles: Mapping[str, Role]) -> Judgement:
+        family: Family[int] = Family(Residual, 32, 64, roles=roles, sites=ENDS)
+        return coordinate_check(family, [64, 128, 256], training=Text(context_length=32), seeds=1)
+
+    right, wrong = check({}), check({"layers.?.3.weight": Role("input", fan_in=0)})
+    assert right.passed, said(right)
+    assert said(wrong).startswith("at init, layers.*.3 scales as width^+0.")
+    assert "the initial std of layers.*.3.weight scales as m^+0.00, an exponent of about +0.5 too many" in said(wrong)
+
+
+class Conditioned(nn.Module):
+    """Each block has two inputs of a fixed size: what modulates it (adaLN), and a depthwise convolution's kernel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(1024, width)
+        self.condition = nn.Buffer(torch.randn(1024, 8, generator=torch.Generator().manual_seed(0)))
+        self.blocks = nn.ModuleList(ConditionedBlock(width) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.scale_output = Multiplier("output")
+        self.head = nn.Linear(width, 1024, bias=False)
+
+    def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.embed(ids_BT)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, self.condition[ids_BT])
+        return self.head(self.scale_output(self.norm(x_BTD)))
+
+
+class ConditionedBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(8, 2 * width)
+        self.conv = nn.Conv1d(width, width, 3, padding=2, groups=width, bias=False)
+        self.up = nn.Linear(width, 2 * width, bias=False)
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor, condition_BTC: torch.Tensor) -> torch.Tensor:
+        scale_BTD, shift_BTD = self.modulation(condition_BTC).chunk(2, dim=-1)
+        mixed_BTD = self.norm(x_BTD) * (1.0 + scale_BTD) + shift_BTD
+        mixed_BTD = self.conv(mixed_BTD.mT)[..., : x_BTD.shape[1]].mT
+        return x_BTD + self.down(torch.relu(self.up(mixed_BTD)))
+
+
+@pytest.mark.parametrize("table", ["mup", "mup_table9", "completep"])
+def test_the_epsilon_of_a_blocks_inputs_follows_their_gradient(table: str) -> None:
+    """Also where the embedding's rule has moved with its multiplier, which these do not have."""
+
+    def check(roles: Mapping[str, str]) -> Judgement:
+        family: Family[int] = Family(
+            Conditioned, 32, 64, roles=roles, sites={"embedding": "embed", "residual.mlp": "blocks.?.down"}
+        )
+        quick: dict[str, Any] = {"training": Text(context_length=32), "seeds": 1}
+        return coordinate_check(family, [64, 128, 256], table=table, hyperparameters=strong, **quick)
+
+    strong = BaseHyperparameters(learning_rate=2**-7, init_std=0.25, embedding_multiplier=4.0)
+    right, wrong = check({}), check({"blocks.?.modulation.weight": "hidden", "blocks.?.conv.weight": "hidden"})
+    assert right.passed, said(right)
+    assert {finding.slope.place for finding in wrong.findings} == {"blocks.*.modulation.weight", "blocks.*.conv.weight"}
+    assert all("its ε scales as m^+0.00 and must follow the gradient" in f.diagnosis for f in wrong.findings)
 
 
 @pytest.mark.parametrize("rate", [1e30, 1e-30, 1e-60])
