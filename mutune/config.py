@@ -9,6 +9,7 @@ from mutune.errors import Refusal, require, require_name, require_number
 from mutune.model.shape import ModelConfig, base_config
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import ParametrizationConfig
+from mutune.scaling.horizon import HorizonConfig
 from mutune.search.config import SearchConfig
 from mutune.training.config import MAX_SEED, LoopConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
@@ -109,6 +110,7 @@ class TransferConfig(DoorConfig):
         target_width: with `runs` or `optima`: the width that is asked about; null takes twice the largest.
         target: the run that the values are carried to.
         ladder: the runs that tell how far they can be carried.
+        horizon: published laws for tokens and batch, where the ladder measured none.
         hyperparameters: base values set by hand over the study's.
         prices: what compute costs, for the certificate's regret.
         require_go: exit with code 3 unless the verdict is GO.
@@ -120,6 +122,7 @@ class TransferConfig(DoorConfig):
     target_width: float | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
+    horizon: HorizonConfig = field(default_factory=HorizonConfig)
     hyperparameters: Overrides = field(default_factory=Overrides)
     prices: PriceConfig = field(default_factory=PriceConfig)
     require_go: bool = False

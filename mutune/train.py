@@ -1,7 +1,7 @@
 """Train the target of a transfer file, with its stages and its schedule, and keep checkpoints.
 
 Rerunning the same command resumes from the newest checkpoint. Results: metrics.jsonl, checkpoints and figures under
-<out>/train/<name>/.
+<out>/train/<name>/. The held-out loss is compared with what the transfer file predicted of it.
 
 examples:
   python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml dry_run=true
@@ -20,12 +20,14 @@ from mutune.compose import build, plain
 from mutune.config import TrainConfig
 from mutune.door import OK, StopRequest, WorkFailed, drawn, enter
 from mutune.errors import Refusal, require
-from mutune.files import read_yaml, require_writable, write_text
+from mutune.files import read_yaml, require_writable, write_json, write_text
 from mutune.folders import check_claim, claim, locked
 from mutune.parametrization.finding import AuditError
 from mutune.progress import ProgressLine, clock
 from mutune.training.config import RunSpec
 from mutune.training.price import price_table
+
+PREDICTION = "prediction.json"
 
 if TYPE_CHECKING:
     from mutune.training.loop import Record
@@ -59,7 +61,7 @@ def work(config: TrainConfig) -> int:
     check_claim(directory, inputs, "name", config.overwrite)
     with locked(directory, "name"):
         claim(directory, inputs, "name", config.overwrite)
-        _train(config, spec, directory, {"inputs": inputs})
+        _train(config, spec, directory, {"inputs": inputs}, transfer)
     return OK
 
 
@@ -75,7 +77,7 @@ def _check_data(transfer: TransferFile, spec: RunSpec) -> str:
     return corpus.content_hash
 
 
-def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, Any]) -> None:
+def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, Any], transfer: TransferFile) -> None:
     import torch
 
     from mutune.reporting.figures import draw_train
@@ -111,8 +113,22 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
     names = ["metrics.jsonl", f"checkpoints/{last['step']}", *(f"figures/{figure.name}" for figure in figures)]
     print(f"finished   step {last['step']:,}, {last['tokens']:,} tokens")
     print(f"held-out   {loss:.4f} nats per token, {bits:.4f} bits per byte")
+    names += _compare(config, transfer, directory, loss)
     print(f"written    {directory}/: {', '.join(names)}")
     print("next       open analysis/transfer.ipynb to look at it")
+
+
+def _compare(config: TrainConfig, transfer: TransferFile, directory: Path, loss: float) -> list[str]:
+    """Hold the loss against the prediction, here and in the certificate it came with; the names of files written."""
+    from mutune.certificate.prediction import append_outcome, compare
+
+    if transfer.prediction is None:
+        return []
+    outcome = compare(transfer.prediction, loss, str(directory), config.seed)
+    write_json(directory / PREDICTION, plain(outcome))
+    print(f"predicted  {outcome}")
+    append_outcome(Path(str(config.transfer)).with_name("certificate.json"), transfer.seal, outcome)
+    return [PREDICTION]
 
 
 def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, meta: dict[str, Any]) -> None:

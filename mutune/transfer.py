@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mutune.certificate.config import Provenance, TransferFile
+from mutune.certificate.config import Prediction, Provenance, TransferFile
 from mutune.compose import build, data_dir, plain
 from mutune.config import PUBLISHED, SweepConfig, TransferConfig
 from mutune.door import NOT_GO, NOTHING_WRITTEN, OK, WorkFailed, drawn, enter
@@ -120,7 +120,7 @@ def _stem(source: str) -> str:
 def _inputs(source: Source) -> dict[str, Any]:
     """What two starts of one transfer must agree in; each run of the ladder says for itself what made it."""
     transfer = plain(source.transfer)
-    del transfer["provenance"]["commit"]
+    del transfer["provenance"]["commit"], transfer["prediction"]
     return {"transfer": transfer}
 
 
@@ -241,6 +241,8 @@ def _dry_run(config: TransferConfig, runs: list["LadderRun"], target: RunSpec) -
 def _certify(config: TransferConfig, source: Source, target: RunSpec, directory: Path, runs: list["LadderRun"]) -> str:
     """Run the ladder, write every result, and return the verdict."""
     from mutune.certificate.certificate import certificate, write_certificate
+    from mutune.certificate.prediction import PUBLISHED as UNPREDICTED
+    from mutune.certificate.prediction import outcomes, predict_target
     from mutune.certificate.verdict import Case, difference_table, judge, published_differences, published_verdict
     from mutune.data.prepare import prepare
     from mutune.reporting.figures import draw_transfer
@@ -248,7 +250,7 @@ def _certify(config: TransferConfig, source: Source, target: RunSpec, directory:
 
     figures: list[Path] = []
     if source.proxy is None:
-        assessment, price = None, None
+        assessment, price, prediction = None, None, UNPREDICTED
         differing, verdict = (
             published_differences(source.transfer.base.width, target),
             published_verdict(source.transfer),
@@ -261,10 +263,13 @@ def _certify(config: TransferConfig, source: Source, target: RunSpec, directory:
         )
         verdict = judge(Case(differing, assessment, source.proxy.parametrization.table))
         price = _price_of_regret(config, assessment, target)
+        prediction = predict_target(source.proxy, target, assessment.points)
         figures = drawn(lambda: draw_transfer(directory))
-    transfer = source.transfer.sealed(verdict.verdict)
+    transfer = replace(source.transfer, prediction=prediction).sealed(verdict.verdict)
     rate, table = transfer.hyperparameters.learning_rate, transfer.parametrization.table
     data = certificate(asdict(transfer.target), rate, table, verdict, differing, assessment, price)
+    data |= {"prediction": asdict(prediction), "outcome": outcomes(directory / "certificate.json", transfer.seal) or []}
+    data["seal"] = transfer.seal
     write_certificate(directory, data)
     write_plan(directory, target.plan(target.tokenizer.num_ids))
     write_yaml(directory / "transfer.yaml", transfer.as_dict(), "for: python -m mutune.train transfer=<this file>")
@@ -332,6 +337,8 @@ def _say(data: dict[str, Any]) -> None:
             f"({cost['low']:.4f} to {cost['high']:.4f}); least at {cost['recommended_learning_rate']:.4g}: "
             f"{cost['recommended']:.4f}"
         )
+    if data.get("prediction"):
+        print(f"prediction {Prediction(**data['prediction'])}")
 
 
 if __name__ == "__main__":

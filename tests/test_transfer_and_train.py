@@ -1,6 +1,7 @@
 """From a study to a trained target: published values, a real ladder, a target with two contexts, kill and resume."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from mutune.certificate.config import TransferFile
+from mutune.compose import build
 from tests import doors
 
 TINY_SWEEP = ["+sweep=smoke", "study=proxy", "model.width=16", "run.num_steps=20", "search.n_trials=2"]
@@ -146,6 +149,62 @@ def test_a_transfer_leaves_every_file_of_the_contract(house: Path) -> None:
     assert [rung["width"] for rung in certificate["rungs"]] == [16, 32]
     assert all(len(rung["points"]) == 6 for rung in certificate["rungs"])
     assert {path.name for path in (folder / "figures").iterdir()} == {"valley.png", "drift.png"}
+
+
+def test_a_target_that_is_another_run_gets_no_number_and_the_outcome_says_so(house: Path, undisturbed: Path) -> None:
+    data = json.loads((house / "transfer/proxy--tiny/certificate.json").read_text())
+    assert "the target also differs in its stages" in data["prediction"]["reason"]
+    assert data["prediction"]["loss"] is None
+    outcome = json.loads((undisturbed / "train/tiny/prediction.json").read_text())
+    assert outcome["measured"] == records(undisturbed)[-1]["heldout_loss"]
+    assert outcome["inside"] is None
+
+
+LIKE_ITS_LADDER = [
+    "target=small",
+    "target.name=wide",
+    "target.model.width=96",
+    "target.model.depth=2",
+    "target.stages=[{context_length: 64, batch_sequences: 4, num_steps: 20}]",
+    "target.loop.heldout_windows=32",
+    "ladder.widths=[32,48,64,80]",
+    "ladder.offsets=[-1,0,1]",
+]
+
+
+def test_a_prediction_is_sealed_before_the_run_and_meets_its_outcome(house: Path, tmp_path: Path) -> None:
+    shutil.copytree(house / "sweeps", tmp_path / "sweeps")
+    folder = tmp_path / "transfer/proxy--wide"
+    said = doors.run("transfer", *LIKE_ITS_LADDER, f"out={tmp_path}").stdout
+    sealed = (folder / "transfer.yaml").read_text()
+    prediction = yaml.safe_load(sealed)["prediction"]
+    assert prediction["low"] < prediction["loss"] < prediction["high"]
+    assert f"prediction {prediction['loss']:.4f} ({prediction['low']:.4f}-{prediction['high']:.4f})" in said
+    assert f"{prediction['loss']:.4f} (" in (folder / "certificate.md").read_text()
+    train = ["train", f"transfer={folder / 'transfer.yaml'}", f"out={tmp_path}"]
+    for _ in "ab":  # finished, and looked at again
+        said = doors.run(*train).stdout
+    measured = json.loads((tmp_path / "train/wide/metrics.jsonl").read_text().splitlines()[-1])["heldout_loss"]
+    inside = prediction["low"] <= measured <= prediction["high"]
+    assert f"measured {measured:.4f}: {'inside' if inside else 'outside'}" in said
+    doors.run("transfer", *LIKE_ITS_LADDER, f"out={tmp_path}")  # again, which forgets no outcome
+    (outcome,) = json.loads((folder / "certificate.json").read_text())["outcome"]
+    assert (outcome["measured"], outcome["inside"], outcome["seed"]) == (measured, inside, 0)
+    assert (folder / "transfer.yaml").read_text() == sealed
+    doors.edit_yaml(folder / "transfer.yaml", "prediction", "high", value=99.0)  # said after the event
+    assert "is not that of the transfer file's other keys" in doors.run(*train, expect=2).stderr
+
+
+def test_a_transfer_file_from_before_there_were_predictions_keeps_its_seal(tmp_path: Path) -> None:
+    data = yaml.safe_load((published(tmp_path) / "transfer.yaml").read_text())
+    assert data["prediction"]["reason"] == "published values come without a ladder"
+    del data["prediction"]
+    old = build(TransferFile, data).sealed(data["verdict"])
+    text = {**old.as_dict(), "seal": ""}
+    del text["prediction"]
+    written = json.loads(json.dumps(text))
+    build(TransferFile, {**written, "seal": old.seal}).check_seal()
+    assert old.seal == hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def test_the_transfer_file_carries_the_best_trial(house: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mutune.certificate.assessment import Assessment
+from mutune.certificate.config import Prediction
 from mutune.certificate.points import AXES
 from mutune.certificate.verdict import FAR_OCTAVES, Difference, Verdict
 from mutune.files import write_json, write_text
@@ -41,7 +42,6 @@ def certificate(
         "table": table,
         "rungs": [_rung(assessment, i) for i in range(len(assessment.valleys.rungs))] if assessment else [],
         "drift": _drift(known) if known else None,
-        "prediction": None,
         "regret": _regret(known, price or {}) if known else None,
         "differences": [asdict(difference) for difference in differences],
     }
@@ -61,6 +61,8 @@ def markdown(data: dict[str, Any]) -> str:
     lines += ["", "## Reasons", "", *(f"- {reason}" for reason in data["reasons"])]
     if data["settle"]:
         lines += ["", "What would settle it:", "", *(f"- {cure}" for cure in data["settle"])]
+    if data.get("prediction"):
+        lines += ["", "## Prediction of the target's loss", "", f"{Prediction(**data['prediction'])}"]
     if data["rungs"]:
         lines += _ladder(data["rungs"])
     if data["drift"]:

@@ -158,11 +158,44 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What the target is expected to lose, said before it runs; or the reason why no number is given.
+
+    The quantity is that of every run's end: held-out loss in nats per token, of one run at the transferred rate.
+
+    Attributes:
+        reason: why there is no number; None where there is one.
+        loss: the median.
+        low, high: the interval that holds the run's loss with probability `level`.
+        exponent: α of L = E + a·width^-α, posterior mean.
+        floor: E, posterior mean: the loss of an infinite width at this data.
+        left_out: loss of the widest rung minus what the others predict of it.
+        left_out_inside: whether it lies in their interval.
+    """
+
+    reason: str | None = None
+    loss: float | None = None
+    low: float | None = None
+    high: float | None = None
+    level: float = 0.9
+    exponent: float | None = None
+    floor: float | None = None
+    left_out: float | None = None
+    left_out_inside: bool | None = None
+
+    def __str__(self) -> str:
+        if self.loss is None:
+            return f"none: {self.reason}"
+        return f"{self.loss:.4f} ({self.low:.4f}-{self.high:.4f}), held-out nats per token, {self.level:.0%}"
+
+
+@dataclass(frozen=True)
 class TransferFile:
     """All that `mutune.train` needs: base hyperparameters, the shape they live at, and the target.
 
-    The schedule is kept as ratios of the run wherever the study gave it so. `seal` is a hash of everything else: the
-    verdict is about these values and no others.
+    The schedule is kept as ratios of the run wherever the study gave it so. `prediction` is the target's loss as it was
+    predicted before any of its runs; None in a file that knows none. `seal` is a hash of everything else: the verdict
+    and the prediction are about these values and no others.
     """
 
     provenance: Provenance
@@ -174,6 +207,7 @@ class TransferFile:
     tokenizer: TokenizerConfig
     target: TargetConfig
     verdict: str
+    prediction: Prediction | None = None
     seal: str = ""
     format: int = 1
 
@@ -229,4 +263,6 @@ class TransferFile:
     def _hash(self) -> str:
         """Of the values as they are read back from a file, where every number has the type of its field."""
         written = plain(build(TransferFile, plain(replace(self, seal=""))))
+        if self.prediction is None:
+            del written["prediction"]  # a file from before there were predictions keeps its seal
         return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()[:16]

@@ -17,12 +17,12 @@ from mutune.certificate.valleys import Fit, Valleys
 
 # What is believed before any run is seen, in octaves. Calibrated in benchmarks/calibration.md.
 SLOPE = 0.7  # sd of the slope per doubling of an axis without a law of its own
-SCATTERS, SCATTER = np.array([0.0, 0.03, 0.06, 0.1, 0.15, 0.22, 0.32, 0.5]), 0.07  # of a rung: tried; sd
+SCATTERS, SCATTER = np.array([0.0, 0.03, 0.06, 0.1, 0.15, 0.22, 0.32, 0.5, 0.8]), 0.07  # of a rung: tried; scale
 BENDS = {0.0: 0.25, 0.5: 0.35, 1.5: 0.4}  # in units of the next: prior weight
 BEND, BEND_OF_SLOPE = 0.02, 0.35  # per doubling²: of itself, and for each octave of slope
 DRAWS = 4000
 EDGE = 0.25  # octaves within which an optimum at the grid's edge is taken to lie beyond it
-MIN_RUNGS = 2  # with an optimum inside their rates
+MIN_RUNGS = 1  # with an optimum inside their rates
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class _Model:
         widths = np.gradient(SCATTERS)
         parts = []
         for scatter, width in zip(SCATTERS, widths, strict=True):
-            prior = np.log(width * weight) - 0.5 * (scatter / SCATTER) ** 2
+            prior = np.log(width * weight) - 2 * np.log1p((scatter / SCATTER) ** 2 / 3)  # half of Student's t, 3
             for bend, share in BENDS.items():
                 sizes = bend * (BEND + BEND_OF_SLOPE * np.abs(slope)) * self.bends
                 score, mean, covariance = self._posterior(observed, noise, float(scatter), sizes)

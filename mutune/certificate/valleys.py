@@ -144,7 +144,7 @@ class _Data:
     """The finished runs as arrays, sorted by level (a rung's seed), with what a first look at them says.
 
     Attributes:
-        rate, loss, height: (n,); height is the loss above its rung's lowest.
+        rate, loss, height: (n,); height is the loss above its rung's lowest, whatever the seed's level.
         rung, level: (n,) which. starts: where each level's runs begin. level_rung: each level's rung.
         start: (R,) first guess of the optima; curvature: first guess of A.
         noise: sd of what rung, rate and seed do not explain, on `noise_freedom` degrees of freedom; 0 on none.
@@ -176,7 +176,9 @@ class _Data:
         rate, rung, loss = rate[done][order], rung[done][order], points.loss.to_numpy(float)[done][order]
         starts = np.searchsorted(level, np.arange(len(names)))
         residuals, freedom = _repeats(rate, loss, rung, level)
-        height = np.maximum(0.0, loss - np.array([look.lowest for look in looks])[rung])
+        common = pd.Series(loss).groupby([rung, rate]).transform("median")  # of all seeds at that rate
+        own = pd.Series(loss - common).groupby(level).transform("median").to_numpy()  # a seed's own level
+        height = np.maximum(0.0, loss - own - np.array([look.lowest for look in looks])[rung])
         curvatures = [look.curvature for look in looks if look.curvature > 0]
         fallback = max(1e-6, float(height.max()) / 8)
         return _Data(

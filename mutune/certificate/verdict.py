@@ -21,9 +21,9 @@ GO_OCTAVES = 0.5  # the expected optimum lies this close to the transferred rate
 FAR_OCTAVES = 1.0  # further than this from it, the rate does not transfer
 GO_RISK = 0.07  # the chance that it lies further than that, with which GO may be said
 CARE_RISK = 0.25  # the same for GO WITH CARE
-NO_GO_CHANCE = 0.85  # that the optimum is more than GO_OCTAVES away, with which NO-GO is said
+NO_GO_OCTAVES, NO_GO_CHANCE = 0.75, 0.85  # NO-GO: it is expected beyond the first, and beyond GO_OCTAVES so surely
 MAX_DOUBLINGS = 2.0  # of an axis from the ladder to the target: as far as the intervals were calibrated
-MIN_RUNGS = 3  # values of the width with an optimum inside their rates
+MIN_RUNGS = 3  # values of the width with an optimum inside their rates, where the target's lies beyond them
 MAX_RATIO = 4.0  # target over proxy, or the inverse, on an axis that the ladder did not measure
 FFN = "feed-forward width over width"
 #: The axis of the difference table that each axis of a ladder is.
@@ -130,14 +130,14 @@ def judge(case: Case) -> Verdict:
         return Verdict("NOT CERTIFIED", missing, settle)
     said, distance = _said(case.assessment), case.assessment.distance
     drift, decided = case.assessment.drift, _decided(case.assessment)
-    chance = drift.chance(abs(distance) > GO_OCTAVES)
-    if chance > NO_GO_CHANCE:
+    chance, centre = drift.chance(abs(distance) > GO_OCTAVES), drift.quantiles(distance)[1]
+    if chance > NO_GO_CHANCE and abs(centre) > NO_GO_OCTAVES:
         return Verdict(
             "NO-GO", [f"{said}: more than {GO_OCTAVES:g} octave with {_percent(chance)}", *decided, *missing], settle
         )
     if missing:
         return Verdict("NOT CERTIFIED", [*missing, said, *decided], settle)
-    risk, centre = drift.chance(abs(distance) > FAR_OCTAVES), drift.quantiles(distance)[1]
+    risk = drift.chance(abs(distance) > FAR_OCTAVES)
     near = f"within {FAR_OCTAVES:g} octave with {_percent(1 - risk)}"
     if abs(centre) <= GO_OCTAVES and risk <= GO_RISK:
         return Verdict("GO", [f"{said}: {near}", *decided])
@@ -258,10 +258,10 @@ def _edges(case: Case) -> str:
 
 def _rungs(case: Case) -> str:
     assessment = case.assessment
-    count = assessment.measured("width")
-    if count >= MIN_RUNGS or assessment.target["width"] == assessment.valleys.rungs["width"].iloc[assessment.base]:
+    count, needed = assessment.measured("width"), MIN_RUNGS if assessment.beyond("width") > 0 else 2
+    if count >= needed or assessment.target["width"] == assessment.valleys.rungs["width"].iloc[assessment.base]:
         return ""
-    return f"{count} width{' has' if count == 1 else 's have'} an optimum inside the tried rates, of {MIN_RUNGS} needed"
+    return f"{count} width{' has' if count == 1 else 's have'} an optimum inside the tried rates, of {needed} needed"
 
 
 def _wide(case: Case) -> str:

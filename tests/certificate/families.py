@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy.interpolate import CubicSpline
 
 BASE, FIRST = 32, 4096  # narrowest width; tokens and the like stay the same
 
@@ -133,3 +134,33 @@ CONDITIONS = {
     "seven rates": replace(PLAIN, rates=7),
     "rates half an octave apart": replace(PLAIN, rates=7, spacing=0.5),
 }
+
+
+def resample(points: pd.DataFrame, hidden: float, seed: int, noise: float = 0.005) -> Ladder:
+    """A ladder drawn from real curves: each width's losses as a spline, five rates on a grid placed anew, three seeds.
+
+    Args:
+        points: one run per width and rate, as `points.COLUMNS`.
+        hidden: the width that is the target, and no rung.
+    """
+    rng = np.random.default_rng(seed)
+    splines: dict[float, CubicSpline] = {}
+    bottoms: dict[float, float] = {}
+    for width in points.width.unique().tolist():
+        runs = points[points.width == width].sort_values("learning_rate")
+        x = np.log2(runs.learning_rate.to_numpy(float))
+        spline = CubicSpline(x, runs.loss.to_numpy(float))
+        fine = np.linspace(x[0], x[-1], 2001)
+        splines[width], bottoms[width] = spline, float(fine[np.argmin(spline(fine))])
+    rows, offset = [], rng.uniform(-0.5, 0.5)
+    widths = sorted(width for width in splines if width != hidden)
+    for width in widths:
+        low, high = splines[width].x[[0, -1]]
+        centre = np.clip(round(bottoms[width]) + offset, low + 2, high - 2)
+        for s in range(3):
+            losses = splines[width](centre + np.arange(-2, 3)) + rng.normal() * noise + rng.normal(size=5) * noise
+            rows += [(width, 2.0 ** (centre + k), s, y, False) for k, y in zip(range(-2, 3), losses, strict=True)]
+    made = pd.DataFrame(rows, columns=["width", "learning_rate", "seed", "loss", "diverged"])
+    made = made.assign(depth=4.0, tokens=FIRST, batch=512.0)
+    place = {"width": float(hidden), "depth": 4.0, "tokens": float(FIRST), "batch": 512.0}
+    return Ladder(made, np.array([bottoms[width] for width in widths]), bottoms[hidden], place)
