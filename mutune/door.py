@@ -27,12 +27,12 @@ class WorkFailed(Exception):
     """The work itself failed in a known way; the message says what happened and what to do. Exit code 1."""
 
 
-def drawn(draw: Callable[[], list[Path]]) -> list[Path]:
-    """The figures that `draw` makes. Where it cannot, a note on stderr and none: results do not wait for pictures."""
+def drawn(draw: Callable[[], list[Path]], what: str = "figures") -> list[Path]:
+    """The files that `draw` makes. Where it cannot, a note on stderr and none: results do not wait for pictures."""
     try:
         return draw()
     except (Refusal, OSError) as error:
-        print(f"figures    not drawn: {error}", file=sys.stderr)
+        print(f"{what:<10} not made: {error}", file=sys.stderr)
         return []
 
 

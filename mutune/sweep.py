@@ -1,7 +1,7 @@
 """Search the base hyperparameters of a small proxy model with Optuna, under a parametrization.
 
 Rerunning the same command continues the study, or returns at once when it is finished. Results: best.yaml, the trials'
-records and the figures under <out>/sweeps/<study>/.
+records, the figures and report.html under <out>/sweeps/<study>/.
 
 examples:
   python -m mutune.sweep +sweep=smoke                     # eight tiny trials: does everything run?
@@ -94,6 +94,7 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
 
 def _search(config: SweepConfig, spec: RunSpec, directory: Path) -> None:
     from mutune.reporting.figures import draw_study
+    from mutune.reporting.page import study_page
     from mutune.search.display import followed
     from mutune.search.study import base_values, best_trial, run_study, run_trial, trial_spec
     from mutune.search.workers import Workers, default_workers
@@ -109,20 +110,19 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path) -> None:
         raise WorkFailed(
             f"all {len(trials)} trials diverged; lower search.space.learning_rate and choose another study=."
         )
-    figures = drawn(lambda: draw_study(directory))
+    next_step = f"python -m mutune.transfer study={config.study} target=small  (or target=btlm_3b)"
+    if "width" in best.params:
+        next_step = f"look at {directory / 'figures'}; a transfer wants a study at one width, such as +sweep=proxy"
+    written = [directory / "best.yaml", *drawn(lambda: draw_study(directory))]
+    written += drawn(lambda: [study_page(directory, next_step)], "report")
     print(
         f"best       trial {best.number}: held-out loss {best.value:.4f} nats per token "
         f"({best.user_attrs['bits_per_byte']:.4f} bits per byte)"
     )
     for key, value in best.params.items():
         print(f"           {key} = {value if isinstance(value, (str, int)) else format(value, '.5g')}")
-    print(f"written    {', '.join(map(str, [directory / 'best.yaml', *figures]))}")
-    if "width" in best.params:
-        print(
-            f"next       look at {directory / 'figures'}; a transfer wants a study at one width, such as +sweep=proxy"
-        )
-    else:
-        print(f"next       python -m mutune.transfer study={config.study} target=small  (or target=btlm_3b)")
+    print(f"written    {', '.join(map(str, written))}")
+    print(f"next       {next_step}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train the target of a transfer file, with its stages and its schedule, and keep checkpoints.
 
-Rerunning the same command resumes from the newest checkpoint. Results: metrics.jsonl, checkpoints and figures under
-<out>/train/<name>/. The held-out loss is compared with what the transfer file predicted of it.
+Rerunning the same command resumes from the newest checkpoint. Results: metrics.jsonl, checkpoints, figures and
+report.html under <out>/train/<name>/. The held-out loss is compared with what the transfer file predicted of it.
 
 examples:
   python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml dry_run=true
@@ -81,6 +81,7 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
     import torch
 
     from mutune.reporting.figures import draw_train
+    from mutune.reporting.page import train_page
     from mutune.search.workers import default_workers
     from mutune.training.checkpoint import check_meta, newest, restore
     from mutune.training.run import METRICS, Run, describe, resolve_device
@@ -114,8 +115,10 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
     print(f"finished   step {last['step']:,}, {last['tokens']:,} tokens")
     print(f"held-out   {loss:.4f} nats per token, {bits:.4f} bits per byte")
     names += _compare(config, transfer, directory, loss)
+    next_step = "open analysis/transfer.ipynb to look at it"
+    names += [path.name for path in drawn(lambda: [train_page(directory, next_step)], "report")]
     print(f"written    {directory}/: {', '.join(names)}")
-    print("next       open analysis/transfer.ipynb to look at it")
+    print(f"next       {next_step}")
 
 
 def _compare(config: TrainConfig, transfer: TransferFile, directory: Path, loss: float) -> list[str]:

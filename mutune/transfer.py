@@ -1,6 +1,6 @@
 """Carry a study's best values to a target: train a ladder of widths, measure the drift of the optimum, give a verdict.
 
-Writes the transfer file that `python -m mutune.train` takes, the plan, the certificate and the figures under
+Writes the transfer file that `python -m mutune.train` takes, the plan, the certificate, figures and report.html under
 <out>/transfer/<study>--<target>/. `study=published` takes BTLM-3B-8K's own values and needs no ladder.
 
 examples:
@@ -270,6 +270,7 @@ def _certify(
     from mutune.certificate.verdict import Case, difference_table, judge, published_differences, published_verdict
     from mutune.data.prepare import prepare
     from mutune.reporting.figures import draw_transfer
+    from mutune.reporting.page import transfer_page
     from mutune.training.run import write_plan
 
     figures: list[Path] = []
@@ -304,8 +305,10 @@ def _certify(
     _say(data)
     names = ["transfer.yaml", "certificate.md", "certificate.json", "parametrization.csv", "multipliers.csv"]
     names += [f"figures/{figure.name}" for figure in figures]
+    next_step = f"python -m mutune.train transfer={directory / 'transfer.yaml'} dry_run=true"
+    names += [path.name for path in drawn(lambda: [transfer_page(directory, next_step)], "report")]
     print(f"written    {directory}/: {', '.join(names)}")
-    print(f"next       python -m mutune.train transfer={directory / 'transfer.yaml'} dry_run=true")
+    print(f"next       {next_step}")
     return verdict.verdict
 
 

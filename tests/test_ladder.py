@@ -163,7 +163,7 @@ def test_figures_that_cannot_be_drawn_do_not_stand_in_the_way(
 ) -> None:
     folder = transfer(out)  # the made-up runs have no records
     captured = capsys.readouterr()
-    assert "figures    not drawn: there are no runs in" in captured.err
+    assert "figures    not made: there are no runs in" in captured.err
     assert f"written    {folder}/: transfer.yaml, certificate.md" in captured.out
 
 

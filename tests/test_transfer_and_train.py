@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import html
 import json
 import os
 import shutil
@@ -141,7 +142,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_transfer_leaves_every_file_of_the_contract(house: Path) -> None:
     folder = house / "transfer/proxy--tiny"
-    for name in ("transfer.yaml", "certificate.json", "certificate.md", "parametrization.csv", "multipliers.csv"):
+    names = ("transfer.yaml", "certificate.json", "certificate.md", "parametrization.csv", "multipliers.csv")
+    for name in (*names, "report.html"):
         assert (folder / name).stat().st_size > 0
     certificate = json.loads((folder / "certificate.json").read_text())
     keys = {"verdict", "reasons", "target", "rungs", "drift", "prediction", "regret", "differences"}
@@ -149,6 +151,8 @@ def test_a_transfer_leaves_every_file_of_the_contract(house: Path) -> None:
     assert [rung["width"] for rung in certificate["rungs"]] == [16, 32]
     assert all(len(rung["points"]) == 6 for rung in certificate["rungs"])
     assert {path.name for path in (folder / "figures").iterdir()} == {"valley.png", "drift.png"}
+    assert html.escape(certificate["reasons"][0]) in (folder / "report.html").read_text()
+    assert "trials" in (house / "sweeps/proxy/report.html").read_text()
 
 
 def test_a_target_that_is_another_run_gets_no_number_and_the_outcome_says_so(house: Path, undisturbed: Path) -> None:
@@ -261,6 +265,8 @@ def test_the_target_trains_through_both_contexts(undisturbed: Path) -> None:
     assert history[-1]["tokens"] == 40 * 512
     assert history[-1]["heldout_loss"] < history[0]["loss"]
     assert (undisturbed / "train/tiny/figures/loss.png").stat().st_size > 0
+    last = json.loads((undisturbed / "train/tiny/metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{last['heldout_loss']:.5g}" in (undisturbed / "train/tiny/report.html").read_text()
     kept = sorted(path.name for path in (undisturbed / "train/tiny/checkpoints").iterdir())
     assert kept == ["36", "40"]
 

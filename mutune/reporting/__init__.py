@@ -1,4 +1,5 @@
-"""Records → frames → plots: every number is made in `frames`, every picture drawn in `plots`, every file by `figures`.
+"""Records → frames → plots → page: every number is made in `frames`, every picture drawn in `plots`, every PNG by
+`figures`, and `page` puts pictures and numbers into one HTML file.
 
     runs = load_runs(Path("runs/sweeps/valley"))
     points = valleys(runs)

@@ -21,7 +21,6 @@ from mutune.reporting import frames, plots
 
 DPI = 200
 PAGE_WIDTH = 8.3  # inches: 1660 pixels, shown at half of them on a page
-VALLEY_SPACE = {"width", "table", "seed", "learning_rate"}
 
 
 def draw_study(directory: Path) -> list[Path]:
@@ -33,8 +32,7 @@ def draw_study(directory: Path) -> list[Path]:
     """
     space = frames.load_space(directory)
     runs = frames.load_runs(directory).dropna(subset=["trial"])  # a ladder may lie beside the trials
-    is_valley = {"width", "learning_rate"} <= set(space) <= VALLEY_SPACE
-    if is_valley and frames.load_sampler(directory) == "grid":
+    if frames.is_grid_of_valleys(directory):
         return _draw_valleys(directory, runs)
     folder = directory / "figures"
     return [

@@ -90,9 +90,23 @@ def load_space(directory: Path) -> dict[str, bool]:
     return {name: _is_log(data) for name, data in _search(directory)["space"].items()}
 
 
-def load_sampler(directory: Path) -> str:
-    """How the study in `directory` searches; raises as `load_space` does."""
-    return str(_search(directory)["sampler"])
+def search_space(directory: Path) -> pd.DataFrame:
+    """What the study in `directory` searches, a row each: `low`, `high` and `log`, or `values`; as `load_space`."""
+    rows = [
+        {"name": name, "values": ", ".join(map(str, data["values"]))}
+        if "values" in data
+        else {"name": name, "low": data.get("low"), "high": data.get("high"), "log": data.get("log", True)}
+        for name, data in _search(directory)["space"].items()
+    ]
+    columns = ["name", "low", "high", "log", "values"]
+    return pd.DataFrame(rows, columns=columns, dtype=object).dropna(axis="columns", how="all")
+
+
+def is_grid_of_valleys(directory: Path) -> bool:
+    """Whether the study in `directory` is a full grid over width and learning rate, and at most table and seed."""
+    search = _search(directory)
+    whole = {"width", "learning_rate"} <= set(search["space"]) <= {"width", "table", "seed", "learning_rate"}
+    return whole and search["sampler"] == "grid"
 
 
 def _search(directory: Path) -> dict[str, Any]:
