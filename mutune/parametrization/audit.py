@@ -66,8 +66,8 @@ def findings(
         factor: rate / peak rate now in force; without it, any factor that all groups share will do.
         betas: Adam's β1 and β2; without them, any pair that all groups share will do.
         forward: runs the model once and returns what it returns, for example `lambda: model(ids)`. It is called once
-            in the model's own mode, and once per `Multiplier` module in evaluation mode, without gradients; a short
-            input will do.
+            in the model's own mode, and in evaluation mode once per `Multiplier` module, or once per block where one
+            serves all blocks, without gradients; a short input will do.
     """
     reshard(model)
     tensors = live_tensors(model)
@@ -183,6 +183,9 @@ def _family(optimizer: torch.optim.Optimizer, plan: Plan, betas: tuple[float, fl
             why = "Adam adds λ·w to the gradient, where it does not scale like the decay of AdamW"
             yield Finding("optimizer", "weight decay", "decoupled", "coupled", why)
             break
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        why = "each step goes up the gradient; a score to be maximised is minimised with its sign changed"
+        yield Finding("optimizer", "maximize", "False", "True", why)
     wanted = betas or _pair(optimizer.param_groups[0])
     for group in optimizer.param_groups:
         pair = _pair(group)

@@ -50,11 +50,12 @@ def acting_multipliers(model: nn.Module, plan: Plan, forward: Callable[[], Any])
     """Findings about what the multipliers do when `forward` runs the model.
 
     Each must be called, its output must be its input times the plan's value, and the output must reach the result: each
-    module is made NaN once, and the result must be NaN too. `forward` is therefore called once in the mode in which the
-    model comes, since a training path may go around what evaluation uses, and in evaluation mode once per module; all
-    without gradients, uncompiled. Afterwards modes, buffers and generators are as before.
-    Not guarded: what the model keeps outside its buffers, other generators (NumPy's, Python's), and code that
-    cannot bear NaN. Wrap nothing that synchronises gradients: pass the inner model of DDP.
+    module is made NaN once, and the result must be NaN too; one that serves all blocks, in each of them. `forward` is
+    therefore called once in the mode in which the model comes, since a training path may go around what evaluation
+    uses, and in evaluation mode once per module and block that it serves; all without gradients, uncompiled.
+    Afterwards modes, buffers and generators are as before. Not guarded: what the model keeps outside its buffers, other
+    generators (NumPy's, Python's), and code that cannot bear NaN. Wrap nothing that synchronises gradients: pass the
+    inner model of DDP.
     """
     places = _multipliers(model)
     with ExitStack() as stack:
@@ -66,13 +67,23 @@ def acting_multipliers(model: nn.Module, plan: Plan, forward: Callable[[], Any])
         found = [finding for watch in watched for finding in watch.findings()]
         found += _too_few_calls(watched, plan)
         for watch in [watch for watch in watched if watch.calls] if not clean else ():
-            with _hooks({watch.module: _poison}):
-                reached = _holds_nan(forward())
-            if not reached:
-                why = "it is computed and then not used"
-                quantity = f"multiplier {watch.module.site}"
-                found.append(Finding(watch.name, quantity, "part of the result", "without effect", why))
+            found += _without_effect(watch, forward, alone=[w.row for w in watched].count(watch.row) == 1, plan=plan)
     return found
+
+
+def _without_effect(watch: "_Watched", forward: Callable[[], Any], *, alone: bool, plan: Plan) -> Iterator[Finding]:
+    """A finding where NaN does not reach the result; call by call where the module serves all blocks, once each."""
+    shared = alone and watch.calls == _places(watch.row, plan) > 1
+    for call in range(watch.calls) if shared else [None]:
+        poison = _Poison(call)
+        with _hooks({watch.module: poison}):
+            reached = _holds_nan(forward())
+        if not reached and (poison.acted or not shared):
+            where = "" if call is None else f" at call {call + 1} of {watch.calls}"
+            why = "it is computed and then not used"
+            yield Finding(
+                watch.name, f"multiplier {watch.row.site}", "part of the result", f"without effect{where}", why
+            )
 
 
 class _Watched:
@@ -125,8 +136,8 @@ def _places(row: SitePlan, plan: Plan) -> int:
 
 
 def _outermost(name: str) -> str:
-    """`layers.3.experts.0.w` → `layers.3`; a name without an index → the empty string."""
-    found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
+    """`layers.3.experts.0.w` → `layers.3`; a name without an index, but for an expert's → the empty string."""
+    found = re.match(r"(.*?(?<!experts)\.)?\d+(?=\.|$)", name)
     return found.group() if found else ""
 
 
@@ -135,8 +146,18 @@ def _never_needed(row: SitePlan) -> bool:
     return row.value == 1.0 and not _RATIO.search(row.formula)
 
 
-def _poison(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
-    return torch.full_like(output, torch.nan)
+class _Poison:
+    """Makes the output of a module's every call NaN, or of one call alone; `acted` once there was something to make."""
+
+    def __init__(self, only: int | None) -> None:
+        self.only, self.calls, self.acted = only, 0, False
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
+        self.calls += 1
+        if self.only not in (None, self.calls - 1):
+            return output
+        self.acted |= output.numel() > 0
+        return torch.full_like(output, torch.nan)
 
 
 def _holds_nan(result: Any) -> bool:

@@ -54,7 +54,8 @@ class Family(Generic[Shape]):
         sites: site → pattern of modules whose output is multiplied, for models without a `Multiplier` there.
             A model that scales attention itself must scale by 1 where `attention_logits` is placed.
         base_fan_in: pattern → a declared base fan-in, real-valued; other tensors have the base's own.
-        depth: shape → number of blocks; by default the indices in the names of blocks are counted.
+        depth: shape → number of blocks; by default the indices in the names of blocks are counted. A list of parts that
+            stand side by side counts as blocks too where it is not called experts; say then `depth=lambda shape: 1`.
         head_size: d_head, or shape → d_head; needed where `attention_logits` is placed.
 
     Raises:

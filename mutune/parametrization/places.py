@@ -59,7 +59,7 @@ def sites_of(
     matrices = [name for name, tensor in found.tensors.items() if len(tensor.shape) > 1]
     for site in places.keys() - {"embedding", "output"}:
         for place in places[site]:
-            target = _acted_on(site, place, matrices)
+            target = _acted_on(site, place, matrices, in_block)
             sites[target] = tuple(dict.fromkeys((*sites[target], site)))
     return sites
 
@@ -73,17 +73,20 @@ def _end_sites(tensor: Tensor, role: str, in_block: bool) -> tuple[str, ...]:
     return ("embedding",) if role in ("embedding", "position_embedding") and not in_block else ()
 
 
-def _acted_on(site: str, place: Place, matrices: list[str]) -> str:
+def _acted_on(site: str, place: Place, matrices: list[str], in_block: Mapping[str, bool]) -> str:
     """The matrix whose product a site inside a block multiplies: what `multipliers.csv` shows.
 
     `attention_logits`: the first matrix below its module, or below the module that holds its Multiplier. Others: the
-    last one, below the holder's child that the site is called after (`residual.attn` → `attn`) where there is one.
+    last one, below the holder's child that the site is called after (`residual.attn` → `attn`) where there is one. Both
+    of the matrices whose names say what is multiplied, where there are any: the whole model may hold one Multiplier.
     """
     child = f"{place.module}.{site.rpartition('.')[2]}".removeprefix(".")
     modules = [place.module] if place.named else [child, place.module]
     while modules[-1]:
         modules.append(modules[-1].rpartition(".")[0])
     below = next(found for found in ([m for m in matrices if _below(m, module)] for module in modules) if found)
+    words = _BRANCHES.get("residual.attn" if site == LOGITS else site, ())
+    below = [m for m in below if in_block[m] and any(word in m.lower() for word in words)] or below
     return below[0] if site == LOGITS else below[-1]
 
 

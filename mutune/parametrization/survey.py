@@ -123,12 +123,14 @@ def blocks(tensors: Iterable[Tensor]) -> set[str]:
     infinite dimensions) that a module beside it holds too, or that is the only index there.
 
     So `2.weight` of a plain `Sequential` is in a block where another hidden matrix stands beside it, and its first and
-    last layers are in none.
+    last layers are in none. Experts, `experts.0`, stand side by side and are no blocks.
     """
     indices: dict[str, set[str]] = defaultdict(set)
     holders: dict[tuple[str, str], set[str]] = defaultdict(set)
     for tensor in tensors:
         for stack, index, rest in _splits(tensor.name):
+            if stack.endswith("experts"):
+                continue
             indices[stack].add(index)
             if len(tensor.infinite_axes) >= 2:
                 holders[stack, kind(rest)].add(index)

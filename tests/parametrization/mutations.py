@@ -484,6 +484,7 @@ MUTATIONS = [
     ),
     Mutation("betas changed", setting("betas", lambda row: (0.9, 0.999)), "optimizer", "betas", "hyperparameters"),
     Mutation("betas not finite", setting("betas", lambda row: (0.9, float("nan"))), "optimizer", "betas", "not decay"),
+    Mutation("maximize", setting("maximize", lambda row: True), "optimizer", "maximize", "goes up the gradient"),
     Mutation("SGD", sgd, "optimizer", "family", "scales rates for Adam"),
     Mutation("Adam with coupled decay", coupled, "optimizer", "weight decay", "does not scale like"),
     Mutation("a tensor missing from the optimizer", missing, MATRIX, "number of optimizer groups", "never updated"),

@@ -453,6 +453,21 @@ def test_blocks_that_differ_count_as_one_stack_and_experts_in_a_list_as_none() -
     assert {(row.role, row.width_mult, row.depth_mult) for row in rows.values()} == {("hidden", 4.0, 4.0)}
 
 
+def test_experts_in_a_model_without_blocks_are_no_depth() -> None:
+    def flat(shape: tuple[int, int], name: str) -> nn.Module:
+        width, number = shape
+        parts = nn.ModuleList(nn.Linear(width, width) for _ in range(number))
+        return nn.ModuleDict({"embed": nn.Embedding(7, width), name: parts, "head": nn.Linear(width, 7)})
+
+    def ratios(name: str, **options: Any) -> set[float]:
+        family = Family(lambda shape: flat(shape, name), (16, 2), (32, 2), **options)
+        return {row.depth_mult for row in family.rows((64, 8), completep()).values()}
+
+    assert ratios("experts") == ratios("local_experts") == {1.0}
+    assert ratios("layers") == {1.0, 4.0}
+    assert ratios("towers", depth=lambda shape: 1) == {1.0}
+
+
 class Stacks(nn.Module):
     def __init__(self, width: int, encoder: int, decoder: int) -> None:
         super().__init__()

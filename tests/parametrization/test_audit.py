@@ -288,6 +288,49 @@ def test_a_multiplier_whose_result_is_dropped_in_one_block_only_is_found() -> No
     assert (finding.tensor, finding.found) == ("h.1.mlp_multiplier.inner", "without effect")
 
 
+class UsedBut(nn.Module):
+    """Calls a module, and passes its own input on at one of the calls."""
+
+    def __init__(self, inner: nn.Module, dropped: int) -> None:
+        super().__init__()
+        self.inner, self.dropped, self.calls = inner, dropped, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The input at the dropped call, counted over forward passes of as many calls as there are blocks."""
+        self.calls += 1
+        multiplied: torch.Tensor = self.inner(x)
+        return x if (self.calls - 1) % TIED.depth == self.dropped else multiplied
+
+
+@pytest.mark.parametrize("block", range(TIED.depth))
+def test_a_multiplier_that_serves_all_blocks_and_is_dropped_in_one_is_found(block: int) -> None:
+    run = live()
+    shared = UsedBut(run.model.get_submodule("h.0.mlp_multiplier"), block)
+    for i in range(TIED.depth):
+        run.model.set_submodule(f"h.{i}.mlp_multiplier", shared)
+    (finding,) = run.findings()
+    assert (finding.tensor, finding.quantity) == ("h.0.mlp_multiplier.inner", "multiplier residual.mlp")
+    assert finding.found == f"without effect at call {block + 1} of {TIED.depth}"
+
+
+def unheld(*parts: slice, without: int = -1) -> list[Finding]:
+    result = Family(lambda width: Unheld(width, *parts, without=without), 16, 32).at(64)
+    assert result.plan.multipliers["residual.mlp"].tensor == "layers.*.mlp.weight"
+    model, ids = result.build(seed=0), torch.arange(5)
+    return findings(model, result.optimizer(model), result.plan, at_init=True, forward=lambda: model(ids))
+
+
+def test_a_shared_multiplier_may_have_calls_with_nothing_to_multiply() -> None:
+    """As of experts that no token is sent to."""
+    assert not unheld(slice(None), slice(None))
+    assert not unheld(slice(None), slice(0))
+
+
+def test_a_multiplier_of_the_whole_model_must_be_called_in_every_block() -> None:
+    (finding,) = unheld(slice(None), slice(None), slice(None), without=1)
+    assert (finding.quantity, finding.expected, finding.found) == ("calls of multiplier residual.mlp", "3", "2")
+
+
 # -------------------------------------------------------------------------------------------------------- the scheduler
 def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
     peaks = [group["peak_lr"] for group in optimizer.param_groups]
@@ -402,14 +445,49 @@ class Mixture(nn.Module):
         return self.head(self.scale(x))
 
 
+class Unheld(nn.Module):
+    """Blocks whose one multiplier is the model's, each for a part of the tokens; one of them may go without it."""
+
+    def __init__(self, width: int, *parts: slice, without: int = -1) -> None:
+        super().__init__()
+        self.embed, self.scale, self.branch = nn.Embedding(7, width), Multiplier("output"), Multiplier("residual.mlp")
+        self.layers = nn.ModuleList(nn.ModuleDict({"mlp": nn.Linear(width, width)}) for _ in parts)
+        self.head = nn.Linear(width, 7, bias=False)
+        self.parts, self.without = parts, without
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids (B,) → logits (B, 7)."""
+        x = self.embed(ids)
+        for i, (layer, part) in enumerate(zip(self.layers, self.parts, strict=True)):
+            assert isinstance(layer, nn.ModuleDict)
+            added = layer["mlp"](x[part])
+            added = added if i == self.without else self.branch(added)
+            x = torch.cat([x[part] + added, x[len(added) :]])
+        return self.head(self.scale(x))
+
+
+class Flat(nn.Module):
+    """Experts alone, in no block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.moe, self.scale = nn.Embedding(7, width), Experts(width), Multiplier("output")
+        self.head = nn.Linear(width, 7, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids (B,) → logits (B, 7)."""
+        return self.head(self.scale(self.moe(self.embed(ids))))
+
+
 def perceptron(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 2))
 
 
 def test_one_multiplier_in_each_block_or_at_an_end_is_enough_however_the_tensors_are_called() -> None:
     experts: Family[int] = Family(Mixture, 16, 32)
+    flat: Family[int] = Family(Flat, 16, 32)
     layers: Family[int] = Family(perceptron, 16, 32, sites={"output": "4"})
-    for family, example in ((experts, torch.arange(5)), (layers, torch.ones(5, 3))):
+    for family, example in ((experts, torch.arange(5)), (flat, torch.arange(5)), (layers, torch.ones(5, 3))):
         result = family.at(64)
         model = result.build(seed=0)
         given: Any = {"at_init": True, "forward": lambda m=model, x=example: m(x)}
