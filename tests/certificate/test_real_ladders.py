@@ -1,0 +1,144 @@
+"""Real ladders of this model: what they say of a width that they do not hold, and of broken rules.
+
+All runs are those of `+sweep=valley` (its multipliers, 160 steps), at other widths and under other tables.
+"""
+
+import math
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mutune.certificate.assessment import Assessment, assess
+from mutune.certificate.ladder import place
+from mutune.certificate.prediction import predict
+from mutune.certificate.valleys import fit_valleys
+from mutune.certificate.verdict import Case, judge
+from mutune.compose import compose
+from mutune.config import SweepConfig
+from mutune.parametrization.rules import MUP, TABLES, Rule, Table
+from mutune.training.config import RunSpec
+from mutune.training.run import run_to_end
+from tests.soak import record
+
+LADDER, HIDDEN = (32, 48, 64, 96, 128), 256
+OFFSETS = (-2, -1, 0, 1, 2)  # octaves around 2^-6
+
+
+def _ruled(role: str, **changes: Any) -> Table:
+    rule: Rule = replace(MUP.rules[role], **changes)
+    return replace(MUP, rules={**MUP.rules, role: rule})
+
+
+def _hidden(**changes: Any) -> Table:
+    table = _ruled("hidden", **changes)
+    return replace(table, rules={**table.rules, "residual_output": table.rules["hidden"]})
+
+
+def _site(name: str, **changes: Any) -> Table:
+    return replace(MUP, sites={**MUP.sites, name: replace(MUP.sites[name], **changes)})
+
+
+#: A rule broken → the table; the first three have to get NO-GO.
+BROKEN = {
+    "hidden rate unscaled": _hidden(lr=0.0),
+    "hidden rate 1/√m": _hidden(lr=-0.5),
+    "hidden rate 1/m²": _hidden(lr=-2.0),
+    "hidden init unscaled": _hidden(std=0.0),
+    "output multiplier unscaled": _site("output", width=0.0),
+    "embedding rate × m": _ruled("embedding", lr=1.0),
+    "embedding rate 1/m": _ruled("embedding", lr=-1.0),
+}
+MUST_FAIL = tuple(BROKEN)[:3]
+
+
+def train(work: tuple[str, int, int, int, str]) -> dict[str, Any]:
+    """One run: (broken rule or "", width, offset, seed, folder) → a row of points."""
+    rule, width, offset, seed, folder = work
+    proxy: RunSpec = compose("sweep", SweepConfig, ["+sweep=valley"]).spec()
+    hyper = replace(proxy.hyperparameters, learning_rate=2.0 ** (offset - 6))
+    spec = replace(proxy, model=proxy.model.at_width(width), hyperparameters=hyper, seed=seed)
+    with patch.dict(TABLES, {"mup": BROKEN.get(rule, MUP)}):
+        result = run_to_end(spec, Path(folder) / f"{rule}-{width}-{offset}-{seed}".replace("/", "-"), "cpu", {})
+    loss = math.nan if result.diverged else result.value
+    return {
+        **place(spec),
+        "learning_rate": 2.0 ** (offset - 6),
+        "seed": seed,
+        "loss": loss,
+        "diverged": result.diverged,
+    }
+
+
+def ladder(rule: str, widths: tuple[int, ...], seeds: int, folder: Path) -> pd.DataFrame:
+    work = [(rule, w, o, s, str(folder)) for w in sorted(widths, reverse=True) for o in OFFSETS for s in range(seeds)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return pd.DataFrame(list(pool.map(train, work)))
+
+
+def at(points: pd.DataFrame, width: int) -> Assessment:
+    base = {axis: float(points[axis].min()) for axis in ("width", "depth", "tokens", "batch")}
+    return assess(points, base, {**base, "width": float(width)})
+
+
+@pytest.mark.soak
+def test_a_ladder_foretells_a_hidden_width_s_optimum_and_loss(tmp_path: Path) -> None:
+    points = ladder("", (*LADDER, HIDDEN), 2, tmp_path)
+    points.drop(columns="diverged").to_csv(Path(__file__).parent / "curves" / "ladder.csv", index=False)
+    seen, hidden = points[points.width < HIDDEN], points[points.width == HIDDEN]
+    found, truth = at(seen, HIDDEN), fit_valleys(hidden)
+    assert found.drift is not None
+    low, middle, high = found.drift.quantiles(found.drift.target)
+    rate = seen.learning_rate[(np.log2(seen.learning_rate) - found.log2_rate).abs().idxmin()]
+    losses = {
+        width: seen.loss[(seen.width == width) & (seen.learning_rate == rate)].tolist() for width in map(float, LADDER)
+    }
+    said = predict(losses, HIDDEN)
+    measured = hidden.loss[hidden.learning_rate == rate].tolist()
+    assert said.loss is not None
+    assert said.low is not None
+    assert said.high is not None
+    half = (said.high - said.low) / 2 / said.loss
+    row = {
+        "verdict": judge(Case([], found)).verdict,
+        "optimum foretold, log2": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+        "measured": f"{truth.optima[0]:.2f}",
+        "loss foretold": f"{said.loss:.4f} ({said.low:.4f} to {said.high:.4f})",
+        "measured by seed": ", ".join(f"{loss:.4f}" for loss in measured),
+        "half-width, %": f"{100 * half:.2f}",
+    }
+    record("hidden_width", "The ladder 32-128 (5 rungs, 5 rates, 2 seeds) and the hidden width 256", [row])
+    assert abs(middle - truth.optima[0]) < 0.5
+    assert all(said.low <= loss <= said.high for loss in measured)
+    assert half < 0.02
+
+
+@pytest.mark.soak
+def test_broken_rules_are_not_let_through(tmp_path: Path) -> None:
+    rows = []
+    for rule in BROKEN:
+        points = ladder(rule, (32, 64, 128), 2, tmp_path)
+        found = at(points, HIDDEN)
+        low, middle, high = found.drift.quantiles(found.distance) if found.drift else (math.nan,) * 3
+        best = points[points.width == 128].groupby("learning_rate").loss.mean().min()
+        rows.append(
+            {
+                "broken rule": rule,
+                "verdict": judge(Case([], found)).verdict,
+                "optima by width, log2": ", ".join(
+                    f"{(edge and {'low': '≤', 'high': '≥'}[edge]) or ''}{x:.2f}"
+                    for x, edge in zip(found.valleys.optima, found.valleys.edges, strict=True)
+                ),
+                "octaves to the target's": f"{middle:+.2f} ({low:+.2f} to {high:+.2f})",
+                "best loss at width 128": f"{best:.3f}",
+            }
+        )
+    record("broken_rules", "Ladders 32-128 under broken rules of mup, judged for width 256 (5 rates, 2 seeds)", rows)
+    for row in rows:
+        assert row["broken rule"] not in MUST_FAIL or row["verdict"] == "NO-GO"
