@@ -189,7 +189,7 @@ def run(
             space=dict(space),
             initial=[dict(point) for point in initial],
         )
-        ladder = LadderConfig(list(widths), list(offsets), seeds) if widths else None
+        ladder = LadderConfig(widths=list(widths), offsets=list(offsets), seeds=seeds) if widths else None
         delta = 2 * base if delta is None else delta
         _check_arguments(base, delta, widths, seed, seeds, workers, name)
         values = _base_values(hyperparameters)
@@ -241,7 +241,7 @@ class _Work:
             self._check_dimension(dimension)
         total_trials(self.search, space)
         initial_points(self.search, space)
-        for width in self.ladder.widths if self.ladder else ():
+        for width in (self.ladder.widths or []) if self.ladder else ():
             self.model.at({"width": width}).parametrized()
         if self.workers > 0:
             _check_sendable(self.model)
@@ -333,9 +333,10 @@ class _Work:
         chosen = self.model.at(best.params)
         facts = {key: value for key, value in self.inputs.items() if key != "config"}
         rungs = []
-        for width in sorted({self.model.family.base, *ladder.widths}, reverse=True):
-            for seed in range(chosen.seed, chosen.seed + ladder.seeds):
-                for offset in sorted(ladder.offsets):
+        widths, offsets, seeds = ladder.widths or [], ladder.offsets or [], ladder.seeds or 1
+        for width in sorted({self.model.family.base, *widths}, reverse=True):
+            for seed in range(chosen.seed, chosen.seed + seeds):
+                for offset in sorted(offsets):
                     rate = chosen.hyperparameters.learning_rate * 2.0**offset
                     hyper = replace(chosen.hyperparameters, learning_rate=rate)
                     run = replace(chosen, width=width, seed=seed, hyperparameters=hyper)
