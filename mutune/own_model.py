@@ -201,7 +201,9 @@ def run(
                 for i, point in enumerate(listed("initial", initial, [{"learning_rate": 0.01}]))
             ],
         )
-        ladder = LadderConfig(rungs, listed("offsets", offsets, [-1, 0, 1]), seeds) if rungs else None
+        ladder = (
+            LadderConfig(widths=rungs, offsets=listed("offsets", offsets, [-1, 0, 1]), seeds=seeds) if rungs else None
+        )
         check_arguments(base, delta, rungs, seed, seeds, workers, out, name, overwrite)
         check_train(train)
         require(isinstance(table, str), f"table={table!r} must be the name of a table; for example table='mup'.")
@@ -259,7 +261,7 @@ class _Work:
             self._check_dimension(dimension)
         total_trials(self.search, space)
         initial_points(self.search, space)
-        for width in self.ladder.widths if self.ladder else ():
+        for width in (self.ladder.widths or []) if self.ladder else ():
             self.model.at({"width": width}).parametrized()
         if self.workers > 0:
             _check_sendable(self.model)
@@ -351,9 +353,10 @@ class _Work:
         chosen = self.model.at(best.params)
         facts = {key: value for key, value in self.inputs.items() if key != "config"}
         rungs = []
-        for width in sorted({self.model.family.base, *ladder.widths}, reverse=True):
-            for seed in range(chosen.seed, chosen.seed + ladder.seeds):
-                for offset in sorted(ladder.offsets):
+        widths, offsets, seeds = ladder.widths or [], ladder.offsets or [], ladder.seeds or 1
+        for width in sorted({self.model.family.base, *widths}, reverse=True):
+            for seed in range(chosen.seed, chosen.seed + seeds):
+                for offset in sorted(offsets):
                     rate = chosen.hyperparameters.learning_rate * 2.0**offset
                     hyper = replace(chosen.hyperparameters, learning_rate=rate)
                     run = replace(chosen, width=width, seed=seed, hyperparameters=hyper)

@@ -1,4 +1,7 @@
-"""Carry a study's best values to a target: train a ladder of widths, measure the drift of the optimum, give a verdict.
+"""Carry a study's best values to a target: train a ladder, measure the drift of the optimum, give a verdict.
+
+The ladder varies the width, and the tokens, each alone: `ladder=[width,tokens,batch,depth]` says which (short for
+`ladder.axes=`), `ladder.widths=[64,128]` and the like which rungs, `ladder.budget_minutes=` what it may cost.
 
 Writes the transfer file that `python -m mutune.train` takes, the plan, the certificate, figures and report.html under
 <out>/transfer/<study>--<target>/. `study=published` takes BTLM-3B-8K's own values and needs no ladder.
@@ -30,10 +33,12 @@ from mutune.training.schedule import ScheduleConfig
 from mutune.versions import versions
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from mutune.certificate.adviser import Advice
     from mutune.certificate.anyone import Asked
     from mutune.certificate.assessment import Assessment
-    from mutune.certificate.ladder import LadderRun
+    from mutune.certificate.planned import Ladder, Paid
 
 LADDER, SPARE = "ladder", "spare"
 
@@ -51,15 +56,25 @@ class PublishedValues:
 
 @dataclass(frozen=True)
 class Source:
-    """A study's side of a transfer: the file without its verdict, and the proxy's run (None if published)."""
+    """A study's side of a transfer: the file without its verdict, the proxy's run (None if published), its trials."""
 
     transfer: TransferFile
     proxy: RunSpec | None
+    trials: tuple["Paid", ...] = ()
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return enter("transfer", TransferConfig, work, ("target",), sys.argv[1:] if argv is None else argv)
+    words = [_axes(word) for word in (sys.argv[1:] if argv is None else argv)]
+    return enter("transfer", TransferConfig, work, ("target",), words)
+
+
+def _axes(word: str) -> str:
+    """`ladder=[width,tokens]` is short for `ladder.axes=[width,tokens]`."""
+    key, equals, value = word.partition("=")
+    if key != "ladder" or not equals or value.startswith("{"):
+        return word
+    return f"ladder.axes={value if value.startswith('[') else f'[{value}]'}"
 
 
 def work(config: TransferConfig) -> int:
@@ -70,17 +85,17 @@ def work(config: TransferConfig) -> int:
     target = source.transfer.spec(config.seed)
     require_writable(Path(config.out))
     directory = Path(config.out) / "transfer" / f"{config.study}--{config.target.name}"
-    runs = _plan_ladder(config, source, directory)
+    ladder = _plan_ladder(config, source, target, directory)
     _check_target_data(source.transfer, target)
-    advice = _advice(source.proxy, target, runs)
+    advice = _advice(source.proxy, target, ladder)
     if config.dry_run:
-        print(_dry_run(config, runs, target, advice))
+        print(_dry_run(config, ladder, target, advice))
         return OK
     inputs = _inputs(source)
     check_claim(directory, inputs, "target.name", config.overwrite)
     with locked(directory, "target.name"):
         claim(directory, inputs, "target.name", config.overwrite, keep=(LADDER, SPARE))
-        verdict = _certify(config, source, target, directory, runs, advice)
+        verdict = _certify(config, source, target, directory, ladder, advice)
     return NOT_GO if config.require_go and verdict != "GO" else OK
 
 
@@ -131,23 +146,24 @@ def _inputs(source: Source) -> dict[str, Any]:
     return {"transfer": transfer}
 
 
-def _plan_ladder(config: TransferConfig, source: Source, directory: Path) -> list["LadderRun"]:
-    """Every run of the ladder, checked against text and memory; none for published values."""
-    from mutune.certificate.ladder import ladder_runs
+def _plan_ladder(config: TransferConfig, source: Source, target: RunSpec, directory: Path) -> "Ladder | None":
+    """What the ladder will do, checked against text and memory; None for published values."""
+    from mutune.certificate.planned import plan_ladder
     from mutune.data.prepare import prepare
-    from mutune.search.workers import default_workers
     from mutune.training.memory import require_memory
     from mutune.training.run import check_data
 
     if (proxy := source.proxy) is None:
-        return []
+        return None
     corpus = prepare(proxy.data, proxy.tokenizer)
     source.transfer.check_text(corpus.content_hash)
     check_data(proxy, corpus, "the study's run")
-    runs = ladder_runs(proxy, config.ladder, directory / LADDER, config.device, corpus.content_hash)
-    at_once = min(len(runs), config.ladder.workers or default_workers())
-    require_memory([run.spec for run in runs[:at_once]], config.device, "ladder.widths or ladder.workers")
-    return runs
+    ladder = plan_ladder(
+        proxy, target, config.ladder, directory / LADDER, config.device, corpus.content_hash, source.trials
+    )
+    runs = sorted((ladder.rungs[run.rung] for run in ladder.first.runs), key=lambda spec: -price(spec).bytes)
+    require_memory(runs[: ladder.workers], config.device, "ladder.widths or ladder.workers")
+    return ladder
 
 
 def _check_target_data(transfer: TransferFile, target: RunSpec) -> None:
@@ -161,8 +177,9 @@ def _check_target_data(transfer: TransferFile, target: RunSpec) -> None:
 
 
 def _from_study(config: TransferConfig) -> Source:
+    from mutune.certificate.planned import Paid
     from mutune.search.results import check_best, load_study
-    from mutune.search.study import trial_spec
+    from mutune.search.study import finished_trials, trial_spec
 
     study = load_study(Path(config.out) / "sweeps", config.study)
     try:
@@ -190,9 +207,13 @@ def _from_study(config: TransferConfig) -> Source:
         commit=versions()["commit"],
         overridden=sorted(config.hyperparameters.given()),
     )
-    return Source(
-        _transfer_file(config, provenance, proxy.parametrization, base_config(proxy.model), hyper, proxy), proxy
-    )
+    trials = [
+        Paid(trial_spec(stored.spec(), trial.params), result, study.directory / "trials" / str(trial.number))
+        for trial, result in finished_trials(study.directory, study.name)
+        if (study.directory / "trials" / str(trial.number)).is_dir()
+    ]
+    transfer = _transfer_file(config, provenance, proxy.parametrization, base_config(proxy.model), hyper, proxy)
+    return Source(transfer, proxy, tuple(trials))
 
 
 def _published(config: TransferConfig) -> Source:
@@ -231,24 +252,19 @@ def _transfer_file(
     )
 
 
-def _advice(proxy: RunSpec | None, target: RunSpec, runs: list["LadderRun"]) -> list["Advice"]:
+def _advice(proxy: RunSpec | None, target: RunSpec, ladder: "Ladder | None") -> list["Advice"]:
     from mutune.certificate.adviser import advise
 
-    return advise(proxy, target, {"width": max(run.width for run in runs)} if runs else {})
+    return advise(proxy, target, {"width": max(spec.model.width for spec in ladder.rungs)} if ladder else {})
 
 
-def _dry_run(config: TransferConfig, runs: list["LadderRun"], target: RunSpec, advice: list["Advice"]) -> str:
+def _dry_run(config: TransferConfig, ladder: "Ladder | None", target: RunSpec, advice: list["Advice"]) -> str:
     from mutune.certificate.adviser import advice_lines
+    from mutune.certificate.planned import words
 
     lines = [price_table(config.target.name, target)]
-    if runs:
-        widths = sorted({run.width for run in runs})
-        flops = sum(price(run.spec).flops for run in runs)
-        share = flops / price(target).flops
-        lines.append(
-            f"ladder     widths {', '.join(map(str, widths))} × {len(config.ladder.offsets)} rates × "
-            f"{config.ladder.seeds} seeds = {len(runs)} runs, {flops:.3g} FLOPs, {share:.2g} of the target's"
-        )
+    if ladder is not None:
+        lines += words(ladder)
     lines += [*advice_lines(advice), NOTHING_WRITTEN]
     return "\n".join(lines)
 
@@ -258,15 +274,18 @@ def _certify(
     source: Source,
     target: RunSpec,
     directory: Path,
-    runs: list["LadderRun"],
+    ladder: "Ladder | None",
     advice: list["Advice"],
 ) -> str:
     """Give the advice, run the ladder, write every result, and return the verdict."""
     from mutune.certificate.adviser import advice_lines
+    from mutune.certificate.assessment import assess
     from mutune.certificate.certificate import certificate, write_certificate
-    from mutune.certificate.laws import law_table
+    from mutune.certificate.laws import law_slopes, law_table
+    from mutune.certificate.points import AXES
     from mutune.certificate.prediction import PUBLISHED as UNPREDICTED
     from mutune.certificate.prediction import outcomes, predict_target
+    from mutune.certificate.rungs import place
     from mutune.certificate.verdict import Case, difference_table, judge, published_differences, published_verdict
     from mutune.data.prepare import prepare
     from mutune.reporting.figures import draw_transfer
@@ -274,16 +293,20 @@ def _certify(
     from mutune.training.run import write_plan
 
     figures: list[Path] = []
+    left_out: list[str] = []
     for line in advice_lines(advice):
         print(line, flush=True)
-    if source.proxy is None:
+    if source.proxy is None or ladder is None:
         assessment, price, prediction = None, None, UNPREDICTED
         differing, verdict = (
             published_differences(source.transfer.base.width, target),
             published_verdict(source.transfer),
         )
     else:
-        assessment = _ladder(config, source.proxy, target, directory, runs)
+        points, left_out = _ladder(ladder, directory)
+        here, rate = place(source.proxy), source.proxy.hyperparameters.learning_rate
+        laws = law_slopes(config.horizon, [axis for axis in AXES if points[axis].nunique() > 1])
+        assessment = assess(points, here, place(target), rate, laws)
         vocab_size = prepare(source.proxy.data, source.proxy.tokenizer).vocab_size
         differing = difference_table(
             source.proxy, target, vocab_size, target.tokenizer.num_ids, assessment.nearest_values()
@@ -299,6 +322,8 @@ def _certify(
     data["seal"] = transfer.seal
     if source.proxy and assessment:
         data["laws"] = law_table(config.horizon, source.proxy, target, assessment.nearest_values())
+    if left_out:
+        data["notes"] = [f"left out of the ladder, for its budget or want of finished runs: {', '.join(left_out)}"]
     write_certificate(directory, data)
     write_plan(directory, target.plan(target.tokenizer.num_ids))
     write_yaml(directory / "transfer.yaml", transfer.as_dict(), "for: python -m mutune.train transfer=<this file>")
@@ -312,34 +337,27 @@ def _certify(
     return verdict.verdict
 
 
-def _ladder(
-    config: TransferConfig, proxy: RunSpec, target: RunSpec, directory: Path, runs: list["LadderRun"]
-) -> "Assessment":
-    from mutune.certificate.assessment import assess
-    from mutune.certificate.ladder import gather, place, run_ladder
-    from mutune.certificate.laws import law_slopes
-    from mutune.certificate.points import AXES
+def _ladder(ladder: "Ladder", directory: Path) -> tuple["pd.DataFrame", list[str]]:
+    """Make the ladder's runs; returns its points and the rungs that were left out."""
+    from mutune.certificate.climb import climb
     from mutune.progress import ProgressLine, clock
     from mutune.search.workers import WorkError
 
-    gather(runs, directory / LADDER, directory / SPARE)
     line, seen = ProgressLine(), -1
 
-    def report(done: int, total: int, running: list[str]) -> None:
+    def report(done: int, planned: int, running: list[str]) -> None:
         nonlocal seen
         now = f" · running {', '.join(running)}" if running else ""
-        line.show(f"ladder {done}/{total} runs{now} · {clock(line.elapsed)} elapsed", change=done != seen)
+        line.show(f"ladder {done}/{planned} runs{now} · {clock(line.elapsed)} elapsed", change=done != seen)
         seen = done
 
     try:
-        points = run_ladder(runs, config.ladder.workers, report)
+        climbed = climb(ladder, directory / SPARE, report)
     except WorkError as error:
         raise WorkFailed(f"{error}\nThe same command continues the ladder.") from error
     finally:
         line.close()
-    here, measured = place(proxy), [axis for axis in AXES if points[axis].nunique() > 1]
-    laws = law_slopes(config.horizon, measured)
-    return assess(points, here, place(target), proxy.hyperparameters.learning_rate, laws)
+    return climbed.points, climbed.left_out
 
 
 def _price_of_regret(config: TransferConfig, assessment: "Assessment", target: RunSpec) -> dict[str, Any]:

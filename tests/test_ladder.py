@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mutune.certificate import ladder
+from mutune.certificate import climb
 from mutune.certificate.ladder import LadderRun
 from mutune.training.run import RunResult
 from mutune.transfer import main
@@ -25,15 +25,27 @@ LADDER = ["ladder.widths=[32]", "ladder.offsets=[-1,0,1]", "ladder.seeds=2"]
 
 
 class Training:
-    """Stands for the worker processes: makes up every result, and remembers what was run."""
+    """Stands for the worker processes: makes up every result, remembers what was run, and may die before a run."""
 
     def __init__(self) -> None:
         self.ran: list[str] = []
+        self.dies_after: int | None = None
 
-    def __call__(
-        self, function: Callable[..., Any], runs: Sequence[LadderRun], workers: int, tick: Callable[..., None]
+    def __call__(self, function: Callable[..., Any], workers: int) -> "Training":
+        return self
+
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def run(
+        self, runs: Sequence[LadderRun], tick: Callable[..., None] = lambda running: None
     ) -> Iterator[tuple[LadderRun, RunResult]]:
         for run in runs:
+            if len(self.ran) == self.dies_after:
+                raise KeyboardInterrupt
             octaves = math.log2(run.spec.hyperparameters.learning_rate / BEST)
             self.ran.append(run.directory.name)
             run.directory.mkdir(parents=True, exist_ok=True)
@@ -43,7 +55,7 @@ class Training:
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch) -> Training:
     fake = Training()
-    monkeypatch.setattr(ladder, "run_all", fake)
+    monkeypatch.setattr(climb, "Workers", fake)
     return fake
 
 
@@ -62,7 +74,7 @@ def certificate(folder: Path) -> dict[str, Any]:
 
 
 REFUSED = [
-    (["ladder.widths=[40]"], "ladder.widths=[40]: the study's head size of 16 does not divide 40; for example"),
+    (["ladder.widths=[40]"], "ladder.widths=40: the study's head size of 16 does not divide 40; for example"),
     (["ladder.widths=[16]"], "ladder.widths=[16] holds only the study's own width; for example ladder.widths=[32,64]."),
     (["ladder.widths=[1000000]"], "choose a smaller ladder.widths or ladder.workers"),
     (["ladder.seeds=100000000000"], "ladder.seeds=100000000000 must be"),
@@ -116,6 +128,65 @@ def test_a_ladder_folder_holds_the_runs_of_its_certificate_and_the_others_are_ke
     transfer(out, "ladder.widths=[32,48]")
     assert len(training.ran) == 18  # nothing was run twice
     assert not list((folder / "spare").iterdir())
+
+
+DESIGNED = ["ladder.widths=null", "ladder.offsets=null", "ladder.seeds=null", "target.model.width=64"]
+DESIGNED += ["target.stages=[{context_length: 64, batch_sequences: 8, num_steps: 40}]", "ladder.budget_fraction=4"]
+
+
+def test_a_ladder_by_design_measures_width_and_tokens_within_its_budget(
+    out: Path, study: Path, training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = transfer(out, *DESIGNED)
+    data = certificate(folder)
+    assert {rung["width"] for rung in data["rungs"]} >= {16, 32, 64}
+    assert len({rung["tokens"] for rung in data["rungs"]}) >= 3
+    assert len(training.ran) == len(set(training.ran)) == sum(len(rung["points"]) for rung in data["rungs"])
+    transfer(out, *DESIGNED)
+    assert len(training.ran) == len(set(training.ran))  # a finished ladder runs nothing
+    assert "ladder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("after", [0, 3, 8, 21])
+def test_a_ladder_that_was_killed_goes_on_to_what_it_would_have_been(
+    after: int, tmp_path: Path, training: Training
+) -> None:
+    outs = [tmp_path / "undisturbed", tmp_path / "killed"]
+    for out in outs:
+        studies.write_study(out, "mine")
+    folder = transfer(outs[0], *DESIGNED)
+    undisturbed, training.ran = sorted(training.ran), []
+    training.dies_after = after
+    transfer(outs[1], *DESIGNED, expect=130)
+    training.dies_after = None
+    again = transfer(outs[1], *DESIGNED)
+    assert sorted(training.ran) == undisturbed
+    assert certificate(again)["rungs"] == certificate(folder)["rungs"]
+    assert certificate(again)["verdict"] == certificate(folder)["verdict"]
+
+
+def test_axes_are_named_in_short(
+    out: Path, study: Path, training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for word, rungs in (
+        ("ladder=[width,batch]", {"w16", "w32", "w64", "w16_b512"}),
+        ("ladder=width", {"w16", "w32", "w64"}),
+    ):
+        transfer(out, *DESIGNED, word, "dry_run=true")
+        said = {word for line in capsys.readouterr().out.splitlines() for word in line.split()}
+        assert rungs <= said
+        assert not any("_t" in word for word in said)
+    transfer(out, *DESIGNED, "ladder=[hieght]", expect=2)
+    assert "known axes: width, tokens, batch, depth" in capsys.readouterr().err
+    assert training.ran == []
+
+
+def test_what_the_budget_has_no_room_for_is_said_in_the_certificate(
+    out: Path, study: Path, training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = transfer(out, *DESIGNED, "ladder.widths=[32,1024]")
+    assert {rung["width"] for rung in certificate(folder)["rungs"]} == {16, 32}
+    assert certificate(folder)["notes"] == ["left out of the ladder, for its budget or want of finished runs: w1024"]
 
 
 def test_overwriting_with_another_target_keeps_the_rungs(out: Path, study: Path, training: Training) -> None:

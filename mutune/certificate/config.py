@@ -8,8 +8,8 @@ from itertools import pairwise
 
 from mutune.compose import build, plain
 from mutune.data.config import DataConfig, TokenizerConfig
-from mutune.errors import require, require_name, require_number
-from mutune.model.shape import MAX_WIDTH, BaseConfig, ModelConfig
+from mutune.errors import MAX_WHOLE, require, require_name, require_number
+from mutune.model.shape import MAX_DEPTH, MAX_WIDTH, BaseConfig, ModelConfig
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import ParametrizationConfig
 from mutune.training.config import LoopConfig, RunSpec, StageConfig
@@ -18,6 +18,7 @@ from mutune.training.schedule import ScheduleConfig
 VERDICTS = ("GO", "GO WITH CARE", "NO-GO", "NOT CERTIFIED")
 MIN_GAP = 0.01  # octaves between two learning rates of a ladder
 MAX_SEEDS = 100
+MAX_MULTIPLE = 2**20  # of the study's tokens or batch
 
 
 @dataclass(frozen=True)
@@ -44,46 +45,109 @@ class TargetConfig:
         require_name("target.name", self.name)
 
 
+AXIS_KEYS = {"width": "widths", "tokens": "tokens", "batch": "batches", "depth": "depths"}  # of a ladder: its rungs
+
+
 @dataclass(frozen=True)
 class LadderConfig:
-    """The runs that tell whether the best learning rate holds at other widths.
+    """The runs that tell whether the best learning rate holds at other sizes. `ladder=[width,tokens]` sets the axes.
+
+    Each axis is varied alone, from the study's run. What is null is chosen: the rungs that narrow the target's optimum
+    most for their cost, and learning rates around where smaller rungs expect the optimum.
 
     Attributes:
-        widths: rungs besides the base width.
-        offsets: learning rates tried, in octaves from the study's best.
-        seeds: how many seeds each point has.
+        axes: of width, tokens, batch and depth, those that are varied; null takes those whose rungs are listed, and
+            without any, width and tokens, which a GO needs.
+        widths, depths: rungs besides the base.
+        tokens: rungs as multiples of the study's tokens, by the number of steps.
+        batches: rungs as multiples of the study's batch, at the same tokens.
+        offsets: a fixed grid of learning rates, in octaves from the study's best; null chooses rates by their results.
+        seeds: of each point of a grid; by design at most so many. null: 2 of a grid, at most 8 by design.
+        budget_fraction: of the target's FLOPs, that all runs together may cost.
+        budget_minutes: how long they may take here, by the time that the study's trials took. Both null: what 128
+            trials of the study cost, about 4 minutes for the sweep `proxy`, or more where rungs are listed.
         workers: single-threaded worker processes; null takes the number of cores.
     """
 
-    widths: list[int] = field(default_factory=lambda: [48, 64, 96, 128])
-    offsets: list[float] = field(default_factory=lambda: [-2.0, -1.0, 0.0, 1.0, 2.0])
-    seeds: int = 2
+    axes: list[str] | None = None
+    widths: list[int] | None = None
+    tokens: list[float] | None = None
+    batches: list[float] | None = None
+    depths: list[int] | None = None
+    offsets: list[float] | None = None
+    seeds: int | None = None
+    budget_fraction: float | None = None
+    budget_minutes: float | None = None
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        require(len(self.widths) > 0, "ladder.widths=[] is empty; for example ladder.widths=[48,64,96,128].")
-        for width in self.widths:
-            require_number("ladder.widths", width, at_least=1, at_most=MAX_WIDTH, example=64, whole=True)
+        self._check_axes()
+        for axis, example in (("width", 64), ("depth", 8), ("tokens", 2), ("batch", 2)):
+            self._check_rungs(axis, example)
+        if self.offsets is not None:
+            _check_offsets(self.offsets)
+        for key, most, example in (("seeds", MAX_SEEDS, 2), ("workers", MAX_WHOLE, 2)):
+            if getattr(self, key) is not None:
+                require_number(
+                    f"ladder.{key}", getattr(self, key), at_least=1, at_most=most, example=example, whole=True
+                )
+        for key, works in (("budget_fraction", 0.1), ("budget_minutes", 4.0)):
+            if getattr(self, key) is not None:
+                require_number(f"ladder.{key}", getattr(self, key), above=0, example=works)
+
+    @property
+    def chosen_axes(self) -> list[str]:
+        """The axes that are varied."""
+        listed = [axis for axis in AXIS_KEYS if self.rungs(axis)]
+        return self.axes or listed or ["width", "tokens"]
+
+    def rungs(self, axis: str) -> list[float] | None:
+        """The listed rungs of an axis."""
+        listed: list[float] | None = getattr(self, AXIS_KEYS[axis])
+        return listed
+
+    def _check_axes(self) -> None:
+        if self.axes is None:
+            return
+        works = "for example ladder=[width,tokens]"
+        require(len(self.axes) > 0, f"ladder.axes=[] is empty; {works}.")
+        for axis in self.axes:
+            require(
+                axis in AXIS_KEYS, f"ladder.axes={self.axes} has an unknown axis; known axes: {', '.join(AXIS_KEYS)}."
+            )
+        require(len(set(self.axes)) == len(self.axes), f"ladder.axes={self.axes} repeats an axis; {works}.")
+
+    def _check_rungs(self, axis: str, example: int) -> None:
+        listed, key = self.rungs(axis), f"ladder.{AXIS_KEYS[axis]}"
+        if listed is None:
+            return
+        works = f"for example {key}=[{example},{2 * example}]"
+        require(len(listed) > 0, f"{key}=[] is empty; {works}, or null to have them chosen.")
+        most, whole = {"width": (MAX_WIDTH, True), "depth": (MAX_DEPTH, True)}.get(axis, (MAX_MULTIPLE, False))
+        for rung in listed:
+            require_number(key, rung, above=0, at_most=most, example=example, whole=whole)
+        require(len(set(listed)) == len(listed), f"{key}={listed} repeats a rung; {works}.")
         require(
-            len(set(self.widths)) == len(self.widths),
-            f"ladder.widths={self.widths} repeats a width; for example ladder.widths=[48,64,96,128].",
+            self.axes is None or axis in self.axes,
+            f"{key}={listed} lists rungs of an axis that ladder.axes={self.axes} leaves out; for example "
+            f"ladder=[{','.join([*(self.axes or []), axis])}].",
         )
-        require(
-            len(set(self.offsets)) == len(self.offsets) >= 3,
-            f"ladder.offsets={self.offsets} must hold at least three distinct offsets; "
-            "for example ladder.offsets=[-1,0,1].",
-        )
-        for offset in self.offsets:
-            require_number("ladder.offsets", offset, at_least=-20, at_most=20, example=1)
-        gaps = [high - low for low, high in pairwise(sorted(self.offsets))]
-        require(
-            min(self.offsets) < 0 < max(self.offsets) and min(gaps) >= MIN_GAP,
-            f"ladder.offsets={self.offsets} must lie on both sides of 0, which is the transferred rate, and at least "
-            f"{MIN_GAP:g} octaves apart; for example ladder.offsets=[-1,0,1].",
-        )
-        require_number("ladder.seeds", self.seeds, at_least=1, at_most=MAX_SEEDS, example=2, whole=True)
-        if self.workers is not None:
-            require_number("ladder.workers", self.workers, at_least=1, example=2, whole=True)
+
+
+def _check_offsets(offsets: list[float]) -> None:
+    works = "for example ladder.offsets=[-1,0,1], or null to have them chosen"
+    require(
+        len(set(offsets)) == len(offsets) >= 3,
+        f"ladder.offsets={offsets} must hold at least three distinct offsets; {works}.",
+    )
+    for offset in offsets:
+        require_number("ladder.offsets", offset, at_least=-20, at_most=20, example=1)
+    gaps = [high - low for low, high in pairwise(sorted(offsets))]
+    require(
+        min(offsets) < 0 < max(offsets) and min(gaps) >= MIN_GAP,
+        f"ladder.offsets={offsets} must lie on both sides of 0, which is the transferred rate, and at least "
+        f"{MIN_GAP:g} octaves apart; {works}.",
+    )
 
 
 @dataclass(frozen=True)

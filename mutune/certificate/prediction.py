@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from mutune.certificate.config import Prediction
-from mutune.certificate.ladder import place
+from mutune.certificate.rungs import place
 from mutune.compose import plain
 from mutune.files import write_json
 from mutune.scaling.power_law import Forecast, forecast

@@ -42,12 +42,13 @@ def draw_study(directory: Path) -> list[Path]:
 
 
 def draw_transfer(directory: Path) -> list[Path]:
-    """The figures of a transfer's ladder: `valley.png` and `drift.png`.
+    """The figures of a transfer's ladder of widths: `valley.png` and `drift.png`.
 
     Raises:
         Refusal: there is no ladder yet; the command that makes one is named.
     """
-    return _draw_valleys(directory, frames.load_runs(directory / "ladder"))
+    runs = frames.load_runs(directory / "ladder")
+    return _draw_valleys(directory, runs[runs.rung == runs.width])  # a rung of another axis has a name
 
 
 def draw_train(directory: Path) -> list[Path]:

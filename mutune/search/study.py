@@ -198,6 +198,24 @@ def open_study(directory: Path, name: str) -> optuna.Study:
     )
 
 
+def finished_trials(directory: Path, name: str) -> list[tuple[FrozenTrial, RunResult]]:
+    """The study's finished trials with their results, read only; none where the storage is gone or cannot be read."""
+    path = directory / STORAGE
+    if not path.is_file():
+        return []
+    try:
+        study = optuna.load_study(storage=f"sqlite:///{path}", study_name=name)
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    except Exception:  # of SQLAlchemy or Optuna, whatever is wrong: a ladder then runs what it could have reused
+        return []
+    return [(trial, _result(trial)) for trial in trials if trial.value is not None]
+
+
+def _result(trial: FrozenTrial) -> RunResult:
+    told = trial.user_attrs
+    return RunResult(float(trial.value or 0.0), told["diverged"], told["bits_per_byte"], 0, told["seconds"])
+
+
 def best_trial(trials: list[FrozenTrial]) -> FrozenTrial | None:
     """The finished trial with the lowest held-out loss; diverged runs cannot win, the lower rate breaks a tie."""
     finished = [t for t in trials if t.state == TrialState.COMPLETE and not t.user_attrs["diverged"]]

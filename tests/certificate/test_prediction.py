@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 
 from mutune.certificate.config import Prediction
-from mutune.certificate.ladder import place
 from mutune.certificate.prediction import (
     append_outcome,
     compare,
@@ -21,6 +20,7 @@ from mutune.certificate.prediction import (
     predict_target,
     unmodelled,
 )
+from mutune.certificate.rungs import place
 from mutune.config import SweepConfig
 from mutune.training.config import RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig

@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 
 from mutune.certificate.assessment import Assessment, assess
-from mutune.certificate.ladder import place
 from mutune.certificate.prediction import predict
+from mutune.certificate.rungs import place
 from mutune.certificate.valleys import fit_valleys
 from mutune.certificate.verdict import Case, judge
 from mutune.compose import compose

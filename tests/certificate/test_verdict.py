@@ -1,7 +1,6 @@
 """The verdict: what each difference and each drift leads to."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,8 +8,8 @@ import pandas as pd
 import pytest
 
 from mutune.certificate.assessment import assess
-from mutune.certificate.config import VERDICTS, LadderConfig
-from mutune.certificate.ladder import ladder_runs, place
+from mutune.certificate.config import VERDICTS
+from mutune.certificate.rungs import place
 from mutune.certificate.verdict import NOT_CERTIFIED, Case, Verdict, difference_table, judge
 from mutune.config import SweepConfig
 from mutune.training.config import RunSpec, StageConfig
@@ -169,12 +168,6 @@ def test_a_feed_forward_width_of_the_same_family_is_no_difference() -> None:
         assert ("feed-forward width over width" in axes) == differs
 
 
-def test_every_rung_of_a_ladder_has_the_feed_forward_ratio_of_the_study() -> None:
-    wide_ffn = replace(PROXY, model=replace(PROXY.model, ffn_width=128))
-    runs = ladder_runs(wide_ffn, LadderConfig(widths=[64, 128]), Path("x"), "cpu", "hash")
-    assert {run.spec.model.ffn / run.width for run in runs} == {4.0}
-
-
 def test_every_difference_is_listed_once_and_equal_axes_are_not() -> None:
     rows = {d.axis: d for d in difference_table(PROXY, wide(128), 1024, 1024, {"width": 128})}
     assert set(rows) == {"width", "heads (and so the ALiBi spectrum)", "tokens per parameter"}
@@ -184,17 +177,6 @@ def test_every_difference_is_listed_once_and_equal_axes_are_not() -> None:
         4,
         128,
     )
-
-
-def test_the_ladder_is_the_base_and_every_width_around_the_transferred_rate() -> None:
-    runs = ladder_runs(PROXY, LadderConfig(widths=[48, 64], offsets=[-1, 0, 1], seeds=2), Path("x"), "cpu", "hash")
-    assert len(runs) == 3 * 3 * 2
-    assert {run.width for run in runs} == {32, 48, 64}
-    rates = sorted({run.spec.hyperparameters.learning_rate for run in runs})
-    assert rates == [PROXY.hyperparameters.learning_rate * 2.0**k for k in (-1, 0, 1)]
-    assert len({run.directory for run in runs}) == len(runs)
-    assert len({run.fingerprint for run in runs}) == len(runs)
-    assert {run.spec.base for run in runs} == {PROXY.base}
 
 
 @pytest.mark.parametrize("rule", NOT_CERTIFIED, ids=lambda rule: rule.name)

@@ -1,0 +1,124 @@
+"""A ladder climbed: runs planned in rounds, each from the finished runs alone, until the budget is spent.
+
+So a ladder that was killed goes on as if it had not been.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pandas as pd
+
+from mutune.certificate.budget import Timed
+from mutune.certificate.design import Plan, measurable, next_runs
+from mutune.certificate.ladder import RESULT, LadderRun, finished, gather, run_open, rung_name, train_rung
+from mutune.certificate.planned import Ladder, Paid
+from mutune.certificate.points import AXES, COLUMNS
+from mutune.certificate.rungs import place
+from mutune.files import read_yaml, write_json, write_yaml
+from mutune.folders import CONFIG
+from mutune.search.workers import Workers
+from mutune.training.price import price
+from mutune.training.run import RunResult
+
+#: (finished, planned, names of the running)
+Report: TypeAlias = Callable[[int, int, list[str]], None]
+STUDY_FACTS = ("study", "trial", "params")  # of a trial's config.yaml
+
+
+@dataclass(frozen=True)
+class Climbed:
+    """A ladder's outcome.
+
+    Attributes:
+        points: as `points.COLUMNS`, of the rungs with three finished rates.
+        left_out: rungs that the budget had no room for, or of which too few runs finished, by name.
+    """
+
+    points: pd.DataFrame
+    left_out: list[str]
+
+
+def climb(
+    ladder: Ladder,
+    spare: Path,
+    report: Report,
+    clear: Callable[[pd.DataFrame], bool] = lambda points: False,
+) -> Climbed:
+    """Run what is not finished yet, in worker processes, until the ladder is done; a rerun continues.
+
+    Args:
+        spare: where runs go that this ladder has no need of.
+        report: called at every change and about once a second.
+        clear: whether the points settle the verdict, so that no further rates and seeds are needed.
+    """
+    made: dict[Path, tuple[LadderRun, RunResult]] = {}
+    runs = ladder.reused()
+    with Workers(train_rung, ladder.workers) as pool:
+        while True:
+            gather([*(run for run, _ in made.values()), *runs], ladder.directory, spare)
+            if runs:
+                made |= _round(runs, ladder.paid, pool, partial(_ahead, report, len(made)))
+            points = _points(made.values())
+            planned = _next(ladder, made, points, clear).runs
+            if not planned:
+                break
+            runs = sorted(map(ladder.run, planned), key=lambda run: -price(run.spec).flops)
+    known = measurable(points)
+    have = {tuple(row) for row in known[list(AXES)].itertuples(index=False)}
+    lost = [spec for spec in ladder.rungs if tuple(place(spec).values()) not in have]
+    return Climbed(known, [rung_name(spec, ladder.rungs[0]) for spec in lost])
+
+
+def _round(
+    runs: list[LadderRun], paid: Mapping[str, Paid], pool: Workers[LadderRun, RunResult], report: Report
+) -> dict[Path, tuple[LadderRun, RunResult]]:
+    """Finish these runs; by folder, since that is what tells runs apart."""
+    for run in runs:
+        if run.fingerprint in paid and finished(run) is None:
+            _take_over(run, paid[run.fingerprint])
+    results = run_open(runs, pool.run, report)
+    return {run.directory: (run, result) for run, result in zip(runs, results, strict=True)}
+
+
+def _ahead(report: Report, before: int, done: int, total: int, running: list[str]) -> None:
+    """Progress of a round as that of the ladder."""
+    report(before + done, before + total, running)
+
+
+def _next(
+    ladder: Ladder,
+    made: Mapping[Path, tuple[LadderRun, RunResult]],
+    points: pd.DataFrame,
+    clear: Callable[[pd.DataFrame], bool],
+) -> Plan:
+    """The next round. A grid is made at once."""
+    if ladder.config.offsets is not None:
+        return Plan([], []) if made else ladder.first
+    own = [Timed(r.spec, result.seconds) for r, result in made.values() if r.fingerprint not in ladder.paid]
+    cost = ladder.budget.shares(ladder.rungs, own)
+    return next_runs(points, ladder.design, cost, ladder.budget.left(own), clear)
+
+
+def _points(made: Iterable[tuple[LadderRun, RunResult]]) -> pd.DataFrame:
+    """Finished runs, in an order that does not depend on which finished first."""
+    points = pd.DataFrame([_point(run, result) for run, result in made], columns=list(COLUMNS))
+    return points.sort_values([*AXES, "seed", "learning_rate"], ignore_index=True)
+
+
+def _take_over(run: LadderRun, trial: Paid) -> None:
+    """Copy the study's trial that this run is."""
+    shutil.copytree(trial.directory, run.directory, dirs_exist_ok=True)
+    facts = read_yaml(run.directory / CONFIG, "run's config")
+    write_yaml(run.directory / CONFIG, {**run.note, **{k: v for k, v in facts.items() if k not in STUDY_FACTS}})
+    write_json(run.directory / RESULT, {"fingerprint": run.fingerprint, **asdict(trial.result)})
+
+
+def _point(run: LadderRun, result: RunResult) -> dict[str, Any]:
+    rate = run.spec.hyperparameters.learning_rate
+    outcome = {"loss": math.nan if result.diverged else result.value, "diverged": result.diverged}
+    return {**place(run.spec), "learning_rate": rate, "seed": run.spec.seed, **outcome}
