@@ -146,7 +146,7 @@ def test_a_transfer_leaves_every_file_of_the_contract(house: Path) -> None:
     for name in (*names, "report.html"):
         assert (folder / name).stat().st_size > 0
     certificate = json.loads((folder / "certificate.json").read_text())
-    keys = {"verdict", "reasons", "target", "rungs", "drift", "prediction", "regret", "differences"}
+    keys = {"verdict", "reasons", "target", "rungs", "drift", "prediction", "regret", "differences", "advice"}
     assert keys <= certificate.keys()
     assert [rung["width"] for rung in certificate["rungs"]] == [16, 32]
     assert all(len(rung["points"]) == 6 for rung in certificate["rungs"])
@@ -209,6 +209,33 @@ def test_a_transfer_file_from_before_there_were_predictions_keeps_its_seal(tmp_p
     written = json.loads(json.dumps(text))
     build(TransferFile, {**written, "seal": old.seal}).check_seal()
     assert old.seal == hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def test_advice_is_given_before_the_money_is_spent_and_kept_in_the_certificate(house: Path) -> None:
+    folder = house / "transfer/proxy--tiny"
+    advice = json.loads((folder / "certificate.json").read_text())["advice"]
+    assert [each["axis"] for each in advice] == ["target's tokens per parameter", "ALiBi spectrum"]
+    assert advice[0].keys() == {"axis", "severity", "finding", "cure", "source"}
+    section = (folder / "certificate.md").read_text().partition("## Advice")[2]
+    assert all(value in section for value in advice[0].values())
+    spent = {path: path.stat().st_mtime_ns for path in house.rglob("*")}
+    dry = doors.run("transfer", *TINY_TARGET, *TINY_LADDER, f"out={house}", "target.model.depth=9", "dry_run=true")
+    assert "stop       depth: 2 at the proxy, 9 at the target" in dry.stdout
+    assert "\ncure       at the sweep: model.depth=9" in dry.stdout
+    assert {path: path.stat().st_mtime_ns for path in house.rglob("*")} == spent
+
+
+def test_published_values_are_given_advice_on_the_target_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = published(tmp_path)
+    assert json.loads((folder / "certificate.json").read_text())["advice"] == []
+    assert "## Advice" not in (folder / "certificate.md").read_text()
+    capsys.readouterr()
+    published(tmp_path / "decay", "hyperparameters.weight_decay=1", "dry_run=true")
+    printed = capsys.readouterr().out
+    assert "care       decay timescale:" in printed
+    assert "cure       at the transfer: hyperparameters.weight_decay=0.086" in printed
 
 
 def test_the_transfer_file_carries_the_best_trial(house: Path) -> None:

@@ -302,7 +302,9 @@ def _timescale(target: RunSpec) -> Said:
     best = power_lines_timescale(tpp)
     decay = _hidden_decay(target)  # the part of a weight that a step at the peak rate takes off
     tau = 1.0 / (decay * steps) if decay else math.inf
-    if best * steps <= 1 or 1 / MAX_TIMESCALE_RATIO <= tau / best <= MAX_TIMESCALE_RATIO:
+    if best * steps <= 1 or min(tau, best) >= 1:
+        return None  # forgets within a step, or not within the run: no figures for either
+    if 1 / MAX_TIMESCALE_RATIO <= tau / best <= MAX_TIMESCALE_RATIO:
         return None
     finding = (
         f"τ = 1/(ηλ·steps) of the target's matrices is {tau:.3g} of its run; at {tpp:.3g} tokens per "

@@ -115,7 +115,7 @@ def _better_model(proxy: RunSpec, target: RunSpec) -> ModelConfig:
     """The smallest model, from the proxy's size up, that no rule about shapes finds wanting."""
     old, head = proxy.model, target.model.size_per_head
     least = max(enough_width(target), enough_heads(target) * head)
-    width = math.ceil(max(old.width, min(target.model.width, least)) / head) * head
+    width = math.ceil(max(old.width, least) / head) * head
     over_depth = "depth" in proxy.parametrization.theory().transfers_over
     depth = max(old.depth, enough_depth(target)) if over_depth else target.model.depth
     if (width, head) == (old.width, old.size_per_head):
