@@ -313,7 +313,7 @@ def _certify(
         )
         verdict = judge(Case(differing, assessment, source.proxy.parametrization.table))
         price = _price_of_regret(config, assessment, target)
-        prediction = predict_target(source.proxy, target, assessment.points)
+        prediction = predict_target(source.proxy, target, assessment)
         figures = drawn(lambda: draw_transfer(directory))
     transfer = replace(source.transfer, prediction=prediction).sealed(verdict.verdict)
     rate, table = transfer.hyperparameters.learning_rate, transfer.parametrization.table

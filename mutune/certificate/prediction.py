@@ -14,8 +14,8 @@ from statistics import fmean, variance
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from mutune.certificate.assessment import Assessment
 from mutune.certificate.config import Prediction
 from mutune.certificate.rungs import place
 from mutune.compose import plain
@@ -33,32 +33,49 @@ RISE = 3.0  # standard errors by which the widest rung may lie above the narrowe
 LOOP = ("clip_norm", "heldout_windows")
 
 
-def predict_target(proxy: RunSpec, target: RunSpec, points: pd.DataFrame) -> Prediction:
+def predict_target(proxy: RunSpec, target: RunSpec, assessment: Assessment) -> Prediction:
     """The prediction for a target of a ladder, or why there is none.
+
+    Where every width was run at the transferred rate, by the same seeds, it is of those losses; else of the fitted
+    valleys at that rate.
 
     Args:
         proxy: the study's run at the transferred values.
-        points: the ladder's, as `points.COLUMNS`; those that differ from the proxy's run in width, rate and seed alone
-            count.
+        assessment: of the ladder; its rungs that differ from the proxy's run in width alone count.
     """
     if differing := unmodelled(proxy, target):
         return Prediction(
             f"the ladder measured the width alone, and the target also differs in {', '.join(differing)}: its loss is "
             "another quantity"
         )
-    here = place(proxy)
+    points, here = assessment.points, place(proxy)
     alike = np.logical_and.reduce([points[axis] == here[axis] for axis in ("depth", "tokens", "batch")])
-    at_rate = np.isclose(np.log2(points.learning_rate / proxy.hyperparameters.learning_rate), 0.0, atol=1e-6)
+    at_rate = np.isclose(np.log2(points.learning_rate) - assessment.log2_rate, 0.0, atol=1e-6)
     losses: dict[float, list[float]] = {}
     for width in sorted(points.width[alike].unique().tolist()):
         mine = points[alike & at_rate & (points.width == width)].sort_values("seed")
-        if mine.empty:
-            return Prediction(f"width {width:g} was not run at the transferred rate; put 0 into ladder.offsets")
         if mine.diverged.any():
             return Prediction(f"a run of width {width:g} at the transferred rate diverged")
         losses[width] = mine.loss.tolist()
-    fewest = min(map(len, losses.values()))  # an adaptive ladder has more seeds where they pay
-    return predict({width: found[:fewest] for width, found in losses.items()}, target.model.width)
+    fewest = min(map(len, losses.values()))  # a ladder by design has more seeds where they pay
+    if fewest > 1:
+        return predict({width: found[:fewest] for width, found in losses.items()}, target.model.width)
+    return _predict_fitted(assessment, here, target.model.width)
+
+
+def _predict_fitted(assessment: Assessment, here: Mapping[str, float], size: float) -> Prediction:
+    """From the fitted losses at the transferred rate; the fit says how sure they are."""
+    valleys, means, errors = assessment.valleys, {}, []
+    for i, rung in enumerate(valleys.rungs.to_dict("records")):
+        if all(rung[axis] == here[axis] for axis in ("depth", "tokens", "batch")):
+            offset = np.array([assessment.log2_rate - valleys.optima[i]])
+            raised = [float(fit.penalty(i, offset)[0]) for fit in valleys.fits]
+            means[float(rung["width"])] = float(valleys.levels[i] + valleys.weights @ raised)
+            errors.append(float(np.hypot(valleys.level_errors[i], np.std(raised))))
+    noise = float(valleys.weights @ [fit.noise for fit in valleys.fits])
+    freedom = int(min(fit.freedom for fit in valleys.fits))
+    error = max(fmean(errors), LEAST_ERROR)
+    return _predict(_Ladder(means, max(noise, LEAST_ERROR), error, freedom), size)
 
 
 def predict(losses: Mapping[float, Sequence[float]], size: float) -> Prediction:
@@ -66,12 +83,17 @@ def predict(losses: Mapping[float, Sequence[float]], size: float) -> Prediction:
 
     The noise is the spread over seeds, pooled over the rungs.
     """
-    if reason := _too_little(losses, size):
+    if reason := _unusable(losses):
         return Prediction(reason)
-    future = _Ladder.of(losses).forecast(size)
-    largest = max(losses)
-    rest = _Ladder.of(losses, without=largest).forecast(largest, runs=len(losses[largest]))
-    left_out = fmean(losses[largest])
+    return _predict(_Ladder.of(losses), size)
+
+
+def _predict(ladder: "_Ladder", size: float) -> Prediction:
+    if reason := _too_little(ladder, size):
+        return Prediction(reason)
+    future, largest = ladder.forecast(size), max(ladder.means)
+    rest = ladder.without(largest).forecast(largest, run_error=ladder.error)
+    left_out = ladder.means[largest]
     return Prediction(
         loss=future.quantile(0.5),
         low=future.quantile(0.5 - LEVEL / 2),
@@ -159,46 +181,60 @@ def append_outcome(certificate: Path, seal: str, outcome: Outcome) -> bool:
 
 @dataclass(frozen=True)
 class _Ladder:
-    """Mean losses by size, and the noise of one run with its degrees of freedom."""
+    """Losses by size, their common standard error, and the noise of one run with its degrees of freedom."""
 
     means: dict[float, float]
     run_error: float
+    error: float
     freedom: int
-    seeds: int
 
     @classmethod
-    def of(cls, losses: Mapping[float, Sequence[float]], without: float | None = None) -> "_Ladder":
-        """Of a ladder, the noise always of all rungs."""
+    def of(cls, losses: Mapping[float, Sequence[float]]) -> "_Ladder":
+        """Of runs by seed."""
         seeds = len(next(iter(losses.values())))
-        noise = math.sqrt(fmean(variance(values) for values in losses.values()))
-        means = {size: fmean(values) for size, values in losses.items() if size != without}
-        return cls(means, max(noise, LEAST_ERROR), len(losses) * (seeds - 1), seeds)
+        noise = max(math.sqrt(fmean(variance(values) for values in losses.values())), LEAST_ERROR)
+        means = {size: fmean(values) for size, values in losses.items()}
+        return cls(means, noise, noise / math.sqrt(seeds), len(losses) * (seeds - 1))
 
-    def forecast(self, size: float, runs: int = 1) -> Forecast:
-        """Of the mean of new runs at `size`."""
-        error = self.run_error / math.sqrt(self.seeds)
-        run_error = self.run_error / math.sqrt(runs)
-        return forecast(list(self.means), list(self.means.values()), error, self.freedom, size, run_error)
+    def without(self, size: float) -> "_Ladder":
+        """The rungs but one, the noise of all."""
+        return replace(self, means={other: mean for other, mean in self.means.items() if other != size})
+
+    def forecast(self, size: float, run_error: float | None = None) -> Forecast:
+        """Of one new run at `size`, or of what is known to `run_error`."""
+        error = self.run_error if run_error is None else run_error
+        return forecast(list(self.means), list(self.means.values()), self.error, self.freedom, size, error)
 
 
-def _too_little(losses: Mapping[float, Sequence[float]], size: float) -> str:
-    """Why these losses predict nothing; empty where they do."""
+def _unusable(losses: Mapping[float, Sequence[float]]) -> str:
+    """Why these losses say nothing of the noise; empty where they do."""
     if len(losses) < MIN_RUNGS:
-        return f"{len(losses)} rungs are too few for a prediction; {MIN_RUNGS} or more would do"
+        return _few(len(losses))
     seeds = {len(values) for values in losses.values()}
     if seeds == {1}:
         return "one seed tells nothing of the noise; set ladder.seeds=2"
     if len(seeds) > 1 or not all(math.isfinite(value) for values in losses.values() for value in values):
         return "a rung lacks the loss of a seed"
-    smallest, largest = min(losses), max(losses)
+    return ""
+
+
+def _few(count: int) -> str:
+    return f"{count} rungs are too few for a prediction; {MIN_RUNGS} or more would do"
+
+
+def _too_little(ladder: _Ladder, size: float) -> str:
+    """Why this ladder predicts nothing; empty where it does."""
+    if len(ladder.means) < MIN_RUNGS:
+        return _few(len(ladder.means))
+    smallest, largest = min(ladder.means), max(ladder.means)
     most = largest * min(largest / smallest, 2**MAX_DOUBLINGS)
     if size > most * (1 + 1e-9) or size < smallest:
         return (
             f"the target's width of {size:g} is not within {smallest:g}-{most:.0f}, which is as far as a ladder of "
             f"{smallest:g}-{largest:g} predicts"
         )
-    rise = fmean(losses[largest]) - fmean(losses[smallest])
-    if rise > RISE * _Ladder.of(losses).run_error * math.sqrt(2 / seeds.pop()):
+    rise = ladder.means[largest] - ladder.means[smallest]
+    if rise > RISE * ladder.error * math.sqrt(2):
         return f"the loss rises by {rise:.4f} from the narrowest to the widest rung, where a power law only falls"
     return ""
 

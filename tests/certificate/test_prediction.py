@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mutune.certificate.assessment import assess
 from mutune.certificate.config import Prediction
 from mutune.certificate.prediction import (
     append_outcome,
@@ -176,28 +177,39 @@ def points_of(losses: dict[float, list[float]], offsets: tuple[float, ...] = (-1
     return pd.DataFrame(rows)
 
 
+def foretold(target: RunSpec, points: pd.DataFrame) -> Prediction:
+    rate = PROXY.hyperparameters.learning_rate
+    return predict_target(PROXY, target, assess(points, place(PROXY), place(target), rate))
+
+
 def wide(width: int = 256, **changes: Any) -> RunSpec:
     return replace(PROXY, model=PROXY.model.at_width(width), **changes)
 
 
 def test_the_target_s_prediction_is_of_the_losses_at_the_transferred_rate() -> None:
-    assert predict_target(PROXY, wide(), points_of(LADDER)) == predict(LADDER, 256)
-    without = predict_target(PROXY, wide(), points_of(LADDER, (-1.0, 1.0)))
-    assert "put 0 into ladder.offsets" in str(without.reason)
+    assert foretold(wide(), points_of(LADDER)) == predict(LADDER, 256)
+
+
+def test_without_runs_at_the_transferred_rate_it_is_of_the_fitted_valleys() -> None:
+    near, exact = foretold(wide(), points_of(LADDER, (-1.5, -0.5, 0.5, 1.5))), predict(LADDER, 256)
+    assert near.loss == pytest.approx(exact.loss, abs=0.1)
+    assert near.low is not None
+    assert near.high is not None
+    assert near.low < near.loss < near.high  # type: ignore[operator]
 
 
 def test_rungs_of_other_tokens_are_no_part_of_it() -> None:
     longer = points_of({32: [3.0, 3.0]}).assign(tokens=2 * place(PROXY)["tokens"])
     both = pd.concat([points_of(LADDER), longer], ignore_index=True)
-    assert predict_target(PROXY, wide(), both) == predict(LADDER, 256)
+    assert foretold(wide(), both) == predict(LADDER, 256)
 
 
 def test_a_diverged_run_at_the_transferred_rate_gives_no_number_and_elsewhere_does_not_matter() -> None:
     rate = PROXY.hyperparameters.learning_rate
     for offset, reason in ((1.0, None), (0.0, "a run of width 48 at the transferred rate diverged")):
-        points = points_of(LADDER)
+        points = points_of(LADDER, (-2.0, -1.0, 0.0, 1.0, 2.0))
         points["diverged"] = (points.width == 48) & (points.learning_rate == rate * 2.0**offset)
-        assert predict_target(PROXY, wide(), points).reason == reason
+        assert foretold(wide(), points).reason == reason
 
 
 @pytest.mark.parametrize(
@@ -216,7 +228,7 @@ def test_a_diverged_run_at_the_transferred_rate_gives_no_number_and_elsewhere_do
     ],
 )
 def test_a_target_that_differs_in_more_than_the_width_gets_no_number(target: RunSpec, named: str) -> None:
-    said = predict_target(PROXY, target, points_of(LADDER))
+    said = foretold(target, points_of(LADDER))
     assert said.loss is None
     assert f"the target also differs in {named}" in str(said.reason)
 
