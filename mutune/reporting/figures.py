@@ -48,7 +48,8 @@ def draw_transfer(directory: Path) -> list[Path]:
         Refusal: there is no ladder yet; the command that makes one is named.
     """
     runs = frames.load_runs(directory / "ladder")
-    return _draw_valleys(directory, runs[runs.rung == runs.width])  # a rung of another axis has a name
+    named = runs.rung.map(lambda rung: isinstance(rung, str))  # a rung of another axis has a name
+    return _draw_valleys(directory, runs[~named])
 
 
 def draw_train(directory: Path) -> list[Path]:

@@ -154,6 +154,10 @@ def test_a_grid_that_cannot_be_fitted_is_still_drawn(tmp_path: Path) -> None:
 def test_a_transfer_has_the_valleys_and_the_drift_of_its_ladder(tmp_path: Path) -> None:
     write_valleys(tmp_path, {"mup": KNOWN["mup"]}, seeds=(0, 1), folder="ladder")
     assert [path.name for path in figures.draw_transfer(tmp_path)] == ["valley.png", "drift.png"]
+    drawn = (tmp_path / "figures" / "valley.png").read_bytes()
+    write_run(tmp_path / "ladder" / "deeper", loss=1.0, note={"rung": "w32d8"}, learning_rate=2.0**-7)
+    figures.draw_transfer(tmp_path)
+    assert (tmp_path / "figures" / "valley.png").read_bytes() == drawn  # a rung of another axis is no valley of widths
 
 
 def test_a_training_run_is_drawn_while_it_runs_with_its_context_switch(tmp_path: Path) -> None:
