@@ -235,8 +235,8 @@ CASES = [
     (
         "decay timescale",
         "care",
-        at("parametrization.decay=horizon", "hyperparameters.decay_timescale=0.2"),
-        at("parametrization.decay=horizon", "hyperparameters.decay_timescale=0.02"),
+        at("parametrization.decay=horizon", "hyperparameters.weight_decay=0.1", "hyperparameters.decay_timescale=0.2"),
+        at("parametrization.decay=horizon", "hyperparameters.weight_decay=0.1", "hyperparameters.decay_timescale=0.02"),
     ),
     (
         "decay timescale",
