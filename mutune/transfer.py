@@ -254,8 +254,12 @@ def _transfer_file(
 
 def _advice(proxy: RunSpec | None, target: RunSpec, ladder: "Ladder | None") -> list["Advice"]:
     from mutune.certificate.adviser import advise
+    from mutune.certificate.rungs import places
 
-    return advise(proxy, target, {"width": max(spec.model.width for spec in ladder.rungs)} if ladder else {})
+    if ladder is None:
+        return advise(proxy, target)
+    furthest = places(ladder.rungs).max()
+    return advise(proxy, target, {axis: float(furthest[axis]) for axis in ladder.config.chosen_axes})
 
 
 def _dry_run(config: TransferConfig, ladder: "Ladder | None", target: RunSpec, advice: list["Advice"]) -> str:

@@ -222,6 +222,11 @@ def test_advice_is_given_before_the_money_is_spent_and_kept_in_the_certificate(h
     dry = doors.run("transfer", *TINY_TARGET, *TINY_LADDER, f"out={house}", "target.model.depth=9", "dry_run=true")
     assert "stop       depth: 2 at the proxy, 9 at the target" in dry.stdout
     assert "\ncure       at the sweep: model.depth=9" in dry.stdout
+    longer = [f"target.stages=[{{context_length: 64, batch_sequences: 8, num_steps: {num}}}]" for num in (3000, 3001)]
+    for stages, said in zip(longer, (False, True), strict=True):  # 75 times the ladder's four times the study's tokens
+        ladder = ["ladder=[width,tokens]", "ladder.widths=[32]", "ladder.tokens=[4]", stages]
+        dry = doors.run("transfer", *TINY_TARGET, *ladder, f"out={house}", "dry_run=true")
+        assert ("stop       tokens: 20,480 at the most in proxy and ladder" in dry.stdout) == said
     assert {path: path.stat().st_mtime_ns for path in house.rglob("*")} == spent
 
 

@@ -36,9 +36,9 @@ from mutune.scaling.heuristics import (
     MIN_STEPS,
     MIN_WIDTH,
     critical_batch,
-    power_lines_timescale,
     steepest_alibi_slope,
 )
+from mutune.scaling.horizon import power_lines_timescale, timescale
 from mutune.training.config import RunSpec, StageConfig, total_tokens
 from mutune.training.schedule import ScheduleConfig
 
@@ -73,7 +73,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Runs:
-    """What the rules look at. `measured` has, by axis, the furthest value of the ladder."""
+    """What the rules look at. `measured` has, by axis of the ladder, its furthest value."""
 
     proxy: RunSpec
     target: RunSpec
@@ -108,7 +108,7 @@ def advise(proxy: RunSpec | None, target: RunSpec, measured: Mapping[str, float]
     Args:
         proxy: the study's run; None where it is not published, which leaves the rules on the target alone.
         target: the run that the money is for.
-        measured: by axis (`width`, `tokens`), the furthest value of the ladder.
+        measured: by axis of the ladder (`width`, `tokens`, ...), its furthest value.
     """
     runs = [] if proxy is None else [Runs(proxy, target, measured or {})]
     found = [advice for rule in TARGET_RULES for advice in rule.advice(target)]
@@ -197,7 +197,8 @@ def _ladder(runs: Runs) -> Said:
         f"its widest rung is {reach:,.0f}, the proxy {proxy:,}, the target {target:,}, more than {MAX_RATIO:g}× wider; "
         "what it measures is extrapolated far"
     )
-    return finding, _at_transfer(f"ladder.widths=[{','.join(map(str, widths[1:]))}]")
+    axes = dict.fromkeys(["width", *runs.measured])
+    return finding, _at_transfer(f"ladder.axes=[{','.join(axes)}]", f"ladder.widths=[{','.join(map(str, widths[1:]))}]")
 
 
 def _head_size(runs: Runs) -> Said:
@@ -301,7 +302,7 @@ def _timescale(target: RunSpec) -> Said:
     tpp, steps = tokens_per_parameter(target), target.num_steps
     best = power_lines_timescale(tpp)
     decay = _hidden_decay(target)  # the part of a weight that a step at the peak rate takes off
-    tau = 1.0 / (decay * steps) if decay else math.inf
+    tau = timescale(decay, steps) if decay else math.inf
     if best * steps <= 1 or min(tau, best) >= 1:
         return None  # forgets within a step, or not within the run: no figures for either
     if 1 / MAX_TIMESCALE_RATIO <= tau / best <= MAX_TIMESCALE_RATIO:
@@ -353,8 +354,8 @@ def _at_sweep(runs: Runs, keys: tuple[str, ...]) -> str:
     return f"{SWEEP}: {better(runs.proxy, runs.target, keys)}"
 
 
-def _at_transfer(word: str) -> str:
-    return f"{TRANSFER}: {shlex.quote(word)}"
+def _at_transfer(*words: str) -> str:
+    return f"{TRANSFER}: {shlex.join(words)}"
 
 
 def _hidden_decay(spec: RunSpec) -> float:

@@ -1,7 +1,7 @@
 """Rules of thumb about runs, with their sources. No torch.
 
-Symbols: D tokens of a run, B tokens per step, N parameters, TPP = D/N, τ the timescale of the weights' moving average
-as a fraction of the run. Figures are as reported; none was measured here, and tiny runs lie outside every fit.
+Symbols: D tokens of a run, B tokens per step, N parameters, TPP = D/N. Figures are as reported; none was measured
+here, and tiny runs lie outside every fit. Laws of D and B are in `horizon.py`.
 """
 
 import math
@@ -33,11 +33,6 @@ def critical_batch(tokens: float) -> float:
 def tokens_at_critical_batch(num_steps: float) -> float:
     """D of a run of `num_steps` at its own critical batch: D = num_steps·B_crit(D)."""
     return (num_steps * CRITICAL_SCALE) ** (1.0 / (1.0 - CRITICAL_EXPONENT))
-
-
-def power_lines_timescale(tokens_per_parameter: float) -> float:
-    """The best τ = 1.084·TPP^-0.527 (arXiv:2505.13738)."""
-    return 1.084 * tokens_per_parameter**-0.527
 
 
 def steepest_alibi_slope(heads: int) -> float:

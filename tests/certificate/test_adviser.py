@@ -26,7 +26,8 @@ from mutune.compose import compose
 from mutune.config import SweepConfig, TransferConfig
 from mutune.model.shape import ModelConfig, tensor_specs
 from mutune.scaling.arithmetic import parameter_count
-from mutune.scaling.heuristics import critical_batch, power_lines_timescale, tokens_at_critical_batch
+from mutune.scaling.heuristics import critical_batch, tokens_at_critical_batch
+from mutune.scaling.horizon import power_lines_timescale
 from mutune.training.config import RunSpec, total_tokens
 
 #: A proxy and a target about which there is nothing to say: width 256 → 1,024, 50 million → 1 billion tokens.
@@ -115,6 +116,7 @@ TOO_LARGE = int((2 * critical_batch(1.0) * 2000**0.47) ** (1 / 0.53) / 256)
 FULL = math.ceil(20 * PARAMETERS / (256 * 128))  # steps of the proxy at 20 tokens per parameter
 OVERTRAINED = stages(256, 512, math.ceil(90 * TARGET_PARAMETERS / (256 * 512)))
 LEAST = math.ceil(5 * TARGET_PARAMETERS / (256 * 512))  # steps of the target at 5 tokens per parameter
+HORIZON = ("parametrization.decay=horizon", "hyperparameters.weight_decay=0.1")  # the default, which is not read
 COMPLETEP = ("parametrization=completep", "target.model.depth=32")
 
 #: Axis, severity, the last pair at which the rule is silent, the first at which it is not.
@@ -235,8 +237,8 @@ CASES = [
     (
         "decay timescale",
         "care",
-        at("parametrization.decay=horizon", "hyperparameters.weight_decay=0.1", "hyperparameters.decay_timescale=0.2"),
-        at("parametrization.decay=horizon", "hyperparameters.weight_decay=0.1", "hyperparameters.decay_timescale=0.02"),
+        at(*HORIZON, "hyperparameters.decay_timescale=0.2"),
+        at(*HORIZON, "hyperparameters.decay_timescale=0.02"),
     ),
     (
         "decay timescale",
@@ -391,6 +393,15 @@ def test_a_ladder_over_tokens_counts_as_measured() -> None:
     enough = total_tokens(target.stages) / 75
     assert "tokens" in {advice.axis for advice in advise(proxy, target, {"tokens": enough - 1})}
     assert "tokens" not in {advice.axis for advice in advise(proxy, target, {"tokens": enough})}
+
+
+def test_a_wider_ladder_keeps_its_other_axes() -> None:
+    pair = at("target.model.width=1056")
+    proxy, target, _ = runs(pair.sweep, pair.transfer)
+    (found,) = advise(proxy, target, {"tokens": 1.0, "width": 256.0})
+    assert found.cure == "at the transfer: 'ladder.axes=[width,tokens]' 'ladder.widths=[512]'"
+    ladder = compose("transfer", TransferConfig, [*pair.transfer, *settings_of(found.cure)]).ladder
+    assert ladder.chosen_axes == ["width", "tokens"]
 
 
 def test_lines_are_the_most_severe_findings_and_every_cure_by_place() -> None:

@@ -5,7 +5,6 @@ import pytest
 from mutune.model.decoder import alibi_slopes
 from mutune.scaling.heuristics import (
     critical_batch,
-    power_lines_timescale,
     steepest_alibi_slope,
     tokens_at_critical_batch,
 )
@@ -20,11 +19,6 @@ def test_the_critical_batch_is_the_published_one_where_tokens_are_twenty_per_par
 def test_a_run_at_its_critical_batch_has_the_asked_steps(num_steps: int) -> None:
     tokens = tokens_at_critical_batch(num_steps)
     assert tokens / critical_batch(tokens) == pytest.approx(num_steps)
-
-
-@pytest.mark.parametrize(("tpp", "best"), [(1, 1.084), (20, 0.22356), (80, 0.10767), (200, 0.06643), (1000, 0.02845)])
-def test_the_best_timescale_is_that_of_power_lines(tpp: float, best: float) -> None:
-    assert power_lines_timescale(tpp) == pytest.approx(best, rel=2e-4)
 
 
 def test_the_steepest_slope_is_the_decoder_s() -> None:
