@@ -285,7 +285,7 @@ class _Work:
                 with Workers(partial(run_task, self.model), self.workers) as pool:
                     best = self._search(pool)
                     rungs = self._climb(best, pool)
-            except (WorkError, UserCodeError, AuditError) as error:
+            except (WorkError, UserCodeError, AuditError, Refusal) as error:
                 write_text(directory / FAILURE, f"{error}\n")
                 raise
             (directory / FAILURE).unlink(missing_ok=True)

@@ -25,10 +25,16 @@ def initialise(model: nn.Module, plan: Plan, seed: int) -> None:
     so `to_empty` leaves them for the caller to fill.
 
     Raises:
-        Refusal: other tensors than the plan's, or parameters on the meta device.
+        Refusal: other tensors than the plan's, of another shape, or on the meta device.
     """
     for name, parameter in planned(model, plan).items():
         require(not parameter.is_meta, f"{name} is on the meta device; call model.to_empty(device='cpu') first.")
+        shape = "x".join(map(str, parameter.shape))
+        require(
+            shape == plan.parameters[name].shape,
+            f"{name} is {shape}, and the plan is for {plan.parameters[name].shape}; build the model at the shape that "
+            f"was planned.",
+        )
         _write(parameter, initial_tensor(plan.parameters[name], parameter.shape, seed))
 
 
@@ -38,6 +44,7 @@ def planned(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
     Raises:
         Refusal: the model's tensors are not exactly those of the plan.
     """
+    check_model(model)
     parameters = trainable(model)
     extra = [name for name in parameters if name not in plan.parameters]
     require(
@@ -51,6 +58,11 @@ def planned(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
         f"the plan has {_listed(lost)}, which the model does not have or does not train; plan the model as it is.",
     )
     return {name: parameters[name] for name in plan.parameters}
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no module, such as its parameters."""
+    require(isinstance(model, nn.Module), f"the model given is a {type(model).__name__}; give the nn.Module itself.")
 
 
 def _listed(names: list[str]) -> str:
@@ -117,8 +129,17 @@ def make_optimizer(model: nn.Module, plan: Plan, *, betas: tuple[float, float]) 
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Multiply every group's peak rate by one factor: the only way that mutune changes rates."""
+    """Multiply every group's peak rate by one factor: the only way that mutune changes rates.
+
+    Raises:
+        Refusal: an optimizer that no plan made.
+    """
     for group in optimizer.param_groups:
+        require(
+            "peak_lr" in group,
+            "the optimizer has a group without peak_lr, so it was not made by a plan; make it with "
+            "parametrize(...).optimizer(model).",
+        )
         group["lr"] = group["peak_lr"] * factor
 
 

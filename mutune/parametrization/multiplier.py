@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from mutune.errors import require
+
 
 class Multiplier(nn.Module):
     """Multiplies by one number of a plan. Put it where the site is; `apply.set_multipliers` gives it its value.
@@ -12,6 +14,7 @@ class Multiplier(nn.Module):
     """
 
     def __init__(self, site: str, value: float = 1.0) -> None:
+        require(isinstance(site, str), f"Multiplier({site!r}) must name its site; for example Multiplier('output').")
         super().__init__()
         self.site = site
         self.value = value

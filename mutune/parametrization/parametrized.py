@@ -9,11 +9,15 @@ from torch import nn
 
 from mutune.errors import require
 from mutune.parametrization import apply
+from mutune.parametrization.arguments import shown_value
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.multiplier import Multiplier
 from mutune.parametrization.plan import Plan, TensorSpec
 from mutune.parametrization.rules import Table
 from mutune.parametrization.sites import place
+
+#: Options of an optimizer that its groups have from the plan → the hyperparameter that they come from.
+PLANNED = {"lr": "learning_rate", "weight_decay": "weight_decay", "eps": "adam_eps"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Parametrized:
         Raises:
             Refusal: a site of the plan that the model, unlike the one that was planned, has no place for.
         """
+        apply.check_model(model)
         place(model, self.sites)
         held = {module.site for module in model.modules() if isinstance(module, Multiplier)}
         for site, row in self.plan.multipliers.items():
@@ -86,8 +91,19 @@ class Parametrized:
         """An optimizer of the table's family over the groups; `betas` are those of the hyperparameters by default.
 
         Raises:
-            Refusal: a family that the table's rates are not for; coupled decay, which no table has a rule for.
+            Refusal: a family that the table's rates are not for; coupled decay, which no table has a rule for; an
+                option that the plan sets.
         """
+        require(
+            isinstance(family, type),
+            f"optimizer {shown_value(family)} must be a class of optimizers; for example torch.optim.AdamW.",
+        )
+        for name, key in PLANNED.items():
+            require(
+                name not in options,
+                f"optimizer has {name}={shown_value(options.get(name))}, which the plan sets for each tensor; give "
+                f"hyperparameters={{{key!r}: {shown_value(options.get(name))}}} to parametrize instead.",
+            )
         require(
             issubclass(family, torch.optim.Adam | torch.optim.AdamW),
             f"optimizer {family.__name__} is not of the family of table {self.table.name}, whose rates are for "

@@ -17,6 +17,7 @@ from torch import nn
 from mutune.errors import Refusal, require
 from mutune.files import write_yaml
 from mutune.folders import CONFIG
+from mutune.parametrization.arguments import shown_value
 from mutune.parametrization.audit import audit
 from mutune.parametrization.finding import AuditError
 from mutune.parametrization.hyperparameters import NAMES, BaseHyperparameters
@@ -32,8 +33,8 @@ from mutune.versions import versions
 Train = Callable[[nn.Module, torch.optim.Optimizer, int, Callable[[int, float], None]], float]
 
 
-class _Over(Exception):
-    """Ends a user's loop from inside its `report`."""
+class _Over(BaseException):
+    """Ends a user's loop from inside its `report`; no `except Exception` of the loop's own holds it up."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def _train(run: OwnRun, lines: TextIO | None, *, stop_at_first: bool) -> RunResu
             return record.result(math.nan)
         except (Refusal, AuditError):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserCodeError.of(error) from error
         return record.result(_loss(value))
 
@@ -198,7 +199,7 @@ class Recorder:
 
     def report(self, step: int, loss: float) -> None:
         """Record the training loss of step `step`, counted from 0 or from 1; a tensor of one number will do."""
-        step, loss = int(step), _number(loss)
+        step, loss = _reported(step, loss)
         self.count += 1
         self.diverged |= not math.isfinite(loss)
         group = self.optimizer.param_groups[0]
@@ -238,6 +239,17 @@ class Recorder:
 def _versions(model: nn.Module) -> list[int]:
     """How often each tensor was written to."""
     return [parameter._version for parameter in model.parameters()]
+
+
+def _reported(step: Any, loss: Any) -> tuple[int, float]:
+    """What a user's loop reports, as numbers."""
+    try:
+        return int(step), _number(loss)
+    except (TypeError, ValueError, RuntimeError):
+        raise Refusal(
+            f"report was given step={shown_value(step)} and loss={shown_value(loss)}; give it two numbers, for example "
+            f"report(step, loss.item())."
+        ) from None
 
 
 def _loss(value: Any) -> float:

@@ -55,7 +55,7 @@ class UserCodeError(Exception):
         self.frames, self.last = frames, last
 
     @classmethod
-    def of(cls, error: Exception) -> "UserCodeError":
+    def of(cls, error: Exception | SystemExit) -> "UserCodeError":
         """What `error` says, caught where the user's function was called."""
         frames = [(f.filename, f.lineno or 0, f.name) for f in traceback.extract_tb(error.__traceback__)[1:]]
         return cls(frames, "".join(traceback.format_exception_only(error)))

@@ -627,6 +627,42 @@ def test_bad_input_is_refused_in_one_sentence(changed: dict[str, Any], message: 
     refused(message, lambda: llama_result(**changed))
 
 
+def test_what_is_no_model_or_none_of_the_plans_shape_is_refused() -> None:
+    result = llama_result()
+    model, narrow = result.build(seed=0), build(replace(WIDE, width=64))
+    parameters: Any = model.parameters()
+    for use in (result.place, result.optimizer, result.optimizer_groups, partial(result.initialise, seed=0)):
+        refused("the model given is a generator; give the nn.Module itself", partial(use, parameters))
+    before = [parameter.clone() for parameter in narrow.parameters()]
+    refused(r"embed\.weight is 31x64, and the plan is for 31x80; build", lambda: result.initialise(narrow, seed=0))
+    assert all(map(torch.equal, before, narrow.parameters()))
+    model.get_parameter("embed.weight").requires_grad_(False)
+    result.place(model)  # what is frozen after training keeps its multipliers
+
+
+def test_an_optimizer_option_that_the_plan_sets_is_refused_and_any_other_is_passed_on() -> None:
+    result = llama_result()
+    model = result.build(seed=0)
+    for option, key in (("lr", "learning_rate"), ("weight_decay", "weight_decay"), ("eps", "adam_eps")):
+        refused(
+            rf"optimizer has {option}=0\.5, which the plan sets .*hyperparameters={{'{key}': 0\.5}}",
+            lambda: result.optimizer(model, **{option: 0.5}),  # type: ignore[arg-type]  # noqa: B023
+        )
+    assert result.optimizer(model, amsgrad=True, betas=(0.5, 0.9)).defaults["amsgrad"]
+    bad: Any = "adamw"
+    refused("optimizer 'adamw' must be a class of optimizers", lambda: result.optimizer(model, bad))
+
+
+def test_rates_are_set_on_an_optimizer_of_a_plan_only() -> None:
+    model = llama_result().build(seed=0)
+    refused("a group without peak_lr", lambda: mutune.set_rates(torch.optim.AdamW(model.parameters()), 0.5))
+
+
+def test_a_multiplier_names_its_site() -> None:
+    bad: Any = 2.0
+    refused(r"Multiplier\(2\.0\) must name its site; for example Multiplier\('output'\)", lambda: Multiplier(bad))
+
+
 def test_what_is_close_to_a_refused_argument_is_taken() -> None:
     wanted = llama_result(hyperparameters=replace(BaseHyperparameters(), learning_rate=0.25), decay=Decay("fixed"))
     named = llama_result(hyperparameters={"learning_rate": np.float32(0.25)}, decay="fixed")

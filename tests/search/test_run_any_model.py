@@ -1,5 +1,6 @@
 """`mutune.search.run`: a user's own model gets the study and the ladder, from functions defined anywhere."""
 
+import contextlib
 import json
 import math
 import os
@@ -284,6 +285,52 @@ def test_an_exception_stops_the_run_with_the_users_traceback_and_a_mended_one_co
     config = yaml.safe_load((folder(out) / "config.yaml").read_text())
     assert [set(code) for code in config["earlier_code"]] == [{"build", "train", "Net.__init__", "Net.forward"}]
     assert config["earlier_code"][0]["train"] != config["inputs"]["code"]["train"]
+
+
+def test_a_loss_that_was_not_returned_stops_the_study_and_a_mended_loop_continues_it(out: Path) -> None:
+    def forgets(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, report: Report) -> None:
+        train(model, optimizer, seed, report)
+
+    with pytest.raises(Refusal, match=r"^train returned None; return"):
+        search(out, train=forgets)
+    assert len(search(out, train=train).trials) == 4
+    with pytest.raises(Refusal, match=r"code\.train: "):  # of a finished study it is another
+        search(out, train=forgets)
+
+
+@pytest.mark.parametrize("given", [("x", 1.0), (1, None), (1, torch.ones(3)), (math.nan, 1.0)])
+def test_a_report_of_what_is_no_number_is_refused(out: Path, given: tuple[Any, Any]) -> None:
+    def reports(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, report: Report) -> float:
+        report(*given)
+        return train(model, optimizer, seed, report)
+
+    with pytest.raises(Refusal, match=r"^report was given step=.* and loss=.*; give it two numbers"):
+        search(out, train=reports)
+    assert not out.exists()
+
+
+def test_a_loop_that_catches_exceptions_does_not_hold_up_the_rehearsal_or_hide_a_divergence(out: Path) -> None:
+    steps: list[int] = []
+
+    def catches(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, report: Report) -> float:
+        for step in range(3):
+            with contextlib.suppress(Exception):
+                steps.append(step)
+                report(step, math.nan)
+        return 1.0
+
+    with pytest.raises(WorkFailed, match="all 2 trials diverged"):
+        search(out, train=catches, n_trials=2)
+    assert steps == [0, 0]
+
+
+def test_a_loop_that_leaves_python_is_an_error_of_the_users_and_no_dying_worker(out: Path) -> None:
+    def leaves(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, report: Report) -> float:
+        report(0, 1.0)
+        sys.exit(3)
+
+    with pytest.raises(WorkError, match=r"(?s)^trial 0 of study mine .* failed:\nTraceback .*SystemExit: 3"):
+        search(out, train=leaves, workers=1, n_trials=1)
 
 
 def test_in_this_process_the_users_exception_comes_as_it_is(out: Path) -> None:
