@@ -22,7 +22,8 @@ from mutune.certificate.worth import Worth
 
 # In octaves. Chosen on made-up ladders: benchmarks/design.md.
 FIRST = ((-2.0, -1.0, 0.0, 1.0), (0.0,))  # a rung's first rates by seed, around its predicted optimum
-LATTICE = 0.5  # rates are multiples of it, counted from the study's
+STEP = 1.0  # where the first rates are placed, counted from the study's: so that its own is among them
+LATTICE = 0.5  # further rates are multiples of it
 BEYOND = 1.0  # from the edge to the rate beyond it
 SAME = 0.125  # rates closer than this are one
 FURTHER = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)  # further rates, around a rung's fitted optimum
@@ -185,7 +186,7 @@ def _beyond(mine: pd.DataFrame) -> float | None:
 
 
 def _predicted(points: pd.DataFrame, design: Design, rung: int, before: list[list[int]]) -> float:
-    """Where the rungs before expect the optimum of this one: octaves from the study's rate, on the lattice."""
+    """Where the rungs before expect the optimum of this one: whole steps from the study's rate."""
     known = measurable(
         points[np.isin(rung_index(points, design.rungs), [other for level in before for other in level])]
     )
@@ -194,7 +195,7 @@ def _predicted(points: pd.DataFrame, design: Design, rung: int, before: list[lis
     valleys = fit_valleys(known)
     drift = extrapolate(valleys, _row(valleys, design), design.place(rung), design.slopes)
     expected = float(valleys.optima.mean()) if drift is None else float(drift.weights @ drift.target)
-    return round((expected - design.log2_rate) / LATTICE) * LATTICE
+    return round((expected - design.log2_rate) / STEP) * STEP
 
 
 def _further(points: pd.DataFrame, design: Design, cost: np.ndarray, left: float) -> list[Next]:
