@@ -195,6 +195,26 @@ def test_a_prediction_is_sealed_before_the_run_and_meets_its_outcome(house: Path
     assert "is not that of the transfer file's other keys" in doors.run(*train, expect=2).stderr
 
 
+def test_a_ladder_by_design_takes_the_study_s_trials_as_they_are(house: Path, tmp_path: Path) -> None:
+    shutil.copytree(house / "sweeps", tmp_path / "sweeps")
+    doors.run("transfer", *TINY_TARGET, "ladder=width", "target.model.width=16", f"out={tmp_path}")
+    ladder = tmp_path / "transfer/proxy--tiny/ladder"
+    results = [json.loads(path.read_text())["value"] for path in ladder.glob("w16_*/result.json")]
+    trials = [
+        json.loads(path.read_text().splitlines()[-1])["heldout_loss"]
+        for path in (house / "sweeps/proxy/trials").glob("*/metrics.jsonl")
+    ]
+    assert set(trials) <= set(results)
+    assert len(results) > len(trials)
+    best = yaml.safe_load((house / "sweeps/proxy/best.yaml").read_text())
+    rate = best["params"]["learning_rate"]
+    (copied,) = ladder.glob(f"w16_lr{rate:.4g}_s0/metrics.jsonl")
+    assert copied.read_text() == (house / f"sweeps/proxy/trials/{best['trial']}/metrics.jsonl").read_text()
+    note = yaml.safe_load((copied.parent / "config.yaml").read_text())
+    assert (note["rung"], note["offset"], "trial" in note) == (16, 0.0, False)
+    assert (tmp_path / "transfer/proxy--tiny/figures/valley.png").exists()  # tokens' rungs do not stand in its way
+
+
 def test_a_transfer_file_from_before_there_were_predictions_keeps_its_seal(tmp_path: Path) -> None:
     data = yaml.safe_load((published(tmp_path) / "transfer.yaml").read_text())
     assert data["prediction"]["reason"] == "published values come without a ladder"

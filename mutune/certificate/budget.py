@@ -11,7 +11,7 @@ from mutune.certificate.config import LadderConfig
 from mutune.training.config import RunSpec
 from mutune.training.price import price
 
-DEFAULT_TRIALS = 128  # what a ladder costs where nothing is said, in trials of the study
+DEFAULT_TRIALS = 112  # what a ladder costs where nothing is said, in trials of the study
 ROOM = 1.25  # of what listed rungs cost, for rates beyond an edge and further seeds
 ASSUMED_SPEED = 1e10  # FLOPs per second of a worker, before any run is timed
 BUSY = 0.85  # share of the time in which a worker trains: not while it starts, nor at the end of a round

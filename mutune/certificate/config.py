@@ -63,7 +63,7 @@ class LadderConfig:
         offsets: a fixed grid of learning rates, in octaves from the study's best; null chooses rates by their results.
         seeds: of each point of a grid; by design at most so many. null: 2 of a grid, at most 8 by design.
         budget_fraction: of the target's FLOPs, that all runs together may cost.
-        budget_minutes: how long they may take here, by the time that the study's trials took. Both null: what 128
+        budget_minutes: how long they may take here, by the time that the study's trials took. Both null: what 112
             trials of the study cost, about 4 minutes for the sweep `proxy`, or more where rungs are listed.
         workers: single-threaded worker processes; null takes the number of cores.
     """

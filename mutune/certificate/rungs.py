@@ -15,7 +15,7 @@ from mutune.training.config import RunSpec, total_tokens
 
 OPTIMUM = 0.15  # sd of a rung's optimum that is expected of its first runs, octaves
 LEAST_GAIN = 0.03  # share of the target's variance that a rung has to take away
-FIRST_SHARE = 0.8  # of the budget, for the first runs of all rungs; the rest goes where it tells most
+FIRST_SHARE = 0.9  # of the budget, for the first runs of all rungs; the rest goes where it tells most
 
 
 def place(spec: RunSpec) -> dict[str, float]:
@@ -45,7 +45,9 @@ def rung_specs(
     free = [axis for axis, values in listed.items() if values is None]
     steps = {axis: _towards(proxy, target, axis) for axis in free}
     if len(rungs) == 1 and not any(steps.values()) and free:
-        steps[free[0]] = [_twice(proxy, free[0])]  # the target is the proxy: one rung shows that the optimum stays
+        rungs += _twice(
+            proxy, free[0]
+        )  # the target is no further than the proxy: one rung shows that the optimum stays
     found = list({tuple(place(spec).values()): spec for spec in _chosen(rungs, steps, target, share)}.values())
     if len(found) == 1:
         raise _too_few(proxy, ladder, steps, share)

@@ -59,7 +59,7 @@ def test_a_rung_that_the_study_s_run_cannot_be_is_refused(axis: str, value: floa
     at(PROXY, axis, works)
 
 
-def test_by_itself_a_ladder_measures_three_widths_and_the_tokens_within_what_128_trials_cost() -> None:
+def test_by_itself_a_ladder_measures_three_widths_and_the_tokens_within_what_112_trials_cost() -> None:
     ladder = planned()
     assert names(ladder)[0] == "w32"
     assert {"w64", "w128", "w32_t61440", "w32_t245760"} <= set(names(ladder))
