@@ -7,7 +7,6 @@ budget goes, a few runs at a time, to the rates and seeds that narrow the target
 The answer depends on the finished runs alone, in whatever order and however often interrupted they were made.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,11 +26,12 @@ LATTICE = 0.5  # further rates are multiples of it
 BEYOND = 1.0  # from the edge to the rate beyond it
 SAME = 0.125  # rates closer than this are one
 FURTHER = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)  # further rates, around a rung's fitted optimum
+NEAR = (-2.25, 1.75)  # rates that a further seed is run at, around it
 
 MIN_RATES, FIRST_SEEDS = 3, len(FIRST)
 MAX_RATES = 7  # of a rung; an optimum at the edge then stays a bound
 AT_ONCE = 8  # further runs chosen together, so that workers have something to do
-LEAST_GAIN = 0.005  # share of the target's variance that further runs have to take away
+LEAST_GAIN = 0.003  # share of the target's variance that further runs have to take away
 
 
 class Next(NamedTuple):
@@ -232,21 +232,19 @@ def _variance(worth: Worth, runs: list[Next], design: Design) -> float:
 
 
 def _bundles(made: list[Next], valleys: Valleys, design: Design) -> list[list[Next]]:
-    """What may be added to a rung: a rate at its first seed, or another seed at rates on both sides."""
+    """What may be added to a rung: a rate, with its first seeds, or a seed, at its rates near the optimum."""
     bundles = []
     for i in range(len(valleys.rungs)):
         mine = [run for run in made if run.rung == i]
+        offsets, seeds = sorted({run.offset for run in mine}), sorted({run.seed for run in mine})
         optimum = float(valleys.optima[i]) - design.log2_rate
-        near = [round((optimum + step) / LATTICE) * LATTICE for step in FURTHER]
-        counts = Counter(run.seed for run in mine)
-        for seed in sorted(counts):
-            have = [run.offset for run in mine if run.seed == seed]
-            open_ = [offset for offset in near if min(abs(offset - other) for other in have) >= SAME]
-            if len(have) == 1 and len(open_) > 1:
-                bundles.append([Next(i, open_[0], seed), Next(i, open_[-1], seed)])
-            bundles += [[Next(i, offset, seed)] for offset in open_ if len(have) < MAX_RATES]
-        if len(counts) < design.max_seeds:
-            bundles.append([Next(i, offset, max(counts) + 1) for offset in (near[0], near[len(near) // 2], near[-1])])
+        for step in FURTHER if len(offsets) < MAX_RATES else ():
+            offset = round((optimum + step) / LATTICE) * LATTICE
+            if min(abs(offset - other) for other in offsets) > SAME:
+                bundles.append([Next(i, offset, seed) for seed in seeds[:FIRST_SEEDS]])
+        if len(seeds) < design.max_seeds:
+            near = [offset for offset in offsets if NEAR[0] <= offset - optimum <= NEAR[1]]
+            bundles.append([Next(i, offset, seeds[-1] + 1) for offset in near[:MAX_RATES] or offsets[:MAX_RATES]])
     return bundles
 
 

@@ -10,12 +10,12 @@ from mutune.certificate.design import BEYOND, FIRST, MAX_RATES, Design, Next, me
 from mutune.certificate.points import AXES
 from mutune.certificate.valleys import fit_valleys
 from mutune.certificate.worth import Worth
+from tests.certificate.design_table import GRID, interval
 from tests.certificate.families import Family
 from tests.certificate.worlds import BASE, World, grid, play, star
 
 SLOPES = {"width": 0.1, "tokens": -0.3}
 FIRST_RUNS = sum(map(len, FIRST))
-GRID = (-2.0, -1.0, 0.0, 1.0, 2.0)
 
 
 def rounds(world: World, design: Design, cost: np.ndarray, budget: float, most: int = 99) -> list[list[Next]]:
@@ -134,3 +134,17 @@ def test_a_run_is_worth_more_where_it_tells_more() -> None:
     assert variance([Next(5, 0.5, 0)]) < now
     assert variance([Next(2, x, 1) for x in (-1.0, 1.0)]) < variance([Next(2, x, 1) for x in (0.0, 0.1)])
     assert variance([Next(2, 0.0, 1)]) == pytest.approx(now)  # a seed at one rate has only its own level
+
+
+@pytest.mark.parametrize("family", [Family(ratio=4.0), Family(ratio=1.5)])
+def test_where_the_optimum_leaves_the_grid_a_ladder_by_design_still_measures_it_at_the_same_cost(
+    family: Family,
+) -> None:
+    """And where it does not, both are alike: benchmarks/design.md."""
+    for slopes, narrower in (({"width": 0.6, "tokens": -0.9}, 0.6), ({"width": 0.1, "tokens": -0.2}, 1.4)):
+        world, design, cost = star(slopes, family, 100)
+        fixed = grid(design, GRID, 2)
+        points, spent = play(world, design, cost, whole := sum(cost[run.rung] for run in fixed))
+        assert spent <= whole
+        width, _ = interval(points, world, design)
+        assert width < narrower * interval(world.points(design, fixed), world, design)[0]
