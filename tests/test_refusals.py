@@ -172,7 +172,7 @@ TRANSFER = [
     (["study=published", "ladder.offsets=[0,1]"], "ladder.offsets=[0.0, 1.0] must hold at least three"),
     (["study=published", "ladder.offsets=[1,2,3]"], "ladder.offsets=[1.0, 2.0, 3.0] must lie on both sides of 0"),
     (["study=published", "ladder.offsets=[-1,0,1e-5,1]"], "at least 0.01 octaves apart"),
-    (["study=published", "ladder.widths=[64,64]"], "repeats a width"),
+    (["study=published", "ladder.widths=[64,64]"], "repeats a rung"),
 ]
 
 
