@@ -132,6 +132,12 @@ class TransferConfig(DoorConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_name("study", self.study)
+        for key, example in (("runs", "runs=mine.csv"), ("optima", "optima=optima.csv")):
+            require(getattr(self, key) != "", f"{key}= is empty; for example {example}.")
+        require(
+            self.runs_study is None or "://" in str(self.runs),
+            f"runs_study={self.runs_study} is read with an Optuna study; for example runs=sqlite:///study.db.",
+        )
         require(
             self.runs is None or self.optima is None,
             f"runs={self.runs} and optima={self.optima} are two questions; give one of them.",

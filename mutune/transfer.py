@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mutune.certificate.adviser import Advice
-    from mutune.certificate.anyone import Asked
     from mutune.certificate.assessment import Assessment
     from mutune.certificate.planned import Ladder, Paid
 
@@ -101,7 +100,7 @@ def work(config: TransferConfig) -> int:
 
 def _from_table(config: TransferConfig) -> int:
     """The certificate, or the drift statement, of somebody's finished runs."""
-    from mutune.certificate.anyone import Asked, from_optima, from_runs
+    from mutune.certificate.anyone import Asked, from_optima, from_runs, runs_hash
     from mutune.certificate.certificate import write_certificate
     from mutune.certificate.table import read_optima, read_tables, to_tables
 
@@ -123,16 +122,13 @@ def _from_table(config: TransferConfig) -> int:
         return OK
     require_writable(Path(config.out))
     directory = Path(config.out) / "transfer" / f"{_stem(source)}--width{data['target']['width']:.10g}"
-    check_claim(directory, _question(config, asked), "runs", config.overwrite)
+    question = {"asked": plain(asked), "runs_hash": runs_hash(data)}
+    check_claim(directory, question, "runs", config.overwrite)
     with locked(directory, "runs"):
-        claim(directory, _question(config, asked), "runs", config.overwrite)
+        claim(directory, question, "runs", config.overwrite)
         write_certificate(directory, data)
     print(f"written    {directory}/: certificate.md, certificate.json")
     return NOT_GO if config.require_go and data["verdict"] != "GO" else OK
-
-
-def _question(config: TransferConfig, asked: "Asked") -> dict[str, Any]:
-    return {"runs": config.runs, "runs_study": config.runs_study, "optima": config.optima, "asked": plain(asked)}
 
 
 def _stem(source: str) -> str:

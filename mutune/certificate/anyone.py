@@ -1,5 +1,7 @@
 """The certificate of somebody's finished runs, and the drift statement of somebody's optima. Nothing is trained."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +52,13 @@ def from_runs(tables: dict[str, Table], asked: Asked, source: str) -> dict[str, 
     if len(tables) > 1:
         data["comparison"], data["comparison_words"] = rows, in_words(rows)
     return data
+
+
+def runs_hash(data: dict[str, Any]) -> str:
+    """Of the runs or optima that a certificate is of, whatever their file is called."""
+    rungs = [{key: rung[key] for key in (*AXES, "points")} for rung in data["rungs"]]
+    found = [rungs, data.get("optima"), data.get("comparison")]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _assess(table: Table, asked: Asked, source: str) -> Assessment:

@@ -45,6 +45,18 @@ class Assessment:
         assert self.drift is not None
         return np.asarray(self.drift.target - self.log2_rate)
 
+    @property
+    def unmeasured(self) -> list[str]:
+        """Axes in which the target differs from the base and no two rungs do: at most a law speaks of them."""
+        rungs = self.valleys.rungs
+        return [a for a in AXES if rungs[a].nunique() == 1 and self.target[a] != rungs[a].iloc[self.base]]
+
+    def by_laws(self, axis: str) -> np.ndarray:
+        """(draws,) the part of `distance` that lies on an unmeasured axis."""
+        assert self.drift is not None
+        away = math.log2(self.target[axis] / self.valleys.rungs[axis].iloc[self.base])
+        return np.asarray(away * self.drift.slopes[:, AXES.index(axis)])
+
     def beyond(self, axis: str) -> float:
         """Doublings from the ladder's nearest value of `axis` to the target's; 0 inside its range."""
         values = self.valleys.rungs[axis]

@@ -69,6 +69,10 @@ def markdown(data: dict[str, Any]) -> str:
         lines += ["", "## Prediction of the target's loss", "", f"{Prediction(**data['prediction'])}"]
     if data["rungs"]:
         lines += _ladder(data["rungs"])
+    if data.get("notes"):
+        lines += ["", *(f"- {note}" for note in data["notes"])]
+    if data.get("comparison_words"):
+        lines += ["", "## Tables compared", "", *(f"- {line}" for line in data["comparison_words"])]
     if data["drift"]:
         lines += _at_the_target(data)
     if data.get("laws"):

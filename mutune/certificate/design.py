@@ -19,7 +19,7 @@ from mutune.certificate.points import AXES, doublings, rung_index
 from mutune.certificate.valleys import Valleys, fit_valleys
 from mutune.certificate.worth import Worth
 
-# In octaves. Chosen on made-up ladders, those of tests/certificate/worlds.py.
+# In octaves. Chosen on made-up ladders: benchmarks/design.md.
 FIRST = ((-2.0, -1.0, 0.0, 1.0), (0.0,))  # a rung's first rates by seed, around its predicted optimum
 STEP = 1.0  # where the first rates are placed, counted from the study's: so that its own is among them
 LATTICE = 0.5  # further rates are multiples of it

@@ -111,6 +111,7 @@ class _Model:
         self.bends = np.array([len(np.unique(rungs[self.k, a].round(6))) >= 3 for a in range(self.A)])
 
     def parts(self, fit: Fit, form: int, weight: float) -> list[_Part]:
+        """The posterior of one form, of this weight, for every size of scatter and bend."""
         if weight < 1e-3:
             return []
         k, observed = self.k, fit.optima[self.k]

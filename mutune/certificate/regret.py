@@ -83,10 +83,8 @@ def loss_per_doubling(loss: float, tokens: np.ndarray, levels: np.ndarray) -> tu
         (less, more), (high, low) = tokens[order[-2:]], levels[order[-2:]]
         if high > low:
             return float((high - low) / np.log2(more / less)), "measured on the ladder's two longest runs"
-    percent = 0.01 * loss / np.log2(TOKENS_PER_PERCENT)
-    return float(
-        percent
-    ), f"1 % of loss taken as {TOKENS_PER_PERCENT:g} times the tokens, which is reported, not measured"
+    taken = f"1 % of loss taken as {TOKENS_PER_PERCENT:g} times the tokens, which is reported, not measured"
+    return float(0.01 * loss / np.log2(TOKENS_PER_PERCENT)), taken
 
 
 def price_of(

@@ -166,6 +166,7 @@ class _Data:
 
     @staticmethod
     def of(points: pd.DataFrame, rungs: pd.DataFrame) -> "_Data":
+        """Of points, as `points.COLUMNS`."""
         rung, diverged = rung_index(points, rungs), points.diverged.to_numpy(bool)
         rate = np.log2(points.learning_rate.to_numpy(float))
         looks = [_look(points[rung == i], rate[rung == i]) for i in range(len(rungs))]
@@ -285,6 +286,7 @@ class _Joint:
         self.growth, self.misfit, self.damping = 0.0, MISFIT, 1e-3
 
     def fit(self) -> Fit:
+        """Alternate between a step and the noise until both stand still."""
         for step in range(STEPS):
             moved, noise = self._step(), self.noise
             self._update_noise()

@@ -122,7 +122,8 @@ def judge(case: Case) -> Verdict:
     """The verdict of a ladder.
 
     Its two questions are how far the optimum at the target is expected from the transferred rate, and how likely it
-    is further than `FAR_OCTAVES`. Too far is NO-GO whatever else holds; then what was not measured makes NOT CERTIFIED.
+    is further than `FAR_OCTAVES`. Too far by what was measured is NO-GO whatever else holds; then what was not measured
+    makes NOT CERTIFIED.
     """
     found = [(reason, rule.cure(case)) for rule in NOT_CERTIFIED if (reason := rule.reason(case))]
     missing, settle = [reason for reason, _ in found], [cure for _, cure in found if cure]
@@ -130,20 +131,20 @@ def judge(case: Case) -> Verdict:
         return Verdict("NOT CERTIFIED", missing, settle)
     said, distance = _said(case.assessment), case.assessment.distance
     drift, decided = case.assessment.drift, _decided(case.assessment)
-    chance, centre = drift.chance(abs(distance) > GO_OCTAVES), drift.quantiles(distance)[1]
-    if chance > NO_GO_CHANCE and abs(centre) > NO_GO_OCTAVES:
-        return Verdict(
-            "NO-GO", [f"{said}: more than {GO_OCTAVES:g} octave with {_percent(chance)}", *decided, *missing], settle
-        )
+    measured = distance - sum(map(case.assessment.by_laws, case.assessment.unmeasured))
+    chance = drift.chance(abs(measured) > GO_OCTAVES)
+    if chance > NO_GO_CHANCE and abs(drift.quantiles(measured)[1]) > NO_GO_OCTAVES:
+        alone = f" (without {', '.join(case.assessment.unmeasured)})" if case.assessment.unmeasured else ""
+        far = f"{said}: more than {GO_OCTAVES:g} octave{alone} with {_percent(chance)}"
+        return Verdict("NO-GO", [far, *decided, *missing], settle)
     if missing:
         return Verdict("NOT CERTIFIED", [*missing, said, *decided], settle)
-    risk = drift.chance(abs(distance) > FAR_OCTAVES)
+    risk, centre = drift.chance(abs(distance) > FAR_OCTAVES), drift.quantiles(distance)[1]
     near = f"within {FAR_OCTAVES:g} octave with {_percent(1 - risk)}"
     if abs(centre) <= GO_OCTAVES and risk <= GO_RISK:
         return Verdict("GO", [f"{said}: {near}", *decided])
-    return Verdict(
-        "GO WITH CARE", [f"{said}: {near}, which is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})"]
-    )
+    short = f"{said}: {near}, which is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})"
+    return Verdict("GO WITH CARE", [short, *decided])
 
 
 def _said(assessment: Assessment) -> str:
@@ -271,10 +272,20 @@ def _wide(case: Case) -> str:
     risk = assessment.drift.chance(abs(assessment.distance) > FAR_OCTAVES)
     if risk <= CARE_RISK:
         return ""
-    return f"the optimum at the target may be more than {FAR_OCTAVES:g} octave away ({_percent(risk)})"
+    laws = []
+    for axis in assessment.unmeasured:
+        low, middle, high = assessment.drift.quantiles(assessment.by_laws(axis))
+        source = "by published laws" if axis in (assessment.slopes or {}) else "for want of any law"
+        laws.append(f"for its {axis}, which no rung varies, {middle:+.2f} ({low:+.2f} to {high:+.2f}) {source}")
+    why = f"; {', and '.join(laws)}" if laws else ""
+    return f"the optimum at the target may be more than {FAR_OCTAVES:g} octave away ({_percent(risk)}){why}"
 
 
 def _next_rung(case: Case) -> str:
+    if unmeasured := case.assessment.unmeasured:
+        axes = [axis for axis in AXES if axis in unmeasured or case.assessment.valleys.rungs[axis].nunique() > 1]
+        return f"a ladder that varies it: 'ladder=[{','.join(axes)}]'"
+
     def settled(assessment: Assessment) -> bool:
         return not _wide(replace(case, assessment=assessment))
 

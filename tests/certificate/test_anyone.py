@@ -62,6 +62,16 @@ def test_the_same_question_twice_is_one_answer_and_another_is_asked_for_overwrit
     assert again["verdict"] == "NO-GO"
 
 
+def test_other_runs_under_the_same_name_are_other_inputs(
+    runs: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = certificate(out, f"runs={runs}")
+    write(Path(runs), make_ladder(Family(), 6).points[["width", "learning_rate", "loss", "seed"]])
+    assert main([f"runs={runs}", f"out={out}"]) == 2
+    assert "overwrite=true" in capsys.readouterr().err
+    assert certificate(out, f"runs={runs}", "overwrite=true")["rungs"] != first["rungs"]
+
+
 def test_a_dry_run_says_it_and_writes_nothing(runs: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([f"runs={runs}", f"out={out}", "dry_run=true"]) == 0
     assert "verdict    GO" in capsys.readouterr().out
@@ -177,6 +187,8 @@ def test_a_file_that_does_not_serve_gets_one_sentence(
         (["runs=nowhere.csv"], "runs=nowhere.csv does not exist"),
         (["runs=sqlite:///nowhere.db"], "runs=sqlite:///nowhere.db: there is no file nowhere.db"),
         (["runs=a.csv", "optima=b.csv"], "are two questions"),
+        (["runs="], "runs= is empty; for example runs=mine.csv."),
+        (["runs=a.csv", "runs_study=b"], "runs_study=b is read with an Optuna study"),
         (["target_width=256"], "target_width=256 is read with runs= or optima="),
         (["runs=a.csv", "target_width=0"], "target_width=0"),
         (["optima=nowhere.csv"], "optima=nowhere.csv does not exist"),

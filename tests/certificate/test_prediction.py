@@ -194,8 +194,9 @@ def test_without_runs_at_the_transferred_rate_it_is_of_the_fitted_valleys() -> N
     near, exact = foretold(wide(), points_of(LADDER, (-1.5, -0.5, 0.5, 1.5))), predict(LADDER, 256)
     assert near.loss == pytest.approx(exact.loss, abs=0.1)
     assert near.low is not None
+    assert near.loss is not None
     assert near.high is not None
-    assert near.low < near.loss < near.high  # type: ignore[operator]
+    assert near.low < near.loss < near.high
 
 
 def test_rungs_of_other_tokens_are_no_part_of_it() -> None:

@@ -9,9 +9,11 @@ import pytest
 
 from mutune.certificate.assessment import assess
 from mutune.certificate.config import VERDICTS
+from mutune.certificate.laws import law_slopes
 from mutune.certificate.rungs import place
 from mutune.certificate.verdict import NOT_CERTIFIED, Case, Verdict, difference_table, judge
 from mutune.config import SweepConfig
+from mutune.scaling.horizon import HorizonConfig
 from mutune.training.config import RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 
@@ -93,6 +95,30 @@ def test_a_ladder_that_jumps_up_and_down_is_not_certified() -> None:
 def test_the_rung_that_decides_is_named() -> None:
     reasons = verdict(wide(256), {32: 0.0, 64: 0.0, 128: 0.8}).reasons
     assert any(reason.startswith("the rung that decides most is width 128") for reason in reasons)
+
+
+LAWS = law_slopes(HorizonConfig(), ["width"])
+
+
+def by_laws(target: RunSpec, bottoms: dict[int, float]) -> Verdict:
+    """Of a ladder over width alone, where published laws speak of tokens and batch."""
+    return judge(Case([], assess(ladder(bottoms), place(PROXY), place(target), RATE, LAWS), "mup"))
+
+
+def test_laws_alone_never_make_a_no_go_and_measured_drift_does() -> None:
+    far = wide(stages=(StageConfig(128, 4 * 2**12, 240),))  # 12 doublings of the batch
+    steady = by_laws(far, FLAT)
+    assert steady.verdict == "NOT CERTIFIED"
+    assert any("for its batch, which no rung varies, +" in reason for reason in steady.reasons)
+    moved = by_laws(far, moving(-0.8))
+    assert moved.verdict == "NO-GO"
+    assert "more than 0.5 octave (without tokens, batch) with" in moved.reasons[0]
+
+
+def test_an_axis_that_only_laws_speak_of_is_named_with_the_ladder_that_would_measure_it() -> None:
+    result = by_laws(wide(stages=(StageConfig(128, 16, 60),)), FLAT)  # 2 doublings of the batch
+    assert result.verdict == "NOT CERTIFIED"
+    assert result.settle == ["a ladder that varies it: 'ladder=[width,batch]'"]
 
 
 def test_two_widths_are_not_enough() -> None:
