@@ -11,15 +11,30 @@ from mutune.certificate.assessment import assess
 from mutune.certificate.config import VERDICTS
 from mutune.certificate.laws import law_slopes
 from mutune.certificate.rungs import place
-from mutune.certificate.verdict import NOT_CERTIFIED, Case, Verdict, difference_table, judge
+from mutune.certificate.verdict import (
+    CARE_RISK,
+    FAR_OCTAVES,
+    GO_OCTAVES,
+    GO_RISK,
+    MAX_DOUBLINGS,
+    NO_GO_CHANCE,
+    NO_GO_OCTAVES,
+    NOT_CERTIFIED,
+    Case,
+    Verdict,
+    difference_table,
+    judge,
+)
 from mutune.config import SweepConfig
 from mutune.scaling.horizon import HorizonConfig
 from mutune.training.config import RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
+from tests import doors
 
 PROXY = SweepConfig().spec()
 RATE = PROXY.hyperparameters.learning_rate
 OFFSETS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+VERDICT_ROWS = ("NO-GO", "GO", "GO WITH CARE")
 FLAT = {32: 0.0, 64: 0.0, 128: 0.0}
 
 
@@ -209,6 +224,16 @@ def test_every_difference_is_listed_once_and_equal_axes_are_not() -> None:
 def test_no_reason_is_given_where_nothing_differs(rule: Any) -> None:
     assessment = assess(ladder(FLAT), place(PROXY), place(wide(128)), RATE)
     assert rule.reason(Case([], assessment, "mup")) == ""
+
+
+def test_the_page_about_the_certificate_has_the_thresholds_of_the_rules() -> None:
+    page = (doors.ROOT / "docs/certificate.md").read_text()
+    no_go, go, care = (next(line for line in page.splitlines() if line.startswith(f"| {v} |")) for v in VERDICT_ROWS)
+    assert f"more than {NO_GO_OCTAVES:g} octaves" in no_go
+    assert f"with {NO_GO_CHANCE:.0%}".replace("%", " %") in no_go
+    assert f"at most {GO_RISK:.0%}".replace("%", " %") in go
+    assert f"at most {CARE_RISK:.0%}".replace("%", " %") in care
+    assert (GO_OCTAVES, FAR_OCTAVES, MAX_DOUBLINGS) == (0.5, 1.0, 2.0)  # its half an octave, an octave, two doublings
 
 
 def test_the_verdicts_are_the_four_of_the_contract() -> None:
