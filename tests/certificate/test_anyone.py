@@ -100,7 +100,7 @@ def test_tables_in_one_file_are_compared_and_transfer_is_told_from_training(
     assert data["table"] == "mup"
     said = capsys.readouterr().out
     assert "transfers best: mup" in said
-    assert "trains best, each at its own best rate: mup, not distinguishable from sp" in said
+    assert "trains best, each at its own best rate: sp, not distinguishable from mup" in said
 
 
 def test_an_optuna_study_is_read(tmp_path: Path, out: Path) -> None:
