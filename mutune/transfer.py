@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mutune.certificate.adviser import Advice
     from mutune.certificate.assessment import Assessment
     from mutune.certificate.planned import Ladder, Paid
+    from mutune.certificate.verdict import Difference, Verdict
 
 LADDER, SPARE = "ladder", "spare"
 
@@ -269,6 +270,17 @@ def _dry_run(config: TransferConfig, ladder: "Ladder | None", target: RunSpec, a
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A transfer's verdict and what it rests on; a published one has no ladder and so no assessment."""
+
+    verdict: "Verdict"
+    differences: "list[Difference]"
+    prediction: Prediction
+    assessment: "Assessment | None" = None
+    left_out: tuple[str, ...] = ()
+
+
 def _certify(
     config: TransferConfig,
     source: Source,
@@ -279,51 +291,20 @@ def _certify(
 ) -> str:
     """Give the advice, run the ladder, write every result, and return the verdict."""
     from mutune.certificate.adviser import advice_lines
-    from mutune.certificate.assessment import assess
-    from mutune.certificate.certificate import certificate, write_certificate
-    from mutune.certificate.laws import law_slopes, law_table
-    from mutune.certificate.points import AXES
-    from mutune.certificate.prediction import PUBLISHED as UNPREDICTED
-    from mutune.certificate.prediction import outcomes, predict_target
-    from mutune.certificate.rungs import place
-    from mutune.certificate.verdict import Case, difference_table, judge, published_differences, published_verdict
-    from mutune.data.prepare import prepare
+    from mutune.certificate.certificate import write_certificate
     from mutune.reporting.figures import draw_transfer
     from mutune.reporting.page import transfer_page
     from mutune.training.run import write_plan
 
-    figures: list[Path] = []
-    left_out: list[str] = []
     for line in advice_lines(advice):
         print(line, flush=True)
     if source.proxy is None or ladder is None:
-        assessment, price, prediction = None, None, UNPREDICTED
-        differing, verdict = (
-            published_differences(source.transfer.base.width, target),
-            published_verdict(source.transfer),
-        )
+        judged = _judge_published(source.transfer, target)
     else:
-        points, left_out = _ladder(ladder, directory)
-        here, rate = place(source.proxy), source.proxy.hyperparameters.learning_rate
-        laws = law_slopes(config.horizon, [axis for axis in AXES if points[axis].nunique() > 1])
-        assessment = assess(points, here, place(target), rate, laws)
-        vocab_size = prepare(source.proxy.data, source.proxy.tokenizer).vocab_size
-        differing = difference_table(
-            source.proxy, target, vocab_size, target.tokenizer.num_ids, assessment.nearest_values()
-        )
-        verdict = judge(Case(differing, assessment, source.proxy.parametrization.table))
-        price = _price_of_regret(config, assessment, target)
-        prediction = predict_target(source.proxy, target, assessment)
-        figures = drawn(lambda: draw_transfer(directory))
-    transfer = replace(source.transfer, prediction=prediction).sealed(verdict.verdict)
-    rate, table = transfer.hyperparameters.learning_rate, transfer.parametrization.table
-    data = certificate(asdict(transfer.target), rate, table, verdict, differing, assessment, price, advice)
-    data |= {"prediction": asdict(prediction), "outcome": outcomes(directory / "certificate.json", transfer.seal) or []}
-    data["seal"] = transfer.seal
-    if source.proxy and assessment:
-        data["laws"] = law_table(config.horizon, source.proxy, target, assessment.nearest_values())
-    if left_out:
-        data["notes"] = [f"left out of the ladder, for its budget or want of finished runs: {', '.join(left_out)}"]
+        judged = _judge_ladder(config, source.proxy, target, ladder, directory)
+    figures = drawn(lambda: draw_transfer(directory)) if judged.assessment else []
+    transfer = replace(source.transfer, prediction=judged.prediction).sealed(judged.verdict.verdict)
+    data = _data(config, source.proxy, target, transfer, judged, advice, directory)
     write_certificate(directory, data)
     write_plan(directory, target.plan(target.tokenizer.num_ids))
     write_yaml(directory / "transfer.yaml", transfer.as_dict(), "for: python -m mutune.train transfer=<this file>")
@@ -334,7 +315,63 @@ def _certify(
     names += [path.name for path in drawn(lambda: [transfer_page(directory, next_step)], "report")]
     print(f"written    {directory}/: {', '.join(names)}")
     print(f"next       {next_step}")
-    return verdict.verdict
+    return judged.verdict.verdict
+
+
+def _judge_published(transfer: TransferFile, target: RunSpec) -> Judged:
+    from mutune.certificate.prediction import PUBLISHED as UNPREDICTED
+    from mutune.certificate.verdict import published_differences, published_verdict
+
+    differing = published_differences(transfer.base.width, target)
+    return Judged(published_verdict(transfer), differing, UNPREDICTED)
+
+
+def _judge_ladder(config: TransferConfig, proxy: RunSpec, target: RunSpec, ladder: "Ladder", directory: Path) -> Judged:
+    """Make the ladder's runs, and say what follows."""
+    from mutune.certificate.assessment import assess
+    from mutune.certificate.laws import law_slopes
+    from mutune.certificate.points import AXES
+    from mutune.certificate.prediction import predict_target
+    from mutune.certificate.rungs import place
+    from mutune.certificate.verdict import Case, difference_table, judge
+    from mutune.data.prepare import prepare
+
+    points, left_out = _ladder(ladder, directory)
+    laws = law_slopes(config.horizon, [axis for axis in AXES if points[axis].nunique() > 1])
+    assessment = assess(points, place(proxy), place(target), proxy.hyperparameters.learning_rate, laws)
+    vocab_size = prepare(proxy.data, proxy.tokenizer).vocab_size
+    differing = difference_table(proxy, target, vocab_size, target.tokenizer.num_ids, assessment.nearest_values())
+    verdict = judge(Case(differing, assessment, proxy.parametrization.table))
+    return Judged(verdict, differing, predict_target(proxy, target, assessment), assessment, tuple(left_out))
+
+
+def _data(
+    config: TransferConfig,
+    proxy: RunSpec | None,
+    target: RunSpec,
+    transfer: TransferFile,
+    judged: Judged,
+    advice: list["Advice"],
+    directory: Path,
+) -> dict[str, Any]:
+    """The certificate as plain data."""
+    from mutune.certificate.certificate import certificate
+    from mutune.certificate.laws import law_table
+    from mutune.certificate.prediction import outcomes
+
+    rate, table, found = transfer.hyperparameters.learning_rate, transfer.parametrization.table, judged.assessment
+    cost = price(target)
+    regret = found.price(cost.flops / cost.tokens, config.prices) if found else None
+    named = asdict(transfer.target)
+    data = certificate(named, rate, table, judged.verdict, judged.differences, found, regret, advice)
+    data["prediction"], data["seal"] = asdict(judged.prediction), transfer.seal
+    data["outcome"] = outcomes(directory / "certificate.json", transfer.seal) or []
+    if proxy and found:
+        data["laws"] = law_table(config.horizon, proxy, target, found.nearest_values())
+    if judged.left_out:
+        names = ", ".join(judged.left_out)
+        data["notes"] = [f"left out of the ladder, for its budget or want of finished runs: {names}"]
+    return data
 
 
 def _ladder(ladder: "Ladder", directory: Path) -> tuple["pd.DataFrame", list[str]]:
@@ -358,12 +395,6 @@ def _ladder(ladder: "Ladder", directory: Path) -> tuple["pd.DataFrame", list[str
     finally:
         line.close()
     return climbed.points, climbed.left_out
-
-
-def _price_of_regret(config: TransferConfig, assessment: "Assessment", target: RunSpec) -> dict[str, Any]:
-    """What wins the regret back: tokens, FLOPs, GPU-hours, money."""
-    cost = price(target)
-    return assessment.price(cost.flops / cost.tokens, config.prices)
 
 
 def _say(data: dict[str, Any]) -> None:
