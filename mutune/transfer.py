@@ -402,11 +402,11 @@ def _say(data: dict[str, Any]) -> None:
     for note in data.get("notes", []):
         print(f"note       {note}")
     for rung in data["rungs"]:
-        where = ", ".join(f"{axis} {rung[axis]:<6,}" for axis in axes or ["width"])
+        where = ", ".join(f"{axis} {rung[axis]:,}" for axis in axes or ["width"])
         low, high = rung["interval_log2"]
         print(
-            f"{where} optimum 2^{rung['optimum_log2']:.2f} ({low:.2f} to {high:.2f}), {rung['octaves_from_base']:+.2f} "
-            f"octaves from the base, loss {rung['loss']:.4f} ± {rung['loss_error']:.4f}"
+            f"{where}: optimum 2^{rung['optimum_log2']:.2f} ({low:.2f} to {high:.2f}), "
+            f"{rung['octaves_from_base']:+.2f} octaves from the base, loss {rung['loss']:.4f} ± {rung['loss_error']:.4f}"
         )
     print(f"verdict    {data['verdict']}")
     for reason in data["reasons"]:

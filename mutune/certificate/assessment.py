@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,18 @@ class Assessment:
         values = self.valleys.rungs[axis]
         value = self.target[axis]
         return max(0.0, math.log2(value / values.max()), math.log2(values.min() / value))
+
+    def within(self, doublings: float) -> "Assessment":
+        """As far towards the target as was measured: unmeasured axes stay, others go so far past the rungs."""
+        reached = dict(self.target)
+        for axis in AXES:
+            values = self.valleys.rungs[axis]
+            low, high = values.min() / 2**doublings, values.max() * 2**doublings
+            alone = values.nunique() == 1
+            reached[axis] = float(values.iloc[self.base] if alone else min(max(self.target[axis], low), high))
+        if reached == self.target:
+            return self
+        return replace(self, target=reached, drift=extrapolate(self.valleys, self.base, reached, self.slopes))
 
     def measured(self, axis: str) -> int:
         """How many values of `axis` have an optimum inside their rates, the other axes at the base's."""

@@ -13,7 +13,7 @@ from mutune.certificate.assessment import Assessment
 from mutune.certificate.config import Prediction
 from mutune.certificate.laws import law_words
 from mutune.certificate.points import AXES
-from mutune.certificate.verdict import FAR_OCTAVES, Difference, Verdict
+from mutune.certificate.verdict import FAR_OCTAVES, MAX_DOUBLINGS, Difference, Verdict
 from mutune.files import write_json, write_text
 
 
@@ -30,7 +30,7 @@ def certificate(
     """Everything the certificate says, as plain data.
 
     Losses are in nats per token, rates are base learning rates, positions and distances are in octaves of them;
-    intervals hold 90 %.
+    intervals hold 90 %. There is no regret where the target is further from the ladder than intervals were calibrated.
 
     Args:
         price: what wins the regret back, as `regret.price_of`, with `currency` and `tokens_source`.
@@ -45,7 +45,7 @@ def certificate(
         "table": table,
         "rungs": [_rung(assessment, i) for i in range(len(assessment.valleys.rungs))] if assessment else [],
         "drift": _drift(known) if known else None,
-        "regret": _regret(known, price or {}) if known else None,
+        "regret": _regret(known, price or {}) if known and _calibrated(known) else None,
         "differences": [asdict(difference) for difference in differences],
         "advice": [asdict(each) for each in advice],
     }
@@ -144,6 +144,10 @@ def _drift(assessment: Assessment) -> dict[str, Any]:
     }
 
 
+def _calibrated(assessment: Assessment) -> bool:
+    return all(assessment.beyond(axis) <= MAX_DOUBLINGS for axis in AXES)
+
+
 def _regret(assessment: Assessment, price: Mapping[str, Any]) -> dict[str, Any]:
     regret = assessment.regret
     assert regret is not None
@@ -181,6 +185,8 @@ def _at_the_target(data: dict[str, Any]) -> list[str]:
         f"- The best base rate is expected {drift['distance']:+.2f} octaves from the transferred one "
         f"({low:+.2f} to {high:+.2f}); further than an octave with {100 * drift['chance_beyond_an_octave']:.0f} %."
     )
+    if regret is None:
+        return [*lines, "- It is too far from the ladder to say what the transferred rate costs there."]
     lines.append(
         f"- The transferred rate is expected to cost {regret['transferred']:.4f} nats per token "
         f"({regret['low']:.4f} to {regret['high']:.4f}); an octave lower {regret['octave_down']:.4f}, "

@@ -122,8 +122,8 @@ def judge(case: Case) -> Verdict:
     """The verdict of a ladder.
 
     Its two questions are how far the optimum at the target is expected from the transferred rate, and how likely it
-    is further than `FAR_OCTAVES`. Too far by what was measured is NO-GO whatever else holds; then what was not measured
-    makes NOT CERTIFIED.
+    is further than `FAR_OCTAVES`. Too far, as far towards the target as was measured and calibrated, is NO-GO whatever
+    else holds; then what was not measured makes NOT CERTIFIED.
     """
     found = [(reason, rule.cure(case)) for rule in NOT_CERTIFIED if (reason := rule.reason(case))]
     missing, settle = [reason for reason, _ in found], [cure for _, cure in found if cure]
@@ -131,11 +131,11 @@ def judge(case: Case) -> Verdict:
         return Verdict("NOT CERTIFIED", missing, settle)
     said, distance = _said(case.assessment), case.assessment.distance
     drift, decided = case.assessment.drift, _decided(case.assessment)
-    measured = distance - sum(map(case.assessment.by_laws, case.assessment.unmeasured))
-    chance = drift.chance(abs(measured) > GO_OCTAVES)
-    if chance > NO_GO_CHANCE and abs(drift.quantiles(measured)[1]) > NO_GO_OCTAVES:
-        alone = f" (without {', '.join(case.assessment.unmeasured)})" if case.assessment.unmeasured else ""
-        far = f"{said}: more than {GO_OCTAVES:g} octave{alone} with {_percent(chance)}"
+    reached = case.assessment.within(MAX_DOUBLINGS)
+    assert reached.drift is not None
+    chance = reached.drift.chance(abs(reached.distance) > GO_OCTAVES)
+    if chance > NO_GO_CHANCE and abs(reached.drift.quantiles(reached.distance)[1]) > NO_GO_OCTAVES:
+        far = f"{_said(reached)}: more than {GO_OCTAVES:g} octave with {_percent(chance)}"
         return Verdict("NO-GO", [far, *decided, *missing], settle)
     if missing:
         return Verdict("NOT CERTIFIED", [*missing, said, *decided], settle)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from mutune.certificate.assessment import assess
+from mutune.certificate.certificate import certificate, markdown
 from mutune.certificate.config import VERDICTS
 from mutune.certificate.laws import law_slopes
 from mutune.certificate.rungs import place
@@ -127,7 +128,21 @@ def test_laws_alone_never_make_a_no_go_and_measured_drift_does() -> None:
     assert any("for its batch, which no rung varies, +" in reason for reason in steady.reasons)
     moved = by_laws(far, moving(-0.8))
     assert moved.verdict == "NO-GO"
-    assert "more than 0.5 octave (without tokens, batch) with" in moved.reasons[0]
+    assert "more than 0.5 octave with" in moved.reasons[0]
+
+
+def test_a_bend_carried_far_past_the_ladder_makes_no_no_go_and_one_on_it_does() -> None:
+    bent = {32: 0.0, 64: 0.0, 128: 0.25}
+    assert verdict(wide(128 * 2**8), bent).verdict == "NOT CERTIFIED"
+    assert verdict(wide(128 * 2**8), {32: 0.0, 64: 0.5, 128: 1.2}).verdict == "NO-GO"
+
+
+def test_a_target_too_far_from_the_ladder_has_no_regret() -> None:
+    for width, known in ((512, True), (1024, False)):
+        assessment = assess(ladder(FLAT), place(PROXY), place(wide(width)), RATE)
+        data = certificate({"name": "x"}, RATE, "mup", judge(Case([], assessment)), [], assessment)
+        assert (data["regret"] is not None) == known
+        assert ("too far from the ladder" in markdown(data)) != known
 
 
 def test_an_axis_that_only_laws_speak_of_is_named_with_the_ladder_that_would_measure_it() -> None:
