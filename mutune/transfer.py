@@ -406,7 +406,8 @@ def _say(data: dict[str, Any]) -> None:
         low, high = rung["interval_log2"]
         print(
             f"{where}: optimum 2^{rung['optimum_log2']:.2f} ({low:.2f} to {high:.2f}), "
-            f"{rung['octaves_from_base']:+.2f} octaves from the base, loss {rung['loss']:.4f} ± {rung['loss_error']:.4f}"
+            f"{rung['octaves_from_base']:+.2f} octaves from the base, "
+            f"loss {rung['loss']:.4f} ± {rung['loss_error']:.4f}"
         )
     print(f"verdict    {data['verdict']}")
     for reason in data["reasons"]:
