@@ -16,6 +16,7 @@ from mutune.certificate.points import AXES, doublings
 from mutune.certificate.valleys import Fit, Valleys
 
 # What is believed before any run is seen, in octaves. Calibrated in benchmarks/calibration.md.
+FLAT = 100.0  # variance of the level, octaves²: nothing is believed of it
 SLOPE = 0.7  # sd of the slope per doubling of an axis without a law of its own
 SCATTERS, SCATTER = np.array([0.0, 0.03, 0.06, 0.1, 0.15, 0.22, 0.32, 0.5, 0.8]), 0.07  # of a rung: tried; scale
 BENDS = {0.0: 0.25, 0.5: 0.35, 1.5: 0.4}  # in units of the next: prior weight
@@ -117,15 +118,15 @@ class _Model:
         k, observed = self.k, fit.optima[self.k]
         noise = fit.covariance[np.ix_(k, k)]
         slope = self._slope(observed, np.diag(noise))
-        widths = np.gradient(SCATTERS)
-        parts = []
-        for scatter, width in zip(SCATTERS, widths, strict=True):
-            prior = np.log(width * weight) - 2 * np.log1p((scatter / SCATTER) ** 2 / 3)  # half of Student's t, 3
-            for bend, share in BENDS.items():
-                sizes = bend * (BEND + BEND_OF_SLOPE * np.abs(slope)) * self.bends
-                score, mean, covariance = self._posterior(observed, noise, float(scatter), sizes)
-                parts.append(_Part(form, fit.freedom, score + prior + np.log(share), mean, covariance))
-        return parts
+        scatters, bends = (grid.ravel() for grid in np.meshgrid(SCATTERS, list(BENDS), indexing="ij"))
+        sizes = bends[:, None] * (BEND + BEND_OF_SLOPE * np.abs(slope)) * self.bends
+        scores, means, covariances = self._posteriors(observed, noise, scatters, sizes)
+        scores += np.log(np.outer(np.gradient(SCATTERS), list(BENDS.values())).ravel() * weight)
+        scores -= 2 * np.log1p((scatters / SCATTER) ** 2 / 3)  # half of Student's t with 3 degrees of freedom
+        return [
+            _Part(form, fit.freedom, float(score), mean, covariance)
+            for score, mean, covariance in zip(scores, means, covariances, strict=True)
+        ]
 
     def _slope(self, observed: np.ndarray, variance: np.ndarray) -> np.ndarray:
         """A first guess of every axis' slope, drawn to its law."""
@@ -136,23 +137,29 @@ class _Model:
             np.linalg.solve((u * w[:, None]).T @ u + precision, u.T @ (w * y) + self.law / self.slope_sd**2)
         )
 
-    def _posterior(
-        self, observed: np.ndarray, noise: np.ndarray, scatter: float, bends: np.ndarray
-    ) -> tuple[float, np.ndarray, np.ndarray]:
-        """Log evidence, mean and covariance of (optima, target, slopes)."""
-        R, A, k, u = self.R, self.A, self.k, self.u
+    def _posteriors(
+        self, observed: np.ndarray, noise: np.ndarray, scatters: np.ndarray, bends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Log evidence (S,), mean (S, n) and covariance (S, n, n) of (optima, target, slopes).
+
+        Args:
+            scatters: (S,). bends: (S, axes).
+        """
+        R, A, k, u, S = self.R, self.A, self.k, self.u, len(scatters)
         design = np.hstack([np.ones((R + 1, 1)), u, u**2, np.eye(R + 1)])
         design = np.vstack([design, np.hstack([np.zeros((A, 1)), np.eye(A), np.zeros((A, A + R + 1))])])
-        variance = np.concatenate([[100.0], self.slope_sd**2, bends**2, np.full(R + 1, scatter**2)])
+        flat, scattered = np.full((S, 1), FLAT), np.repeat(scatters[:, None] ** 2, R + 1, axis=1)
+        variance = np.hstack([flat, np.tile(self.slope_sd**2, (S, 1)), bends**2, scattered])
         level = float(np.mean(observed - u[k] @ self.law))
         prior = np.concatenate([level + u @ self.law, self.law])
-        mixed = design * variance
+        mixed = design * variance[:, None, :]
         spread = mixed @ design[k].T
-        inner = spread[k] + noise
-        gain = np.linalg.solve(inner, spread.T).T
+        inner = spread[:, k] + noise
         gap = observed - prior[k]
-        score = -0.5 * float(gap @ np.linalg.solve(inner, gap) + np.linalg.slogdet(inner)[1])
-        return score, prior + gain @ gap, mixed @ design.T - gain @ spread.T
+        gain = np.swapaxes(np.linalg.solve(inner, np.swapaxes(spread, 1, 2)), 1, 2)
+        fits = np.linalg.solve(inner, np.broadcast_to(gap[:, None], (S, len(k), 1)))[..., 0]
+        scores = -0.5 * (fits @ gap + np.linalg.slogdet(inner)[1])
+        return scores, prior + gain @ gap, mixed @ design.T - gain @ np.swapaxes(spread, 1, 2)
 
 
 def _draw(parts: list[_Part], model: _Model, valleys: Valleys, base: int) -> Drift:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from scipy import stats
+from scipy.optimize import brentq
 
 from mutune.certificate.points import rung_index, rung_table
 
@@ -114,15 +115,13 @@ class Valleys:
 def mixture_quantile(
     weights: np.ndarray, means: np.ndarray, errors: np.ndarray, freedom: np.ndarray, share: float
 ) -> float:
-    """The quantile of a mixture of Student's t, by bisection."""
+    """The quantile of a mixture of Student's t."""
+
+    def above(value: float) -> float:
+        return float(weights @ stats.t.cdf((value - means) / errors, freedom)) - share
+
     low, high = float((means - 99 * errors).min()), float((means + 99 * errors).max())
-    for _ in range(60):
-        middle = (low + high) / 2
-        if float(weights @ stats.t.cdf((middle - means) / errors, freedom)) < share:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+    return float(brentq(above, low, high, xtol=1e-6))
 
 
 def fit_valleys(points: pd.DataFrame) -> Valleys:
