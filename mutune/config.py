@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from mutune.certificate.config import LadderConfig, Overrides, PriceConfig, TargetConfig
+from mutune.certificate.config import BudgetConfig, LadderConfig, Overrides, PriceConfig, TargetConfig
 from mutune.compose import plain
 from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.errors import Refusal, require, require_name, require_number
@@ -99,7 +99,7 @@ class SweepConfig(DoorConfig):
 
 
 @dataclass(frozen=True)
-class TransferConfig(DoorConfig):
+class TransferConfig(BudgetConfig, DoorConfig):
     """Everything that decides a transfer.
 
     Attributes:
@@ -130,7 +130,8 @@ class TransferConfig(DoorConfig):
     require_go: bool = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        DoorConfig.__post_init__(self)
+        BudgetConfig.__post_init__(self)
         require_name("study", self.study)
         for key, example in (("runs", "runs=mine.csv"), ("optima", "optima=optima.csv")):
             require(getattr(self, key) != "", f"{key}= is empty; for example {example}.")

@@ -1,7 +1,7 @@
 """Carry a study's best values to a target: train a ladder, measure the drift of the optimum, give a verdict.
 
 The ladder varies the width, and the tokens, each alone: `ladder=[width,tokens,batch,depth]` says which (short for
-`ladder.axes=`), `ladder.widths=[64,128]` and the like which rungs, `ladder.budget_minutes=` what it may cost.
+`ladder.axes=`), `ladder.widths=[64,128]` and the like which rungs, `budget_minutes=` what it may cost.
 
 Writes the transfer file that `python -m mutune.train` takes, the plan, the certificate, figures and report.html under
 <out>/transfer/<study>--<target>/. `study=published` takes BTLM-3B-8K's own values and needs no ladder.
@@ -156,7 +156,7 @@ def _plan_ladder(config: TransferConfig, source: Source, target: RunSpec, direct
     source.transfer.check_text(corpus.content_hash)
     check_data(proxy, corpus, "the study's run")
     ladder = plan_ladder(
-        proxy, target, config.ladder, directory / LADDER, config.device, corpus.content_hash, source.trials
+        proxy, target, config.ladder, config, directory / LADDER, config.device, corpus.content_hash, source.trials
     )
     runs = sorted((ladder.rungs[run.rung] for run in ladder.first.runs), key=lambda spec: -price(spec).bytes)
     require_memory(runs[: ladder.workers], config.device, "ladder.widths or ladder.workers")

@@ -131,7 +131,7 @@ def test_a_ladder_folder_holds_the_runs_of_its_certificate_and_the_others_are_ke
 
 
 DESIGNED = ["ladder.widths=null", "ladder.offsets=null", "ladder.seeds=null", "target.model.width=64"]
-DESIGNED += ["target.stages=[{context_length: 64, batch_sequences: 8, num_steps: 40}]", "ladder.budget_fraction=4"]
+DESIGNED += ["target.stages=[{context_length: 64, batch_sequences: 8, num_steps: 40}]", "budget_fraction=4"]
 
 
 def test_a_ladder_by_design_measures_width_and_tokens_within_its_budget(

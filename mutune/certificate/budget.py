@@ -7,7 +7,7 @@ from statistics import median
 
 import numpy as np
 
-from mutune.certificate.config import LadderConfig
+from mutune.certificate.config import BudgetConfig
 from mutune.training.config import RunSpec
 from mutune.training.price import price
 
@@ -52,6 +52,10 @@ class Budget:
         seconds = sum(run.seconds for run in finished)
         return 1.0 - max(flops / self.flops, seconds / self.seconds)
 
+    def minutes(self, workers: int) -> float:
+        """How long so many workers may take."""
+        return self.seconds / 60 / workers / BUSY
+
     def seconds_of(self, specs: Sequence[RunSpec]) -> float:
         """How long a worker takes for these runs, as far as the study's trials tell."""
         speeds = _Speeds(self.trials)
@@ -59,18 +63,18 @@ class Budget:
 
 
 def budget_of(
-    ladder: LadderConfig, proxy: RunSpec, target: RunSpec, workers: int, trials: Sequence[Timed], listed: float
+    limits: BudgetConfig, proxy: RunSpec, target: RunSpec, workers: int, trials: Sequence[Timed], listed: float
 ) -> Budget:
     """The budget that is asked for.
 
     Args:
         listed: FLOPs of the first runs of all listed rungs, for which there is room where no budget is given.
     """
-    if ladder.budget_fraction is None and ladder.budget_minutes is None:
+    if limits.budget_fraction is None and limits.budget_minutes is None:
         flops = max(DEFAULT_TRIALS * price(proxy).flops, ROOM * listed)
     else:
-        flops = math.inf if ladder.budget_fraction is None else ladder.budget_fraction * price(target).flops
-    seconds = math.inf if ladder.budget_minutes is None else 60 * ladder.budget_minutes * workers * BUSY
+        flops = math.inf if limits.budget_fraction is None else limits.budget_fraction * price(target).flops
+    seconds = math.inf if limits.budget_minutes is None else 60 * limits.budget_minutes * workers * BUSY
     return Budget(flops, seconds, tuple(trials))
 
 

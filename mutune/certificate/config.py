@@ -63,9 +63,6 @@ class LadderConfig:
         batches: rungs as multiples of the study's batch, at the same tokens.
         offsets: a fixed grid of learning rates, in octaves from the study's best; null chooses rates by their results.
         seeds: of each point of a grid; by design at most so many. null: 2 of a grid, at most 8 by design.
-        budget_fraction: of the target's FLOPs, that all runs together may cost.
-        budget_minutes: how long they may take here, by the time that the study's trials took. Both null: what 112
-            trials of the study cost, about 4 minutes for the sweep `proxy`, or more where rungs are listed.
         workers: single-threaded worker processes; null takes the number of cores.
     """
 
@@ -76,8 +73,6 @@ class LadderConfig:
     depths: list[int] | None = None
     offsets: list[float] | None = None
     seeds: int | None = None
-    budget_fraction: float | None = None
-    budget_minutes: float | None = None
     workers: int | None = None
 
     def __post_init__(self) -> None:
@@ -91,9 +86,6 @@ class LadderConfig:
                 require_number(
                     f"ladder.{key}", getattr(self, key), at_least=1, at_most=most, example=example, whole=True
                 )
-        for key, works in (("budget_fraction", 0.1), ("budget_minutes", 4.0)):
-            if getattr(self, key) is not None:
-                require_number(f"ladder.{key}", getattr(self, key), above=0, example=works)
 
     @property
     def chosen_axes(self) -> list[str]:
@@ -148,6 +140,25 @@ def _check_offsets(offsets: list[float]) -> None:
         f"ladder.offsets={offsets} must lie on both sides of 0, which is the transferred rate, and at least "
         f"{MIN_GAP:g} octaves apart; {works}.",
     )
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """What a ladder may cost. Both null: what 112 trials of the study cost, about 4 minutes for the sweep `proxy`.
+
+    Attributes:
+        budget_fraction: of the target's FLOPs, that all runs of the ladder together may cost; null with budget_minutes
+            null takes what 112 trials of the study cost, or more where rungs are listed.
+        budget_minutes: how long they may take here, by the time that the study's trials took.
+    """
+
+    budget_fraction: float | None = None
+    budget_minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        for key, works in (("budget_fraction", 0.1), ("budget_minutes", 4.0)):
+            if getattr(self, key) is not None:
+                require_number(key, getattr(self, key), above=0, example=works)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mutune.certificate.budget import Budget, Timed, budget_of
-from mutune.certificate.config import LadderConfig
+from mutune.certificate.config import BudgetConfig, LadderConfig
 from mutune.certificate.design import Design, Next, Plan, first_offsets, grid_runs
 from mutune.certificate.ladder import LadderRun, fingerprint, rung_name
 from mutune.certificate.rungs import at, place, places, rung_specs
@@ -90,6 +90,7 @@ def plan_ladder(
     proxy: RunSpec,
     target: RunSpec,
     config: LadderConfig,
+    limits: BudgetConfig,
     directory: Path,
     device: str,
     data_hash: str,
@@ -110,8 +111,8 @@ def plan_ladder(
     count = sum(map(len, first_offsets(seeds))) if config.offsets is None else len(config.offsets) * seeds
     workers = config.workers or default_workers()
     listed = sum(count * price(spec).flops for spec in _listed(proxy, config))
-    budget = budget_of(config, proxy, target, workers, timed, listed)
-    rungs = rung_specs(proxy, target, config, lambda spec: count * float(budget.shares([spec], [])[0]))
+    budget = budget_of(limits, proxy, target, workers, timed, listed)
+    rungs = rung_specs(proxy, target, config, limits, lambda spec: count * float(budget.shares([spec], [])[0]))
     log2_rate = math.log2(proxy.hyperparameters.learning_rate)
     design = Design(places(rungs), 0, place(target), log2_rate, proxy.seed, seeds)
     return Ladder(config, tuple(rungs), target, design, budget, paid, directory, device, data_hash)
@@ -130,7 +131,7 @@ def words(ladder: Ladder) -> list[str]:
     if ladder.config.offsets is None:
         budget = ladder.budget
         limits = [f"{budget.flops:.3g} FLOPs"] if math.isfinite(budget.flops) else []
-        limits += [f"{ladder.config.budget_minutes:g} minutes"] if math.isfinite(budget.seconds) else []
+        limits += [f"{budget.minutes(ladder.workers):g} minutes"] if math.isfinite(budget.seconds) else []
         lines.append(
             f"{'then':<14} rates beyond an edge, and rates and seeds where they tell most, up to {' and '.join(limits)}"
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from mutune.certificate.config import AXIS_KEYS, LadderConfig
+from mutune.certificate.config import AXIS_KEYS, BudgetConfig, LadderConfig
 from mutune.certificate.drift import SCATTER, SLOPE
 from mutune.certificate.points import AXES, doublings
 from mutune.errors import Refusal, require
@@ -30,7 +30,7 @@ def places(specs: Sequence[RunSpec]) -> pd.DataFrame:
 
 
 def rung_specs(
-    proxy: RunSpec, target: RunSpec, ladder: LadderConfig, share: Callable[[RunSpec], float]
+    proxy: RunSpec, target: RunSpec, ladder: LadderConfig, limits: BudgetConfig, share: Callable[[RunSpec], float]
 ) -> list[RunSpec]:
     """The runs that a ladder's rungs are, the proxy first.
 
@@ -50,7 +50,7 @@ def rung_specs(
         )  # the target is no further than the proxy: one rung shows that the optimum stays
     found = list({tuple(place(spec).values()): spec for spec in _chosen(rungs, steps, target, share)}.values())
     if len(found) == 1:
-        raise _too_few(proxy, ladder, steps, share)
+        raise _too_few(proxy, ladder, limits, steps, share)
     return found
 
 
@@ -164,18 +164,21 @@ def _variance(rungs: list[RunSpec], goal: dict[str, float]) -> float:
 
 
 def _too_few(
-    proxy: RunSpec, ladder: LadderConfig, steps: dict[str, list[list[RunSpec]]], share: Callable[[RunSpec], float]
+    proxy: RunSpec,
+    ladder: LadderConfig,
+    limits: BudgetConfig,
+    steps: dict[str, list[list[RunSpec]]],
+    share: Callable[[RunSpec], float],
 ) -> Refusal:
     """Why the base is alone, and what would give it company."""
     width = proxy.model.width
     works = f"for example ladder.widths=[{2 * width},{4 * width}]"
     nearest = [queue[0] for queues in steps.values() for queue in queues if queue]
-    key = "budget_minutes" if ladder.budget_fraction is None else "budget_fraction"
-    if nearest and (given := getattr(ladder, key)) is not None:
+    key = "budget_minutes" if limits.budget_fraction is None else "budget_fraction"
+    if nearest and (given := getattr(limits, key)) is not None:
         need = given * (share(proxy) + min(map(share, nearest))) / FIRST_SHARE
         return Refusal(
-            f"ladder.{key}={given:g} has no room for the first runs of two rungs; for example "
-            f"ladder.{key}={1.5 * need:.2g}."
+            f"{key}={given:g} has no room for the first runs of two rungs; for example {key}={1.5 * need:.2g}."
         )
     listed = [axis for axis in ladder.chosen_axes if ladder.rungs(axis)]
     if listed == ["width"]:

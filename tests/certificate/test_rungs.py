@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mutune.certificate.budget import DEFAULT_TRIALS, Timed, budget_of
-from mutune.certificate.config import LadderConfig
+from mutune.certificate.config import BudgetConfig, LadderConfig
 from mutune.certificate.ladder import rung_name
 from mutune.certificate.planned import Ladder, plan_ladder, words
 from mutune.certificate.rungs import at, place
@@ -22,8 +22,10 @@ SMALL = replace(
 )  # tokens 8×, batch 4×
 
 
-def planned(target: RunSpec = SMALL, proxy: RunSpec = PROXY, **keys: Any) -> Ladder:
-    return plan_ladder(proxy, target, LadderConfig(workers=2, **keys), Path("x"), "cpu", "hash")
+def planned(
+    target: RunSpec = SMALL, proxy: RunSpec = PROXY, limits: BudgetConfig = BudgetConfig(), **keys: Any
+) -> Ladder:
+    return plan_ladder(proxy, target, LadderConfig(workers=2, **keys), limits, Path("x"), "cpu", "hash")
 
 
 def names(ladder: Ladder) -> list[str]:
@@ -83,19 +85,17 @@ def test_listed_rungs_are_the_ladder_s_and_axes_follow_from_them() -> None:
 
 
 def test_a_larger_budget_reaches_further_and_a_small_one_names_one_that_would_do() -> None:
-    few = planned(budget_fraction=0.3)
-    assert set(names(few)) < set(names(planned(budget_fraction=3.0)))
-    with pytest.raises(
-        Refusal, match=r"^ladder.budget_fraction=0.001 has no room for the first runs of two rungs"
-    ) as refused:
-        planned(budget_fraction=0.001)
+    few = planned(limits=BudgetConfig(0.3))
+    assert set(names(few)) < set(names(planned(limits=BudgetConfig(3.0))))
+    with pytest.raises(Refusal, match=r"^budget_fraction=0.001 has no room for the first runs of two rungs") as refused:
+        planned(limits=BudgetConfig(0.001))
     works = float(str(refused.value).rpartition("=")[2].rstrip("."))
-    assert len(planned(budget_fraction=works).rungs) > 1
+    assert len(planned(limits=BudgetConfig(works)).rungs) > 1
 
 
 def test_minutes_count_by_what_the_study_s_trials_took() -> None:
     def rungs(seconds: float) -> int:
-        config = LadderConfig(budget_minutes=4.0)
+        config = BudgetConfig(budget_minutes=4.0)
         budget = budget_of(config, PROXY, SMALL, 2, [Timed(PROXY, seconds)], 0.0)
         return round(1 / float(budget.shares([PROXY], [])[0]))
 
@@ -104,7 +104,7 @@ def test_minutes_count_by_what_the_study_s_trials_took() -> None:
 
 
 def test_speeds_are_measured_again_as_runs_finish() -> None:
-    budget = budget_of(LadderConfig(budget_minutes=1.0), PROXY, SMALL, 1, [Timed(PROXY, 5.0)], 0.0)
+    budget = budget_of(BudgetConfig(budget_minutes=1.0), PROXY, SMALL, 1, [Timed(PROXY, 5.0)], 0.0)
     wide = at(PROXY, "width", 128)
     guessed = float(budget.shares([wide], [])[0])
     known = float(budget.shares([wide], [Timed(wide, 10.2)])[0])
@@ -122,7 +122,7 @@ def test_a_grid_is_every_rung_at_every_offset_and_seed() -> None:
 
 
 def test_a_grid_rung_that_the_budget_has_no_room_for_is_left_out() -> None:
-    ladder = planned(widths=[64, 512], offsets=[-1, 0, 1], budget_fraction=1.0)
+    ladder = planned(widths=[64, 512], offsets=[-1, 0, 1], limits=BudgetConfig(1.0))
     assert [names(ladder)[rung] for rung in ladder.first.left_out] == ["w512"]
     assert any("w512" in line and "left out" in line for line in words(ladder))
 
@@ -136,8 +136,6 @@ CONFIGS = [
     ({"tokens": []}, "ladder.tokens=[] is empty"),
     ({"widths": [64, 64]}, "ladder.widths=[64, 64] repeats a rung"),
     ({"offsets": [0, 1]}, "must hold at least three distinct offsets"),
-    ({"budget_fraction": 0}, "must be a finite number above 0; for example ladder.budget_fraction=0.1"),
-    ({"budget_minutes": -1}, "for example ladder.budget_minutes=4"),
 ]  # fmt: skip
 
 
@@ -146,4 +144,10 @@ def test_a_ladder_s_keys_are_checked(keys: dict[str, Any], sentence: str) -> Non
     with pytest.raises(Refusal) as refused:
         LadderConfig(**keys)
     assert sentence in str(refused.value)
-    LadderConfig(axes=["width", "tokens"], widths=[64], tokens=[0.5, 2], budget_fraction=0.1, budget_minutes=4)
+    LadderConfig(axes=["width", "tokens"], widths=[64], tokens=[0.5, 2])
+
+
+@pytest.mark.parametrize(("key", "value", "works"), [("budget_fraction", 0, 0.1), ("budget_minutes", -1, 4)])
+def test_a_budget_is_above_0(key: str, value: float, works: float) -> None:
+    with pytest.raises(Refusal, match=rf"^{key}={value} must be a finite number above 0; for example {key}={works}\.$"):
+        BudgetConfig(**{key: value})
