@@ -351,8 +351,8 @@ def test_all_cures_for_the_3b_target_together_leave_nothing_but_the_ladder_to_wi
     done = cured.after(left.cure)
     assert done.advice() == []
     proxy, target, _ = runs(done.sweep, done.transfer)
-    ladder = compose("transfer", TransferConfig, done.transfer).ladder
-    assert len(plan_ladder(proxy, target, ladder, Path("x"), "cpu", "hash").rungs) > 1
+    asked = compose("transfer", TransferConfig, done.transfer)
+    assert len(plan_ladder(proxy, target, asked.ladder, asked, Path("x"), "cpu", "hash").rungs) > 1
 
 
 def test_a_target_made_longer_by_its_cure_is_settled_by_the_next_ones() -> None:

@@ -23,6 +23,7 @@ from mutune.certificate.verdict import Case, judge
 from mutune.compose import compose
 from mutune.config import SweepConfig
 from mutune.parametrization.rules import MUP, TABLES, Rule, Table
+from mutune.training import run
 from mutune.training.config import RunSpec
 from mutune.training.run import run_to_end
 from tests.soak import record
@@ -64,7 +65,8 @@ def train(work: tuple[str, int, int, int, str]) -> dict[str, Any]:
     proxy: RunSpec = compose("sweep", SweepConfig, ["+sweep=valley"]).spec()
     hyper = replace(proxy.hyperparameters, learning_rate=2.0 ** (offset - 6))
     spec = replace(proxy, model=proxy.model.at_width(width), hyperparameters=hyper, seed=seed)
-    with patch.dict(TABLES, {"mup": BROKEN.get(rule, MUP)}):
+    unaudited = patch.object(run, "second_opinion_of", lambda spec, plan: [])  # the audit would stop a broken rule
+    with patch.dict(TABLES, {"mup": BROKEN.get(rule, MUP)}), unaudited:
         result = run_to_end(spec, Path(folder) / f"{rule}-{width}-{offset}-{seed}".replace("/", "-"), "cpu", {})
     loss = math.nan if result.diverged else result.value
     return {

@@ -20,11 +20,10 @@ PROXY = SweepConfig().spec()  # width 32, depth 4, 240 steps of 4 × 128 tokens
 SMALL = replace(
     PROXY, model=PROXY.model.at_width(128), stages=(StageConfig(128, 16, 360), StageConfig(512, 4, 120))
 )  # tokens 8×, batch 4×
+UNSAID = BudgetConfig()
 
 
-def planned(
-    target: RunSpec = SMALL, proxy: RunSpec = PROXY, limits: BudgetConfig = BudgetConfig(), **keys: Any
-) -> Ladder:
+def planned(target: RunSpec = SMALL, proxy: RunSpec = PROXY, limits: BudgetConfig = UNSAID, **keys: Any) -> Ladder:
     return plan_ladder(proxy, target, LadderConfig(workers=2, **keys), limits, Path("x"), "cpu", "hash")
 
 
