@@ -65,8 +65,10 @@ def train(work: tuple[str, int, int, int, str]) -> dict[str, Any]:
     proxy: RunSpec = compose("sweep", SweepConfig, ["+sweep=valley"]).spec()
     hyper = replace(proxy.hyperparameters, learning_rate=2.0 ** (offset - 6))
     spec = replace(proxy, model=proxy.model.at_width(width), hyperparameters=hyper, seed=seed)
-    unaudited = patch.object(run, "second_opinion_of", lambda spec, plan: [])  # the audit would stop a broken rule
-    with patch.dict(TABLES, {"mup": BROKEN.get(rule, MUP)}), unaudited:
+    with (
+        patch.dict(TABLES, {"mup": BROKEN.get(rule, MUP)}),
+        patch.object(run, "second_opinion_of", lambda spec, plan: []),  # the audit would stop a broken rule
+    ):
         result = run_to_end(spec, Path(folder) / f"{rule}-{width}-{offset}-{seed}".replace("/", "-"), "cpu", {})
     loss = math.nan if result.diverged else result.value
     return {
