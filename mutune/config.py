@@ -8,7 +8,7 @@ from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.errors import Refusal, require, require_name, require_number
 from mutune.model.shape import ModelConfig, base_config
 from mutune.parametrization.hyperparameters import BaseHyperparameters
-from mutune.parametrization.rules import ParametrizationConfig
+from mutune.parametrization.rules import TABLES, ParametrizationConfig
 from mutune.scaling.horizon import HorizonConfig
 from mutune.search.config import SearchConfig
 from mutune.training.config import MAX_SEED, LoopConfig, RunSpec, StageConfig
@@ -110,6 +110,8 @@ class TransferConfig(BudgetConfig, DoorConfig):
         optima: instead of a study: a CSV file with the columns width and optimum. Gives a drift statement.
         target_width: with `runs` or `optima`: the width that is asked about; null takes twice the largest.
         target: the run that the values are carried to.
+        compare: parametrization tables that get the same ladder as the study's own, from the same values; the
+            certificate says which transfers best and which trains best. For example compare=[mup,sp,completep].
         ladder: the runs that tell how far they can be carried.
         horizon: published laws for tokens and batch, where the ladder measured none.
         hyperparameters: base values set by hand over the study's.
@@ -122,6 +124,7 @@ class TransferConfig(BudgetConfig, DoorConfig):
     runs_study: str | None = None
     optima: str | None = None
     target_width: float | None = None
+    compare: list[str] | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     horizon: HorizonConfig = field(default_factory=HorizonConfig)
@@ -143,6 +146,8 @@ class TransferConfig(BudgetConfig, DoorConfig):
             self.runs is None or self.optima is None,
             f"runs={self.runs} and optima={self.optima} are two questions; give one of them.",
         )
+        if self.compare is not None:
+            self._check_compare()
         if self.target_width is not None:
             require_number("target_width", self.target_width, above=0, example=256)
             require(
@@ -150,6 +155,18 @@ class TransferConfig(BudgetConfig, DoorConfig):
                 f"target_width={self.target_width:g} is read with runs= or optima=; a study's target has its own "
                 "width, for example target.model.width=256.",
             )
+
+    def _check_compare(self) -> None:
+        assert self.compare is not None
+        key, works = f"compare={self.compare}", "for example compare=[mup,sp]"
+        require(len(self.compare) > 0, f"{key} names no table; {works}.")
+        require(len(set(self.compare)) == len(self.compare), f"{key} repeats a table; {works}.")
+        for table in self.compare:
+            require(table in TABLES, f"{key} has an unknown table; known tables: {', '.join(sorted(TABLES))}.")
+        require(
+            self.study != PUBLISHED and self.runs is None and self.optima is None,
+            f"{key} runs ladders of a study; for example study=proxy, or give the file of runs= a column table.",
+        )
 
 
 @dataclass(frozen=True)

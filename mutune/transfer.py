@@ -13,7 +13,8 @@ examples:
 """
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
     from mutune.certificate.adviser import Advice
     from mutune.certificate.assessment import Assessment
     from mutune.certificate.planned import Ladder, Paid
-    from mutune.certificate.verdict import Difference, Verdict
+    from mutune.certificate.verdict import Case, Difference, Verdict
 
-LADDER, SPARE = "ladder", "spare"
+LADDER, SPARE, COMPARED = "ladder", "spare", "compare"
 
 
 @dataclass(frozen=True)
@@ -85,24 +86,24 @@ def work(config: TransferConfig) -> int:
     target = source.transfer.spec(config.seed)
     require_writable(Path(config.out))
     directory = Path(config.out) / "transfer" / f"{config.study}--{config.target.name}"
-    ladder = _plan_ladder(config, source, target, directory)
+    ladders = _plan_ladders(config, source, target, directory)
     _check_target_data(source.transfer, target)
-    advice = _advice(source.proxy, target, ladder)
+    advice = _advice(source.proxy, target, next(iter(ladders.values()), None))
     if config.dry_run:
-        print(_dry_run(config, ladder, target, advice))
+        print(_dry_run(config, ladders, target, advice))
         return OK
     inputs = _inputs(source)
     check_claim(directory, inputs, "target.name", config.overwrite)
     with locked(directory, "target.name"):
-        claim(directory, inputs, "target.name", config.overwrite, keep=(LADDER, SPARE))
-        verdict = _certify(config, source, target, directory, ladder, advice)
+        claim(directory, inputs, "target.name", config.overwrite, keep=(LADDER, SPARE, COMPARED))
+        verdict = _certify(config, source, target, directory, ladders, advice)
     return NOT_GO if config.require_go and verdict != "GO" else OK
 
 
 def _from_table(config: TransferConfig) -> int:
     """The certificate, or the drift statement, of somebody's finished runs."""
     from mutune.certificate.anyone import Asked, from_optima, from_runs, runs_hash
-    from mutune.certificate.certificate import write_certificate
+    from mutune.certificate.certificate import spoken, write_certificate
     from mutune.certificate.table import read_optima, read_tables, to_tables
 
     asked = Asked(config.target_width, config.hyperparameters.learning_rate, config.prices)
@@ -117,7 +118,7 @@ def _from_table(config: TransferConfig) -> int:
         else:
             tables = read_tables(source)
         data = from_runs(tables, asked, source)
-    _say(data)
+    print("\n".join(spoken(data)))
     if config.dry_run:
         print(NOTHING_WRITTEN)
         return OK
@@ -143,24 +144,45 @@ def _inputs(source: Source) -> dict[str, Any]:
     return {"transfer": transfer}
 
 
-def _plan_ladder(config: TransferConfig, source: Source, target: RunSpec, directory: Path) -> "Ladder | None":
-    """What the ladder will do, checked against text and memory; None for published values."""
+def _plan_ladders(config: TransferConfig, source: Source, target: RunSpec, directory: Path) -> dict[str, "Ladder"]:
+    """What each table's ladder will do, the study's own first, checked against text and memory.
+
+    There is none for published values.
+    """
     from mutune.certificate.planned import plan_ladder
     from mutune.data.prepare import prepare
     from mutune.training.memory import require_memory
     from mutune.training.run import check_data
 
     if (proxy := source.proxy) is None:
-        return None
+        return {}
     corpus = prepare(proxy.data, proxy.tokenizer)
     source.transfer.check_text(corpus.content_hash)
     check_data(proxy, corpus, "the study's run")
-    ladder = plan_ladder(
-        proxy, target, config.ladder, config, directory / LADDER, config.device, corpus.content_hash, source.trials
-    )
+    own, ladders = proxy.parametrization.table, {}
+    for table in dict.fromkeys([own, *(config.compare or [])]):
+        folder = directory / LADDER if table == own else directory / COMPARED / table
+        ladders[table] = plan_ladder(
+            _under(table, proxy),
+            target,
+            config.ladder,
+            config,
+            folder,
+            config.device,
+            corpus.content_hash,
+            source.trials,
+        )
+    ladder = ladders[own]
     runs = sorted((ladder.rungs[run.rung] for run in ladder.first.runs), key=lambda spec: -price(spec).bytes)
     require_memory(runs[: ladder.workers], config.device, "ladder.widths or ladder.workers")
-    return ladder
+    return ladders
+
+
+def _under(table: str, proxy: RunSpec) -> RunSpec:
+    """The proxy's run under another table, all else equal."""
+    if table == proxy.parametrization.table:
+        return proxy
+    return replace(proxy, parametrization=replace(proxy.parametrization, table=table, depth_exponent=1.0))
 
 
 def _check_target_data(transfer: TransferFile, target: RunSpec) -> None:
@@ -259,26 +281,30 @@ def _advice(proxy: RunSpec | None, target: RunSpec, ladder: "Ladder | None") -> 
     return advise(proxy, target, {axis: float(furthest[axis]) for axis in ladder.config.chosen_axes})
 
 
-def _dry_run(config: TransferConfig, ladder: "Ladder | None", target: RunSpec, advice: list["Advice"]) -> str:
+def _dry_run(config: TransferConfig, ladders: dict[str, "Ladder"], target: RunSpec, advice: list["Advice"]) -> str:
     from mutune.certificate.adviser import advice_lines
     from mutune.certificate.planned import words
 
     lines = [price_table(config.target.name, target)]
-    if ladder is not None:
-        lines += words(ladder)
+    for table, ladder in ladders.items():
+        lines += words(ladder, f"ladder {table}" if len(ladders) > 1 else "ladder")
     lines += [*advice_lines(advice), NOTHING_WRITTEN]
     return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A transfer's verdict and what it rests on; a published one has no ladder and so no assessment."""
+    """A transfer's verdict and what it rests on; a published one has no ladder and so no assessment.
+
+    `compared`: a row per table, where several were.
+    """
 
     verdict: "Verdict"
     differences: "list[Difference]"
     prediction: Prediction
     assessment: "Assessment | None" = None
     left_out: tuple[str, ...] = ()
+    compared: list[dict[str, Any]] = field(default_factory=list)
 
 
 def _certify(
@@ -286,29 +312,29 @@ def _certify(
     source: Source,
     target: RunSpec,
     directory: Path,
-    ladder: "Ladder | None",
+    ladders: dict[str, "Ladder"],
     advice: list["Advice"],
 ) -> str:
     """Give the advice, run the ladder, write every result, and return the verdict."""
     from mutune.certificate.adviser import advice_lines
-    from mutune.certificate.certificate import write_certificate
+    from mutune.certificate.certificate import spoken, write_certificate
     from mutune.reporting.figures import draw_transfer
     from mutune.reporting.page import transfer_page
     from mutune.training.run import write_plan
 
     for line in advice_lines(advice):
         print(line, flush=True)
-    if source.proxy is None or ladder is None:
+    if source.proxy is None:
         judged = _judge_published(source.transfer, target)
     else:
-        judged = _judge_ladder(config, source.proxy, target, ladder, directory)
+        judged = _judge_ladders(config, source.proxy, target, ladders, directory)
     figures = drawn(lambda: draw_transfer(directory)) if judged.assessment else []
     transfer = replace(source.transfer, prediction=judged.prediction).sealed(judged.verdict.verdict)
     data = _data(config, source.proxy, target, transfer, judged, advice, directory)
     write_certificate(directory, data)
     write_plan(directory, target.plan(target.tokenizer.num_ids))
     write_yaml(directory / "transfer.yaml", transfer.as_dict(), "for: python -m mutune.train transfer=<this file>")
-    _say(data)
+    print("\n".join(spoken(data)))
     names = ["transfer.yaml", "certificate.md", "certificate.json", "parametrization.csv", "multipliers.csv"]
     names += [f"figures/{figure.name}" for figure in figures]
     next_step = f"python -m mutune.train transfer={directory / 'transfer.yaml'} dry_run=true"
@@ -326,23 +352,47 @@ def _judge_published(transfer: TransferFile, target: RunSpec) -> Judged:
     return Judged(published_verdict(transfer), differing, UNPREDICTED)
 
 
-def _judge_ladder(config: TransferConfig, proxy: RunSpec, target: RunSpec, ladder: "Ladder", directory: Path) -> Judged:
-    """Make the ladder's runs, and say what follows."""
+def _judge_ladders(
+    config: TransferConfig, proxy: RunSpec, target: RunSpec, ladders: dict[str, "Ladder"], directory: Path
+) -> Judged:
+    """Make the runs of every table's ladder, and say what follows for the study's own."""
+    from mutune.certificate.comparison import compare
+    from mutune.certificate.prediction import predict_target
+    from mutune.certificate.verdict import judge
+
+    own = proxy.parametrization.table
+    cases: dict[str, Case] = {}
+    left_out: tuple[str, ...] = ()
+    for table, ladder in ladders.items():
+        ask = _question(config, _under(table, proxy), target)
+        name = f"ladder {table}" if len(ladders) > 1 else "ladder"
+        points, lost = _climb(ladder, directory / SPARE / ("" if table == own else table), ask, name)
+        cases[table] = ask(points)
+        left_out = tuple(lost) if table == own else left_out
+    case = cases[own]
+    compared = compare({table: case.assessment for table, case in cases.items()}) if len(cases) > 1 else []
+    prediction = predict_target(proxy, target, case.assessment)
+    return Judged(judge(case), case.differences, prediction, case.assessment, left_out, compared)
+
+
+def _question(config: TransferConfig, proxy: RunSpec, target: RunSpec) -> "Callable[[pd.DataFrame], Case]":
+    """What a ladder's points are judged by."""
     from mutune.certificate.assessment import assess
     from mutune.certificate.laws import law_slopes
     from mutune.certificate.points import AXES
-    from mutune.certificate.prediction import predict_target
     from mutune.certificate.rungs import place
-    from mutune.certificate.verdict import Case, difference_table, judge
+    from mutune.certificate.verdict import Case, difference_table
     from mutune.data.prepare import prepare
 
-    points, left_out = _ladder(ladder, directory)
-    laws = law_slopes(config.horizon, [axis for axis in AXES if points[axis].nunique() > 1])
-    assessment = assess(points, place(proxy), place(target), proxy.hyperparameters.learning_rate, laws)
-    vocab_size = prepare(proxy.data, proxy.tokenizer).vocab_size
-    differing = difference_table(proxy, target, vocab_size, target.tokenizer.num_ids, assessment.nearest_values())
-    verdict = judge(Case(differing, assessment, proxy.parametrization.table))
-    return Judged(verdict, differing, predict_target(proxy, target, assessment), assessment, tuple(left_out))
+    vocab_size, table = prepare(proxy.data, proxy.tokenizer).vocab_size, proxy.parametrization.table
+
+    def ask(points: "pd.DataFrame") -> Case:
+        laws = law_slopes(config.horizon, [axis for axis in AXES if points[axis].nunique() > 1])
+        found = assess(points, place(proxy), place(target), proxy.hyperparameters.learning_rate, laws)
+        differing = difference_table(proxy, target, vocab_size, target.tokenizer.num_ids, found.nearest_values())
+        return Case(differing, found, table)
+
+    return ask
 
 
 def _data(
@@ -356,6 +406,7 @@ def _data(
 ) -> dict[str, Any]:
     """The certificate as plain data."""
     from mutune.certificate.certificate import certificate
+    from mutune.certificate.comparison import comparison
     from mutune.certificate.laws import law_table
     from mutune.certificate.prediction import outcomes
 
@@ -371,12 +422,17 @@ def _data(
     if judged.left_out:
         names = ", ".join(judged.left_out)
         data["notes"] = [f"left out of the ladder, for its budget or want of finished runs: {names}"]
+    if judged.compared:
+        data |= comparison(judged.compared)
     return data
 
 
-def _ladder(ladder: "Ladder", directory: Path) -> tuple["pd.DataFrame", list[str]]:
+def _climb(
+    ladder: "Ladder", spare: Path, ask: "Callable[[pd.DataFrame], Case]", name: str
+) -> tuple["pd.DataFrame", list[str]]:
     """Make the ladder's runs; returns its points and the rungs that were left out."""
     from mutune.certificate.climb import climb
+    from mutune.certificate.verdict import is_clear
     from mutune.progress import ProgressLine, clock
     from mutune.search.workers import WorkError
 
@@ -385,45 +441,18 @@ def _ladder(ladder: "Ladder", directory: Path) -> tuple["pd.DataFrame", list[str
     def report(done: int, planned: int, running: list[str]) -> None:
         nonlocal seen
         now = f" · running {', '.join(running)}" if running else ""
-        line.show(f"ladder {done}/{planned} runs{now} · {clock(line.elapsed)} elapsed", change=done != seen)
+        line.show(f"{name} {done}/{planned} runs{now} · {clock(line.elapsed)} elapsed", change=done != seen)
         seen = done
 
     try:
-        climbed = climb(ladder, directory / SPARE, report)
+        climbed = climb(ladder, spare, report, lambda points: is_clear(ask(points)))
     except WorkError as error:
         raise WorkFailed(f"{error}\nThe same command continues the ladder.") from error
     finally:
         line.close()
+    if climbed.early:
+        print(f"{name:<10} stopped early, after {len(climbed.points)} runs: more would not change the verdict")
     return climbed.points, climbed.left_out
-
-
-def _say(data: dict[str, Any]) -> None:
-    axes = [axis for axis in ("width", "depth", "tokens", "batch") if len({rung[axis] for rung in data["rungs"]}) > 1]
-    for note in data.get("notes", []):
-        print(f"note       {note}")
-    for rung in data["rungs"]:
-        where = ", ".join(f"{axis} {rung[axis]:,}" for axis in axes or ["width"])
-        low, high = rung["interval_log2"]
-        print(
-            f"{where}: optimum 2^{rung['optimum_log2']:.2f} ({low:.2f} to {high:.2f}), "
-            f"{rung['octaves_from_base']:+.2f} octaves from the base, "
-            f"loss {rung['loss']:.4f} ± {rung['loss_error']:.4f}"
-        )
-    print(f"verdict    {data['verdict']}")
-    for reason in data["reasons"]:
-        print(f"           - {reason}")
-    for cure in data["settle"]:
-        print(f"settles it {cure}")
-    for line in data.get("comparison_words", []):
-        print(f"compared   {line}")
-    if cost := data["regret"]:
-        print(
-            f"regret     {cost['transferred']:.4f} nats per token expected at the transferred rate "
-            f"({cost['low']:.4f} to {cost['high']:.4f}); least at {cost['recommended_learning_rate']:.4g}: "
-            f"{cost['recommended']:.4f}"
-        )
-    if data.get("prediction"):
-        print(f"prediction {Prediction(**data['prediction'])}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The transfer door around its ladder: what it refuses before any run, what it reuses, what it says.
 
-No model is trained here: a run's loss is a parabola around `BEST`, the same at every width.
+No model is trained here: a run's loss is a parabola around `BEST`, the same at every width; under the table `sp` its
+optimum falls by an octave per doubling.
 """
 
 import json
@@ -47,6 +48,8 @@ class Training:
             if len(self.ran) == self.dies_after:
                 raise KeyboardInterrupt
             octaves = math.log2(run.spec.hyperparameters.learning_rate / BEST)
+            if run.spec.parametrization.table == "sp":
+                octaves += math.log2(run.spec.model.width / 16)
             self.ran.append(run.directory.name)
             run.directory.mkdir(parents=True, exist_ok=True)
             yield run, RunResult(4.0 + 0.2 * octaves**2, False, 2.0, 20, 1.0)
@@ -145,6 +148,57 @@ def test_a_ladder_by_design_measures_width_and_tokens_within_its_budget(
     transfer(out, *DESIGNED)
     assert len(training.ran) == len(set(training.ran))  # a finished ladder runs nothing
     assert "ladder" in capsys.readouterr().err
+
+
+def test_tables_are_compared_on_the_same_ladder_and_the_verdict_is_that_of_the_study_s_own(
+    out: Path, study: Path, training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    designed = [*DESIGNED, "target.stages=[{context_length: 64, batch_sequences: 4, num_steps: 20}]"]
+    designed += ["budget_fraction=20"]
+    transfer(out, *designed, "compare=[sp]", "dry_run=true")
+    said = capsys.readouterr().out
+    assert "ladder mup w16" in said
+    assert "ladder sp  w16" in said
+    folder = transfer(out, *designed, "compare=[sp,mup]")
+    data = certificate(folder)
+    assert data["table"] == "mup"
+    assert data["verdict"] == certificate(transfer(out, *designed))["verdict"] == "GO"
+    assert [row["table"] for row in data["comparison"]] == ["mup", "sp"]
+    assert data["comparison"][1]["distance"] == pytest.approx(-2, abs=0.3)
+    assert "transfers best: mup" in data["comparison_words"]
+    assert list((folder / "compare" / "sp").glob("w32_*"))
+    ran = len(training.ran)
+    transfer(out, *designed, "compare=[sp]")
+    assert len(training.ran) == ran  # nothing was run twice
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["compare=[]"], "compare=[] names no table; for example compare=[mup,sp]."),
+        (["compare=[sp,sp]"], "compare=['sp', 'sp'] repeats a table"),
+        (["compare=[spp]"], "has an unknown table; known tables: btlm, completep, mup"),
+        (["compare=[sp]", "study=published"], "runs ladders of a study; for example study=proxy"),
+        (["compare=[sp]", "runs=x.csv"], "runs ladders of a study; for example study=proxy"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_refused(
+    arguments: list[str], sentence: str, out: Path, study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transfer(out, *arguments, expect=2)
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_ladder_stops_early_where_its_verdict_is_clear_and_says_so(
+    out: Path, study: Path, training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    designed = [*DESIGNED, "target.stages=[{context_length: 64, batch_sequences: 4, num_steps: 20}]"]
+    designed += ["budget_fraction=20"]
+    folder = transfer(out, *designed)
+    said = capsys.readouterr().out
+    assert certificate(folder)["verdict"] == "GO"
+    assert f"stopped early, after {len(training.ran)} runs" in said
+    assert {rung["width"] for rung in certificate(folder)["rungs"]} == {16, 32, 64}
 
 
 @pytest.mark.parametrize("after", [0, 3, 8, 21])

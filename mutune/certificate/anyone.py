@@ -10,7 +10,7 @@ import pandas as pd
 
 from mutune.certificate.assessment import Assessment, assess
 from mutune.certificate.certificate import certificate
-from mutune.certificate.comparison import compare, in_words
+from mutune.certificate.comparison import compare, comparison
 from mutune.certificate.config import PriceConfig
 from mutune.certificate.drift import extrapolate
 from mutune.certificate.points import AXES
@@ -50,7 +50,7 @@ def from_runs(tables: dict[str, Table], asked: Asked, source: str) -> dict[str, 
     notes = [note for table in tables.values() for note in table.dropped]
     data["notes"] = [f"left out: {note}" for note in notes]
     if len(tables) > 1:
-        data["comparison"], data["comparison_words"] = rows, in_words(rows)
+        data |= comparison(rows)
     return data
 
 

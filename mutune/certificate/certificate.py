@@ -88,6 +88,32 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def spoken(data: Mapping[str, Any]) -> list[str]:
+    """What the command says of it: rungs, verdict, reasons, and what follows."""
+    axes = [axis for axis in AXES if len({rung[axis] for rung in data["rungs"]}) > 1] or ["width"]
+    lines = [f"note       {note}" for note in data.get("notes", [])]
+    for rung in data["rungs"]:
+        where, (low, high) = ", ".join(f"{axis} {rung[axis]:,}" for axis in axes), rung["interval_log2"]
+        lines.append(
+            f"{where}: optimum 2^{rung['optimum_log2']:.2f} ({low:.2f} to {high:.2f}), "
+            f"{rung['octaves_from_base']:+.2f} octaves from the base, "
+            f"loss {rung['loss']:.4f} ± {rung['loss_error']:.4f}"
+        )
+    lines.append(f"verdict    {data['verdict']}")
+    lines += [f"           - {reason}" for reason in data["reasons"]]
+    lines += [f"settles it {cure}" for cure in data["settle"]]
+    lines += [f"compared   {line}" for line in data.get("comparison_words", [])]
+    if cost := data["regret"]:
+        lines.append(
+            f"regret     {cost['transferred']:.4f} nats per token expected at the transferred rate "
+            f"({cost['low']:.4f} to {cost['high']:.4f}); least at {cost['recommended_learning_rate']:.4g}: "
+            f"{cost['recommended']:.4f}"
+        )
+    if data.get("prediction"):
+        lines.append(f"prediction {Prediction(**data['prediction'])}")
+    return lines
+
+
 def _target(target: Mapping[str, Any]) -> str:
     if "name" in target:
         return f"`{target['name']}`"

@@ -37,10 +37,12 @@ class Climbed:
     Attributes:
         points: as `points.COLUMNS`, of the rungs with three finished rates.
         left_out: rungs that the budget had no room for, or of which too few runs finished, by name.
+        early: whether it stopped with budget left, its verdict being clear.
     """
 
     points: pd.DataFrame
     left_out: list[str]
+    early: bool
 
 
 def climb(
@@ -64,14 +66,14 @@ def climb(
             if runs:
                 made |= _round(runs, ladder.paid, pool, partial(_ahead, report, len(made)))
             points = _points(made.values())
-            planned = _next(ladder, made, points, clear).runs
-            if not planned:
+            plan = _next(ladder, made, points, clear)
+            if not plan.runs:
                 break
-            runs = sorted(map(ladder.run, planned), key=lambda run: -price(run.spec).flops)
+            runs = sorted(map(ladder.run, plan.runs), key=lambda run: -price(run.spec).flops)
     known = measurable(points)
     have = {tuple(row) for row in known[list(AXES)].itertuples(index=False)}
     lost = [spec for spec in ladder.rungs if tuple(place(spec).values()) not in have]
-    return Climbed(known, [rung_name(spec, ladder.rungs[0]) for spec in lost])
+    return Climbed(known, [rung_name(spec, ladder.rungs[0]) for spec in lost], plan.early)
 
 
 def _round(

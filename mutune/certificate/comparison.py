@@ -18,6 +18,11 @@ def compare(assessments: dict[str, Assessment]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: np.inf if row["regret"] is None else row["regret"])
 
 
+def comparison(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The certificate's part."""
+    return {"comparison": rows, "comparison_words": in_words(rows)}
+
+
 def _row(table: str, assessment: Assessment) -> dict[str, Any]:
     valleys, widest = assessment.valleys, assessment.nearest("width")
     offset = assessment.log2_rate - valleys.optima[widest]

@@ -85,10 +85,12 @@ class Plan:
     Attributes:
         runs: to make now; none when the ladder is done.
         left_out: rows of the rungs that the budget has no room for.
+        early: whether there are none because the verdict is clear.
     """
 
     runs: list[Next]
     left_out: list[int]
+    early: bool = False
 
 
 def next_runs(
@@ -103,7 +105,8 @@ def next_runs(
     Args:
         points: as `points.COLUMNS`, of rungs of the design.
         cost: (R,) of one run. left: what all further runs together may cost.
-        clear: whether these points settle the verdict, so that no further seeds are needed.
+        clear: whether these points, of rungs with three finished rates and the base among them, settle the verdict, so
+            that no further rates and seeds are needed.
     """
     left_out: list[int] = []
     for number, level in enumerate(design.levels):
@@ -119,8 +122,11 @@ def next_runs(
         if runs:
             return Plan(runs, left_out)
     known = measurable(points)
-    done = known.empty or clear(known)
-    return Plan([] if done else _further(known, design, cost, left), left_out)
+    if known.empty:
+        return Plan([], left_out)
+    further = _further(known, design, cost, left)
+    early = bool(further) and not _of(known, design, design.base).empty and clear(known)
+    return Plan([] if early else further, left_out, early)
 
 
 def grid_runs(design: Design, offsets: Sequence[Sequence[float]], cost: np.ndarray, left: float) -> Plan:

@@ -124,8 +124,8 @@ def _listed(proxy: RunSpec, config: LadderConfig) -> list[RunSpec]:
     return [proxy, *listed] if listed else []
 
 
-def words(ladder: Ladder) -> list[str]:
-    """What a ladder will do and cost: a line for each rung, and what follows."""
+def words(ladder: Ladder, name: str = "ladder") -> list[str]:
+    """What a ladder of this name will do and cost: a line for each rung, and what follows."""
     lines = [_rung_words(ladder, rung) for rung in range(len(ladder.rungs))]
     lines.append(f"{'together':<14} {_cost(ladder, ladder.first.runs)}")
     if ladder.config.offsets is None:
@@ -135,7 +135,7 @@ def words(ladder: Ladder) -> list[str]:
         lines.append(
             f"{'then':<14} rates beyond an edge, and rates and seeds where they tell most, up to {' and '.join(limits)}"
         )
-    return [f"{'ladder' if i == 0 else '':<10} {line}" for i, line in enumerate(lines)]
+    return [f"{name if i == 0 else '':<10} {line}" for i, line in enumerate(lines)]
 
 
 def _rung_words(ladder: Ladder, rung: int) -> str:

@@ -22,6 +22,7 @@ FAR_OCTAVES = 1.0  # further than this from it, the rate does not transfer
 GO_RISK = 0.07  # the chance that it lies further than that, with which GO may be said
 CARE_RISK = 0.25  # the same for GO WITH CARE
 NO_GO_OCTAVES, NO_GO_CHANCE = 0.75, 0.85  # NO-GO: it is expected beyond the first, and beyond GO_OCTAVES so surely
+CLEAR = 0.5  # of GO's risk and distance, and of NO-GO's doubt: within it a ladder stops early
 MAX_DOUBLINGS = 2.0  # of an axis from the ladder to the target: as far as the intervals were calibrated
 MIN_RUNGS = 3  # values of the width with an optimum inside their rates, where the target's lies beyond them
 MAX_RATIO = 4.0  # target over proxy, or the inverse, on an axis that the ladder did not measure
@@ -147,6 +148,29 @@ def judge(case: Case) -> Verdict:
     return Verdict("GO WITH CARE", [short, *decided])
 
 
+def is_clear(case: Case) -> bool:
+    """Whether a ladder's verdict stands by a margin (`CLEAR`), so that further rates and seeds can hardly change it.
+
+    What no run of the ladder can mend is clear as soon as NO-GO is less likely than not.
+    """
+    drift = case.assessment.drift
+    if drift is None:
+        return False
+    reached = case.assessment.within(MAX_DOUBLINGS)
+    assert reached.drift is not None
+    far = reached.drift.chance(abs(reached.distance) > GO_OCTAVES)
+    said = judge(case).verdict
+    if said == "NO-GO":
+        return far > 1 - CLEAR * (1 - NO_GO_CHANCE)
+    if any(rule.lasting and rule.reason(case) for rule in NOT_CERTIFIED):
+        return far < CLEAR
+    risk, centre = (
+        drift.chance(abs(case.assessment.distance) > FAR_OCTAVES),
+        drift.quantiles(case.assessment.distance)[1],
+    )
+    return said == "GO" and risk <= CLEAR * GO_RISK and abs(centre) <= CLEAR * GO_OCTAVES
+
+
 def _said(assessment: Assessment) -> str:
     """Slope and distance in words."""
     drift, rungs = assessment.drift, assessment.valleys.rungs
@@ -183,11 +207,15 @@ def _percent(share: float) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """A reason for NOT CERTIFIED: functions of the case that return a sentence, or an empty string."""
+    """A reason for NOT CERTIFIED: functions of the case that return a sentence, or an empty string.
+
+    `lasting`: no further rate or seed of the same rungs takes it away.
+    """
 
     name: str
     reason: Callable[[Case], str]
     cure: Callable[[Case], str] = lambda case: ""
+    lasting: bool = True
 
 
 def _beyond(axis: str, cure: str) -> Rule:
@@ -306,9 +334,9 @@ NOT_CERTIFIED = (
     _beyond("context", "sweep at a longer run.context_length"),
     _differs("schedule", "the best rate belongs to its schedule; sweep with the target's"),
     _beyond("decay share", "the best rate belongs to its schedule; sweep with the target's schedule.decay_fraction"),
-    Rule("edge", _edges, lambda case: "rates beyond the edge at those rungs"),
-    Rule("rungs", _rungs, lambda case: "more widths"),
-    Rule("interval", _wide, _next_rung),
+    Rule("edge", _edges, lambda case: "rates beyond the edge at those rungs", lasting=False),
+    Rule("rungs", _rungs, lambda case: "more widths", lasting=False),
+    Rule("interval", _wide, _next_rung, lasting=False),
 )
 
 
