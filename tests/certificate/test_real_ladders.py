@@ -5,10 +5,11 @@ All runs are those of `+sweep=valley` (its multipliers, 160 steps), at other wid
 
 import math
 import os
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -59,17 +60,31 @@ BROKEN = {
 MUST_FAIL = tuple(BROKEN)[:3]
 
 
-def train(work: tuple[str, int, int, int, str]) -> dict[str, Any]:
-    """One run: (broken rule or "", width, offset, seed, folder) → a row of points."""
-    rule, width, offset, seed, folder = work
-    proxy: RunSpec = compose("sweep", SweepConfig, ["+sweep=valley"]).spec()
+class Work(NamedTuple):
+    """One run: under which table or broken rule, octaves from 2^-6, and where its records go."""
+
+    rule: str
+    width: int
+    offset: float
+    seed: int
+    folder: str
+    num_steps: int = 160
+
+
+def train(work: Work) -> dict[str, Any]:
+    """Make a run; returns a row of points."""
+    rule, width, offset, seed, folder, num_steps = work
+    asked = ["+sweep=valley", f"parametrization={rule if rule in TABLES else 'mup'}", f"run.num_steps={num_steps}"]
+    proxy: RunSpec = compose("sweep", SweepConfig, asked).spec()
     hyper = replace(proxy.hyperparameters, learning_rate=2.0 ** (offset - 6))
     spec = replace(proxy, model=proxy.model.at_width(width), hyperparameters=hyper, seed=seed)
     with (
         patch.dict(TABLES, {"mup": BROKEN.get(rule, MUP)}),
         patch.object(run, "second_opinion_of", lambda spec, plan: []),  # the audit would stop a broken rule
     ):
-        result = run_to_end(spec, Path(folder) / f"{rule}-{width}-{offset}-{seed}".replace("/", "-"), "cpu", {})
+        result = run_to_end(
+            spec, Path(folder) / f"{rule}-{width}-{offset}-{seed}-{num_steps}".replace("/", "-"), "cpu", {}
+        )
     loss = math.nan if result.diverged else result.value
     return {
         **place(spec),
@@ -80,10 +95,15 @@ def train(work: tuple[str, int, int, int, str]) -> dict[str, Any]:
     }
 
 
-def ladder(rule: str, widths: tuple[int, ...], seeds: int, folder: Path) -> pd.DataFrame:
-    work = [(rule, w, o, s, str(folder)) for w in sorted(widths, reverse=True) for o in OFFSETS for s in range(seeds)]
+def trained(runs: Iterable[Work]) -> pd.DataFrame:
+    """Points of these runs, the widest first, on all cores."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        return pd.DataFrame(list(pool.map(train, work)))
+        return pd.DataFrame(list(pool.map(train, sorted(runs, key=lambda work: -work.width))))
+
+
+def ladder(rule: str, widths: tuple[int, ...], seeds: int, folder: Path) -> pd.DataFrame:
+    """A grid over widths and rates."""
+    return trained(Work(rule, w, o, s, str(folder)) for w in widths for o in OFFSETS for s in range(seeds))
 
 
 def at(points: pd.DataFrame, width: int) -> Assessment:
@@ -93,7 +113,7 @@ def at(points: pd.DataFrame, width: int) -> Assessment:
 
 @pytest.mark.soak
 def test_a_ladder_foretells_a_hidden_width_s_optimum_and_loss(tmp_path: Path) -> None:
-    points = ladder("", (*LADDER, HIDDEN), 2, tmp_path)
+    points = ladder("mup", (*LADDER, HIDDEN), 2, tmp_path)
     points.drop(columns="diverged").to_csv(Path(__file__).parent / "curves" / "ladder.csv", index=False)
     seen, hidden = points[points.width < HIDDEN], points[points.width == HIDDEN]
     found, truth = at(seen, HIDDEN), fit_valleys(hidden)
