@@ -28,6 +28,14 @@ class ProgressLine:
             print(text, file=sys.stderr, flush=True)
         self._shown = text
 
+    def say(self, text: str) -> None:
+        """Print a line that stays, above the one of progress."""
+        if self._notebook:
+            print(f"\r{text:<{len(self._shown)}}", flush=True)
+        else:
+            print(f"\r\033[K{text}" if self._terminal else text, file=sys.stderr, flush=True)
+        self._shown = ""
+
     def close(self) -> None:
         """End the line."""
         if self._shown and (self._terminal or self._notebook):

@@ -445,7 +445,7 @@ def _climb(
         seen = done
 
     try:
-        climbed = climb(ladder, spare, report, lambda points: is_clear(ask(points)))
+        climbed = climb(ladder, spare, report, lambda points: is_clear(ask(points)), line.say)
     except WorkError as error:
         raise WorkFailed(f"{error}\nThe same command continues the ladder.") from error
     finally:

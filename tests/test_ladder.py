@@ -195,9 +195,10 @@ def test_a_ladder_stops_early_where_its_verdict_is_clear_and_says_so(
     designed = [*DESIGNED, "target.stages=[{context_length: 64, batch_sequences: 4, num_steps: 20}]"]
     designed += ["budget_fraction=20"]
     folder = transfer(out, *designed)
-    said = capsys.readouterr().out
+    said = capsys.readouterr()
     assert certificate(folder)["verdict"] == "GO"
-    assert f"stopped early, after {len(training.ran)} runs" in said
+    assert f"stopped early, after {len(training.ran)} runs" in said.out
+    assert "rung w64: 5 runs, lowest loss 4.0000 at 0.0156" in said.err
     assert {rung["width"] for rung in certificate(folder)["rungs"]} == {16, 32, 64}
 
 

@@ -5,7 +5,7 @@ So a ladder that was killed goes on as if it had not been.
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ def climb(
     spare: Path,
     report: Report,
     clear: Callable[[pd.DataFrame], bool] = lambda points: False,
+    measured: Callable[[str], None] = lambda words: None,
 ) -> Climbed:
     """Run what is not finished yet, in worker processes, until the ladder is done; a rerun continues.
 
@@ -57,6 +58,7 @@ def climb(
         spare: where runs go that this ladder has no need of.
         report: called at every change and about once a second.
         clear: whether the points settle the verdict, so that no further rates and seeds are needed.
+        measured: called after a round with a line for every rung that it added to.
     """
     made: dict[Path, tuple[LadderRun, RunResult]] = {}
     runs = ladder.reused()
@@ -66,6 +68,8 @@ def climb(
             if runs:
                 made |= _round(runs, ladder.paid, pool, partial(_ahead, report, len(made)))
             points = _points(made.values())
+            for words in _measured(ladder, points, {run.rung for run in runs}):
+                measured(words)
             plan = _next(ladder, made, points, clear)
             if not plan.runs:
                 break
@@ -74,6 +78,18 @@ def climb(
     have = {tuple(row) for row in known[list(AXES)].itertuples(index=False)}
     lost = [spec for spec in ladder.rungs if tuple(place(spec).values()) not in have]
     return Climbed(known, [rung_name(spec, ladder.rungs[0]) for spec in lost], plan.early)
+
+
+def _measured(ladder: Ladder, points: pd.DataFrame, names: set[str]) -> Iterator[str]:
+    """What is known of each rung that has one of these names."""
+    for spec in ladder.rungs:
+        if (name := rung_name(spec, ladder.rungs[0])) not in names:
+            continue
+        mine = points[(points[list(AXES)] == list(place(spec).values())).all(axis=1)]
+        diverged = int(mine.diverged.sum())
+        means = mine[~mine.diverged.astype(bool)].groupby("learning_rate").loss.mean()
+        lowest = f"lowest loss {means.min():.4f} at {means.idxmin():.4g}" if len(means) else "no loss"
+        yield f"rung {name}: {len(mine)} runs, {lowest}{f', {diverged} diverged' if diverged else ''}"
 
 
 def _round(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy.interpolate import CubicSpline
+from scipy.interpolate import CubicSpline, make_smoothing_spline
 
 BASE, FIRST = 32, 4096  # narrowest width; tokens and the like stay the same
 
@@ -134,6 +134,34 @@ CONDITIONS = {
     "seven rates": replace(PLAIN, rates=7),
     "rates half an octave apart": replace(PLAIN, rates=7, spacing=0.5),
 }
+
+
+def redraw(points: pd.DataFrame, hidden: float, hidden_optimum: float, seed: int) -> Ladder:
+    """A ladder drawn from finely stored runs (`store_curves`): of each width five rates an octave apart, three seeds.
+
+    Nothing is added to the losses. Which of the two grids, and which seeds, is drawn for every width anew. A width's
+    true optimum is that of the smoothing spline through the means of all its runs.
+    """
+    rng = np.random.default_rng(seed)
+    rows, optima = [], []
+    widths = sorted(points.width.unique().tolist())
+    for width in widths:
+        runs = points[points.width == width].assign(x=lambda f: np.log2(f.learning_rate).round(6))
+        means = runs.groupby("x").loss.mean()
+        optima.append(_smooth_bottom(means.index.to_numpy(float), means.to_numpy(float)))
+        x, lowest = means.index.to_numpy(float), int(means.to_numpy().argmin())
+        centre = int(np.clip(lowest + rng.integers(0, 2), 4, len(x) - 5))
+        chosen = rng.choice(runs.seed.unique(), 3, replace=False)
+        mine = runs[runs.x.isin(x[centre - 4 : centre + 5 : 2]) & runs.seed.isin(chosen)]
+        rows.append(mine[["width", "learning_rate", "seed", "loss"]])
+    made = pd.concat(rows, ignore_index=True).assign(diverged=False, depth=4.0, tokens=FIRST, batch=512.0)
+    place = {"width": float(hidden), "depth": 4.0, "tokens": float(FIRST), "batch": 512.0}
+    return Ladder(made, np.array(optima), hidden_optimum, place)
+
+
+def _smooth_bottom(x: np.ndarray, y: np.ndarray) -> float:
+    fine = np.linspace(x[0], x[-1], 2001)
+    return float(fine[np.argmin(make_smoothing_spline(x, y)(fine))])
 
 
 def resample(points: pd.DataFrame, hidden: float, seed: int, noise: float = 0.005) -> Ladder:

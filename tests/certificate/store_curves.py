@@ -1,4 +1,4 @@
-"""Real valleys, finely: `python -m tests.certificate.store_curves FOLDER` writes curves/fine.csv, 15 minutes on 2 cores.
+"""Real valleys, finely: `python -m tests.certificate.store_curves FOLDER` writes curves/fine.csv, 15 minutes, 2 cores.
 
 Runs are those of `+sweep=valley`, at rates half an octave apart and by four seeds, so that the optimum of every width
 is known better than to any ladder that is drawn from them (`families.redraw`).

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -112,57 +111,72 @@ def at(points: pd.DataFrame, width: int) -> Assessment:
 
 
 @pytest.mark.soak
-def test_a_ladder_foretells_a_hidden_width_s_optimum_and_loss(tmp_path: Path) -> None:
+def test_a_ladder_foretells_a_hidden_width_s_optimum(tmp_path: Path) -> None:
     points = ladder("mup", (*LADDER, HIDDEN), 2, tmp_path)
-    points.drop(columns="diverged").to_csv(Path(__file__).parent / "curves" / "ladder.csv", index=False)
     seen, hidden = points[points.width < HIDDEN], points[points.width == HIDDEN]
     found, truth = at(seen, HIDDEN), fit_valleys(hidden)
     assert found.drift is not None
     low, middle, high = found.drift.quantiles(found.drift.target)
-    rate = seen.learning_rate[(np.log2(seen.learning_rate) - found.log2_rate).abs().idxmin()]
-    losses = {
-        width: seen.loss[(seen.width == width) & (seen.learning_rate == rate)].tolist() for width in map(float, LADDER)
+    row = {
+        "verdict": judge(Case([], found)).verdict,
+        "optimum foretold, log2": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+        "measured": f"{truth.optima[0]:.2f}",
     }
-    said = predict(losses, HIDDEN)
-    measured = hidden.loss[hidden.learning_rate == rate].tolist()
+    record(
+        "hidden_width", "The ladder 32-128 (5 rungs, 5 rates, 2 seeds) and the optimum of the hidden width 256", [row]
+    )
+    assert abs(middle - truth.optima[0]) < 0.5
+    assert row["verdict"] == "GO"
+
+
+@pytest.mark.soak
+def test_a_ladder_foretells_a_hidden_width_s_loss(tmp_path: Path) -> None:
+    """At 480 steps, where seeds differ by a third of what they do at 160; at one rate, which the prediction is of."""
+
+    def losses(widths: tuple[int, ...], seeds: int) -> dict[float, list[float]]:
+        points = trained(Work("mup", w, 0, s, str(tmp_path), 480) for w in widths for s in range(seeds))
+        return {float(w): points.loss[points.width == w].tolist() for w in widths}
+
+    said, (measured,) = predict(losses(LADDER, 4), HIDDEN), losses((HIDDEN,), 2).values()
     assert said.loss is not None
     assert said.low is not None
     assert said.high is not None
     half = (said.high - said.low) / 2 / said.loss
     row = {
-        "verdict": judge(Case([], found)).verdict,
-        "optimum foretold, log2": f"{middle:.2f} ({low:.2f} to {high:.2f})",
-        "measured": f"{truth.optima[0]:.2f}",
         "loss foretold": f"{said.loss:.4f} ({said.low:.4f} to {said.high:.4f})",
-        "measured by seed": ", ".join(f"{loss:.4f}" for loss in measured),
         "half-width, %": f"{100 * half:.2f}",
+        "measured by seed": ", ".join(f"{loss:.4f}" for loss in measured),
+        "the widest rung, of the others": f"{said.left_out:+.4f}, {'inside' if said.left_out_inside else 'outside'}",
     }
-    record("hidden_width", "The ladder 32-128 (5 rungs, 5 rates, 2 seeds) and the hidden width 256", [row])
-    assert abs(middle - truth.optima[0]) < 0.5
+    record("hidden_loss", "The ladder 32-128 (5 rungs, 4 seeds, 480 steps) and the loss of the hidden width 256", [row])
     assert all(said.low <= loss <= said.high for loss in measured)
     assert half < 0.02
 
 
 @pytest.mark.soak
 def test_broken_rules_are_not_let_through(tmp_path: Path) -> None:
+    """Those that must fail on the ladder that power is asked of (4 rungs, 3 seeds), the others on 3 rungs, 2 seeds."""
     rows = []
     for rule in BROKEN:
-        points = ladder(rule, (32, 64, 128), 2, tmp_path)
+        widths, seeds = ((32, 64, 96, 128), 3) if rule in MUST_FAIL else ((32, 64, 128), 2)
+        points = ladder(rule, widths, seeds, tmp_path)
         found = at(points, HIDDEN)
         low, middle, high = found.drift.quantiles(found.distance) if found.drift else (math.nan,) * 3
         best = points[points.width == 128].groupby("learning_rate").loss.mean().min()
+        optima = zip(found.valleys.optima, found.valleys.edges, strict=True)
         rows.append(
             {
                 "broken rule": rule,
+                "widths": ", ".join(map(str, widths)),
+                "seeds": seeds,
                 "verdict": judge(Case([], found)).verdict,
-                "optima by width, log2": ", ".join(
-                    f"{(edge and {'low': '≤', 'high': '≥'}[edge]) or ''}{x:.2f}"
-                    for x, edge in zip(found.valleys.optima, found.valleys.edges, strict=True)
+                "optima, log2": ", ".join(
+                    f"{(edge and {'low': '≤', 'high': '≥'}[edge]) or ''}{x:.2f}" for x, edge in optima
                 ),
                 "octaves to the target's": f"{middle:+.2f} ({low:+.2f} to {high:+.2f})",
                 "best loss at width 128": f"{best:.3f}",
             }
         )
-    record("broken_rules", "Ladders 32-128 under broken rules of mup, judged for width 256 (5 rates, 2 seeds)", rows)
+    record("broken_rules", "Ladders under broken rules of mup, judged for width 256 (5 rates)", rows)
     for row in rows:
         assert row["broken rule"] not in MUST_FAIL or row["verdict"] == "NO-GO"
