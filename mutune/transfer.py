@@ -88,10 +88,13 @@ def work(config: TransferConfig) -> int:
     directory = Path(config.out) / "transfer" / f"{config.study}--{config.target.name}"
     ladders = _plan_ladders(config, source, target, directory)
     _check_target_data(source.transfer, target)
-    advice = _advice(source.proxy, target, next(iter(ladders.values()), None))
+    own = next(iter(ladders.values()), None)
+    advice, unable = _advice(source.proxy, target, own), _foreseen(source, target, own)
     if config.dry_run:
-        print(_dry_run(config, ladders, target, advice))
+        print("\n".join([_dry_run(config, ladders, target, advice), *unable, NOTHING_WRITTEN]))
         return OK
+    for line in unable:
+        print(line, flush=True)
     inputs = _inputs(source)
     check_claim(directory, inputs, "target.name", config.overwrite)
     with locked(directory, "target.name"):
@@ -281,6 +284,21 @@ def _advice(proxy: RunSpec | None, target: RunSpec, ladder: "Ladder | None") -> 
     return advise(proxy, target, {axis: float(furthest[axis]) for axis in ladder.config.chosen_axes})
 
 
+def _foreseen(source: Source, target: RunSpec, ladder: "Ladder | None") -> list[str]:
+    """Lines about what no run of the ladder can certify."""
+    from mutune.certificate.rungs import place, places
+    from mutune.certificate.verdict import difference_table, foreseen
+    from mutune.data.prepare import prepare
+
+    if (proxy := source.proxy) is None or ladder is None:
+        return []
+    vocab_size = prepare(proxy.data, proxy.tokenizer).vocab_size
+    differing = difference_table(proxy, target, vocab_size, target.tokenizer.num_ids, {})
+    reasons = foreseen(differing, places(ladder.rungs), place(target), proxy.parametrization.table)
+    lead = "foreseen   NOT CERTIFIED, if not NO-GO, whatever the ladder finds:"
+    return [lead, *(f"           - {reason}" for reason in reasons)] if reasons else []
+
+
 def _dry_run(config: TransferConfig, ladders: dict[str, "Ladder"], target: RunSpec, advice: list["Advice"]) -> str:
     from mutune.certificate.adviser import advice_lines
     from mutune.certificate.planned import words
@@ -288,7 +306,7 @@ def _dry_run(config: TransferConfig, ladders: dict[str, "Ladder"], target: RunSp
     lines = [price_table(config.target.name, target)]
     for table, ladder in ladders.items():
         lines += words(ladder, f"ladder {table}" if len(ladders) > 1 else "ladder")
-    lines += [*advice_lines(advice), NOTHING_WRITTEN]
+    lines += advice_lines(advice)
     return "\n".join(lines)
 
 
@@ -328,7 +346,9 @@ def _certify(
         judged = _judge_published(source.transfer, target)
     else:
         judged = _judge_ladders(config, source.proxy, target, ladders, directory)
-    figures = drawn(lambda: draw_transfer(directory)) if judged.assessment else []
+    tables = [table for table in config.compare or [] if table != source.transfer.parametrization.table]
+    compared = [directory / COMPARED / table for table in tables]
+    figures = drawn(lambda: draw_transfer(directory, compared)) if judged.assessment else []
     transfer = replace(source.transfer, prediction=judged.prediction).sealed(judged.verdict.verdict)
     data = _data(config, source.proxy, target, transfer, judged, advice, directory)
     write_certificate(directory, data)

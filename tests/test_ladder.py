@@ -202,6 +202,22 @@ def test_a_ladder_stops_early_where_its_verdict_is_clear_and_says_so(
     assert {rung["width"] for rung in certificate(folder)["rungs"]} == {16, 32, 64}
 
 
+def test_what_no_run_can_certify_is_said_before_any_run(
+    out: Path, study: Path, training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = ["target.stages=[{context_length: 64, batch_sequences: 64, num_steps: 20}]", "budget_fraction=2"]
+    transfer(out, *DESIGNED, *huge, "dry_run=true")
+    said = capsys.readouterr().out
+    reason = "batch: the target's 4,096 is 4.0 doublings from the proxy's 256, unmeasured"
+    assert "foreseen   NOT CERTIFIED, if not NO-GO, whatever the ladder finds:\n           - " in said
+    assert f"           - {reason}\n" in said
+    data = certificate(transfer(out, *DESIGNED, *huge))
+    assert data["verdict"] == "NOT CERTIFIED"
+    assert reason in data["reasons"]
+    transfer(out, *DESIGNED, *huge, "ladder=[width,tokens,batch]", "dry_run=true")
+    assert "batch: the target" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("after", [0, 3, 8, 21])
 def test_a_ladder_that_was_killed_goes_on_to_what_it_would_have_been(
     after: int, tmp_path: Path, training: Training

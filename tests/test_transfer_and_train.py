@@ -219,6 +219,19 @@ def test_a_ladder_by_design_takes_the_study_s_trials_as_they_are(house: Path, tm
     assert (tmp_path / "transfer/proxy--tiny/figures/valley.png").exists()  # tokens' rungs do not stand in its way
 
 
+def test_tables_are_compared_in_figure_page_and_certificate(house: Path, tmp_path: Path) -> None:
+    shutil.copytree(house / "sweeps", tmp_path / "sweeps")
+    done = doors.run("transfer", *TINY_TARGET, *TINY_LADDER, "ladder.seeds=1", "compare=[sp]", f"out={tmp_path}")
+    folder = tmp_path / "transfer/proxy--tiny"
+    data = json.loads((folder / "certificate.json").read_text())
+    assert {row["table"] for row in data["comparison"]} == {"mup", "sp"}
+    best = "trains best, each at its own best rate: "
+    for text in (done.stdout, (folder / "certificate.md").read_text(), (folder / "report.html").read_text()):
+        assert best in text
+    assert len(list((folder / "compare/sp").glob("*/result.json"))) == 6
+    assert (folder / "figures/valley.png").exists()
+
+
 def test_a_transfer_file_from_before_there_were_predictions_keeps_its_seal(tmp_path: Path) -> None:
     data = yaml.safe_load((published(tmp_path) / "transfer.yaml").read_text())
     assert data["prediction"]["reason"] == "published values come without a ladder"

@@ -8,10 +8,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+import pandas as pd
+
 from mutune.certificate.assessment import Assessment
 from mutune.certificate.config import TransferFile
 from mutune.certificate.points import AXES
 from mutune.certificate.settle import deciding_rung, settling_rung
+from mutune.certificate.valleys import Valleys
 from mutune.model.shape import tensor_specs
 from mutune.parametrization.rules import get_table
 from mutune.scaling.arithmetic import parameter_count
@@ -146,6 +150,15 @@ def judge(case: Case) -> Verdict:
         return Verdict("GO", [f"{said}: {near}", *decided])
     short = f"{said}: {near}, which is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})"
     return Verdict("GO WITH CARE", [short, *decided])
+
+
+def foreseen(differences: list[Difference], rungs: pd.DataFrame, target: dict[str, float], table: str) -> list[str]:
+    """Why a ladder of these rungs, the base first, cannot give GO whatever its runs say."""
+    count = len(rungs)
+    valleys = Valleys(rungs, (None,) * count, np.zeros(count), (), np.zeros(0))
+    nothing = Assessment(pd.DataFrame(), AXES, target, 0, 0.0, None, valleys, None, None)
+    case = Case(differences, nothing, table)
+    return [reason for rule in NOT_CERTIFIED if rule.lasting and (reason := rule.reason(case))]
 
 
 def is_clear(case: Case) -> bool:

@@ -6,7 +6,7 @@ Drawing the same records again writes the same bytes.
 import io
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,16 @@ def draw_study(directory: Path) -> list[Path]:
     ]
 
 
-def draw_transfer(directory: Path) -> list[Path]:
-    """The figures of a transfer's ladder of widths: `valley.png` and `drift.png`.
+def draw_transfer(directory: Path, compared: Sequence[Path] = ()) -> list[Path]:
+    """The figures of a transfer's ladder of widths: `valley.png` and `drift.png`, with a panel and a line per table.
+
+    Args:
+        compared: folders of other tables' ladders.
 
     Raises:
         Refusal: there is no ladder yet; the command that makes one is named.
     """
-    runs = frames.load_runs(directory / "ladder")
+    runs = pd.concat([frames.load_runs(ladder) for ladder in (directory / "ladder", *compared)], ignore_index=True)
     named = runs.rung.map(lambda rung: isinstance(rung, str))  # a rung of another axis has a name
     return _draw_valleys(directory, runs[~named])
 
