@@ -214,6 +214,7 @@ def test_what_no_run_can_certify_is_said_before_any_run(
     data = certificate(transfer(out, *DESIGNED, *huge))
     assert data["verdict"] == "NOT CERTIFIED"
     assert reason in data["reasons"]
+    capsys.readouterr()
     transfer(out, *DESIGNED, *huge, "ladder=[width,tokens,batch]", "dry_run=true")
     assert "batch: the target" not in capsys.readouterr().out
 

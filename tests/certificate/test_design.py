@@ -1,18 +1,24 @@
 """The runs that a ladder makes next, on made-up worlds whose truth is known."""
 
+import os
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from mutune.certificate.assessment import assess
 from mutune.certificate.design import BEYOND, FIRST, MAX_RATES, Design, Next, measurable, next_runs
 from mutune.certificate.points import AXES
 from mutune.certificate.valleys import fit_valleys
+from mutune.certificate.verdict import Case, is_clear, judge
 from mutune.certificate.worth import Worth
 from tests.certificate.design_table import GRID, interval
 from tests.certificate.families import Family
 from tests.certificate.worlds import BASE, World, grid, play, star
+from tests.soak import record
 
 SLOPES = {"width": 0.1, "tokens": -0.3}
 FIRST_RUNS = sum(map(len, FIRST))
@@ -134,6 +140,49 @@ def test_a_run_is_worth_more_where_it_tells_more() -> None:
     assert variance([Next(5, 0.5, 0)]) < now
     assert variance([Next(2, x, 1) for x in (-1.0, 1.0)]) < variance([Next(2, x, 1) for x in (0.0, 0.1)])
     assert variance([Next(2, 0.0, 1)]) == pytest.approx(now)  # a seed at one rate has only its own level
+
+
+def stopped(number: int) -> list[dict[str, Any]]:
+    """A world's ladder with and without the early stop: its cost over the budget, its verdict, and the truth."""
+    random = np.random.default_rng(number)
+    slopes = {"width": float(random.normal() * 0.25), "tokens": float(random.normal() * 0.25)}
+    world, design, cost = star(slopes, Family(), number)
+    budget = sum(cost[run.rung] for run in grid(design, GRID, 2))
+    truth = world.optimum(design.target[axis] for axis in AXES) - design.log2_rate
+
+    def case(points: pd.DataFrame) -> Case:
+        return Case([], assess(points, BASE, design.target, 2.0**design.log2_rate))
+
+    found = []
+    for rule in (lambda points: False, lambda points: is_clear(case(points))):
+        points, spent = play(world, design, cost, budget, rule)
+        verdict = judge(case(points)).verdict
+        found.append({"world": number, "cost": spent / budget, "verdict": verdict, "moved": abs(truth)})
+    return found
+
+
+@pytest.mark.soak
+def test_soak_stopping_early_saves_runs_and_makes_no_more_false_verdicts() -> None:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        pairs = list(pool.map(stopped, range(200, 320)))
+    rows = []
+    for name, part in (("to the budget's end", 0), ("stopped when clear", 1)):
+        frame = pd.DataFrame([pair[part] for pair in pairs])
+        near, far = frame[frame.moved < 0.25], frame[frame.moved > 1]
+        rows.append(
+            {
+                "ladder": name,
+                "cost, mean": f"{frame.cost.mean():.2f}",
+                "GO, NO-GO": f"{(frame.verdict == 'GO').sum()}, {(frame.verdict == 'NO-GO').sum()}",
+                "far: GO": f"{(far.verdict == 'GO').sum()} of {len(far)}",
+                "near: NO-GO": f"{(near.verdict == 'NO-GO').sum()} of {len(near)}",
+            }
+        )
+    record("early_stop", "Stopping a ladder when its verdict is clear, on 120 made-up worlds", rows)
+    kept, early = (pd.DataFrame([pair[part] for pair in pairs]) for part in (0, 1))
+    assert early.cost.mean() < 0.95 * kept.cost.mean()
+    for frame in (kept, early):
+        assert (frame[frame.moved > 1].verdict == "GO").mean() <= 0.05
 
 
 @pytest.mark.parametrize("family", [Family(ratio=4.0), Family(ratio=1.5)])

@@ -1,6 +1,6 @@
 """Made-up worlds: the loss of any run on a ladder, of any rate and seed, where the truth is known."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,10 +77,16 @@ def star(slopes: dict[str, float], family: Family, number: int) -> tuple[World, 
     return world, Design(rungs, 0, target, world.log2_rate), cost
 
 
-def play(world: World, design: Design, cost: np.ndarray, budget: float) -> tuple[pd.DataFrame, float]:
+def play(
+    world: World,
+    design: Design,
+    cost: np.ndarray,
+    budget: float,
+    clear: Callable[[pd.DataFrame], bool] = lambda points: False,
+) -> tuple[pd.DataFrame, float]:
     """The points of an adaptive ladder, and what it cost."""
     points, spent = world.points(design, []), 0.0
-    while runs := next_runs(points, design, cost, budget - spent).runs:
+    while runs := next_runs(points, design, cost, budget - spent, clear).runs:
         points = pd.concat([points, world.points(design, runs)], ignore_index=True)
         spent += sum(cost[run.rung] for run in runs)
     return points, spent
