@@ -108,6 +108,8 @@ def _from_table(config: TransferConfig) -> int:
     from mutune.certificate.anyone import Asked, from_optima, from_runs, runs_hash
     from mutune.certificate.certificate import spoken, write_certificate
     from mutune.certificate.table import read_optima, read_tables, to_tables
+    from mutune.reporting.figures import draw_certificate
+    from mutune.reporting.page import transfer_page
 
     asked = Asked(config.target_width, config.hyperparameters.learning_rate, config.prices)
     if config.optima:
@@ -132,8 +134,18 @@ def _from_table(config: TransferConfig) -> int:
     with locked(directory, "runs"):
         claim(directory, question, "runs", config.overwrite)
         write_certificate(directory, data)
-    print(f"written    {directory}/: certificate.md, certificate.json")
+        figures = drawn(lambda: draw_certificate(directory))
+        next_step = (
+            "\n".join(data["settle"]) or f"train the target at the base learning rate {data['learning_rate']:.5g}"
+        )
+        pages = drawn(lambda: [transfer_page(directory, next_step)], "report")
+    names = ["certificate.md", "certificate.json", *_names(figures), *(page.name for page in pages)]
+    print(f"written    {directory}/: {', '.join(names)}")
     return NOT_GO if config.require_go and data["verdict"] != "GO" else OK
+
+
+def _names(figures: list[Path]) -> list[str]:
+    return [f"figures/{figure.name}" for figure in figures]
 
 
 def _stem(source: str) -> str:
@@ -336,7 +348,7 @@ def _certify(
     """Give the advice, run the ladder, write every result, and return the verdict."""
     from mutune.certificate.adviser import advice_lines
     from mutune.certificate.certificate import spoken, write_certificate
-    from mutune.reporting.figures import draw_transfer
+    from mutune.reporting.figures import draw_certificate, draw_transfer
     from mutune.reporting.page import transfer_page
     from mutune.training.run import write_plan
 
@@ -356,7 +368,7 @@ def _certify(
     write_yaml(directory / "transfer.yaml", transfer.as_dict(), "for: python -m mutune.train transfer=<this file>")
     print("\n".join(spoken(data)))
     names = ["transfer.yaml", "certificate.md", "certificate.json", "parametrization.csv", "multipliers.csv"]
-    names += [f"figures/{figure.name}" for figure in figures]
+    names += _names(figures + drawn(lambda: draw_certificate(directory)))
     next_step = f"python -m mutune.train transfer={directory / 'transfer.yaml'} dry_run=true"
     names += [path.name for path in drawn(lambda: [transfer_page(directory, next_step)], "report")]
     print(f"written    {directory}/: {', '.join(names)}")

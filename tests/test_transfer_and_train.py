@@ -150,7 +150,7 @@ def test_a_transfer_leaves_every_file_of_the_contract(house: Path) -> None:
     assert keys <= certificate.keys()
     assert [rung["width"] for rung in certificate["rungs"]] == [16, 32]
     assert all(len(rung["points"]) == 6 for rung in certificate["rungs"])
-    assert {path.name for path in (folder / "figures").iterdir()} == {"valley.png", "drift.png"}
+    assert {path.name for path in (folder / "figures").iterdir()} == {"valley.png", "drift.png", "optima.png"}
     assert html.escape(certificate["reasons"][0]) in (folder / "report.html").read_text()
     assert "trials" in (house / "sweeps/proxy/report.html").read_text()
 

@@ -8,10 +8,11 @@
 This is the only room that imports matplotlib. It reads the folders of the runs, never the storage of the search.
 """
 
-from mutune.reporting.figures import draw_study, draw_train, draw_transfer
+from mutune.reporting.figures import draw_certificate, draw_study, draw_train, draw_transfer
 from mutune.reporting.frames import (
     best_per_width,
     best_trials,
+    certified,
     context_switches,
     curves,
     drift,
@@ -33,15 +34,19 @@ from mutune.reporting.plots import (
     plot_history,
     plot_learning_rate,
     plot_loss_curves,
+    plot_optima,
     plot_slice,
+    plot_target,
     plot_valleys,
 )
 
 __all__ = [
     "best_per_width",
     "best_trials",
+    "certified",
     "context_switches",
     "curves",
+    "draw_certificate",
     "draw_study",
     "draw_train",
     "draw_transfer",
@@ -60,7 +65,9 @@ __all__ = [
     "plot_history",
     "plot_learning_rate",
     "plot_loss_curves",
+    "plot_optima",
     "plot_slice",
+    "plot_target",
     "plot_valleys",
     "results",
     "runs_folder",

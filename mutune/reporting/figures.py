@@ -55,6 +55,16 @@ def draw_transfer(directory: Path, compared: Sequence[Path] = ()) -> list[Path]:
     return _draw_valleys(directory, runs[~named])
 
 
+def draw_certificate(directory: Path) -> list[Path]:
+    """The figure of a certificate, `optima.png`: every rung's optimum and the target's, with their intervals.
+
+    Raises:
+        Refusal: there is no certificate.
+    """
+    rungs, target = frames.certified(directory)
+    return [save(certificate_figure(rungs, target), directory / "figures" / "optima.png")] if len(rungs) else []
+
+
 def draw_train(directory: Path) -> list[Path]:
     """The figure of a training run, `loss.png`; it may still be running.
 
@@ -165,6 +175,29 @@ def check_figure(lines: pd.DataFrame, axis: str) -> Figure:
     for axes in panels[len(quantities) :]:
         axes.remove()
     _legend(figure, _labelled(panels[: len(quantities)]))
+    return figure
+
+
+def certificate_figure(rungs: pd.DataFrame, target: dict[str, Any]) -> Figure:
+    """A panel per axis that the ladder varies, the other axes at the base's, and one for the target."""
+    axes_of = [axis for axis in ("width", "tokens", "batch", "depth") if rungs[axis].nunique() > 1] or ["width"]
+    ratios = [3.0] * len(axes_of) + [1.0] * ("optimum" in target)
+    figure = _figure(PAGE_WIDTH, 3.9)
+    panels = figure.subplots(1, len(ratios), sharey=True, squeeze=False, width_ratios=ratios)[0]
+    base = rungs[rungs.base].iloc[0]
+    for axis, axes in zip(axes_of, panels, strict=False):
+        others = [other for other in axes_of if other != axis]
+        plots.plot_optima(rungs[(rungs[others] == base[others]).all(axis=1)], axes, axis=axis, rate=target["rate"])
+        axes.label_outer()
+    words = ""
+    if "optimum" in target:
+        plots.plot_target(target, panels[-1])
+        off = [target[key] - target["rate"] for key in ("optimum", "low", "high")]
+        words = ": at the target {:+.2f} octaves from the transferred one ({:+.2f} to {:+.2f})".format(*off)
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(min(low, target["rate"] - 1.1), max(high, target["rate"] + 1.1))
+    figure.suptitle(f"Best learning rates{words}", x=0.01, ha="left", fontsize=11, fontweight="bold")
+    _legend(figure, _labelled(panels[: len(axes_of)]))
     return figure
 
 

@@ -254,6 +254,33 @@ def drift(optima: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def certified(directory: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """What the certificate in `directory` says of optima, all in log2 of the base rate.
+
+    Returns:
+        The rungs, a row each: width, depth, tokens and batch (missing where unknown), `optimum`, `low`, `high` (90 %),
+        `edge`, and whether it is the `base`. Then `rate`, the transferred one, and of the target `optimum`, `low` and
+        `high`, missing where too few optima were measured.
+
+    Raises:
+        Refusal: there is no certificate, or it is damaged.
+    """
+    path = directory / "certificate.json"
+    try:
+        data = json.loads(path.read_text())
+        rungs = pd.DataFrame(data["rungs"]).rename(columns={"optimum_log2": "optimum"})
+        rate, drift = math.log2(data["learning_rate"]), data["drift"]
+        if len(rungs):
+            rungs[["low", "high"]] = rungs.interval_log2.tolist()
+            rungs["base"] = rungs.octaves_from_base == 0.0
+        ends = (
+            {"optimum": drift["distance"], "low": drift["interval"][0], "high": drift["interval"][1]} if drift else {}
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refusal(f"{path} cannot be read ({type(error).__name__}); write it again with its command.") from error
+    return rungs, {"rate": rate, **{key: rate + octaves for key, octaves in ends.items()}}
+
+
 def loss_window(losses: pd.Series, diverged: pd.Series) -> tuple[float, float]:
     """The losses worth showing: from the lowest up to twice the third quartile's distance above it.
 

@@ -24,6 +24,7 @@ TABLE_COLOURS = {"mup": "#0072B2", "sp": "#D55E00", "btlm": "#009E73", "complete
 TABLE_MARKERS = {"mup": "o", "sp": "s", "btlm": "^", "completep": "D"}
 RED, GREY, DARK = "#B2182B", "0.55", "0.25"
 LEGEND_COLUMNS = 4
+MOST_TICKS = 9
 BEST = "best trial"
 WITHIN, OUTSIDE = "within its bounds", "out of bounds, with its exponent"
 _BELOW = 0.45  # inches from an axis down to its legend: tick labels and the axis's own label lie between
@@ -155,6 +156,49 @@ def plot_drift(offsets: pd.DataFrame, axes: Axes) -> None:
     _tidy(axes)
 
 
+def plot_optima(rungs: pd.DataFrame, axes: Axes, *, axis: str, rate: float) -> None:
+    """The optima of rungs along one axis, with their 90 % intervals, over the transferred rate.
+
+    Args:
+        rungs: rows of `frames.certified`.
+        axis: the column that is on the x axis.
+        rate: log2 of the transferred rate.
+    """
+    rungs = rungs.sort_values(axis)
+    _rate_band(axes, rate)
+    bar: dict[str, Any] = {"color": TABLE_COLOURS["mup"], "linewidth": 6, "alpha": 0.35}
+    axes.vlines(rungs[axis], rungs.low, rungs.high, label="90 % interval", **bar)
+    line: dict[str, Any] = {"color": TABLE_COLOURS["mup"], "linewidth": 1.4, "markersize": 7, "zorder": 3}
+    axes.plot(rungs[axis], rungs.optimum, "o-", label="fitted optimum", **line)
+    for edge, marker in (("low", "v"), ("high", "^")):
+        bound = rungs[rungs.edge == edge]
+        style: dict[str, Any] = {"color": TABLE_COLOURS["mup"], "markerfacecolor": "white", "markersize": 9}
+        axes.plot(bound[axis], bound.optimum, marker, zorder=4, label=_EDGE if len(bound) else None, **style)
+    axes.set_xscale("log", base=2)
+    _width_axis(axes, sorted(rungs[axis].unique()))
+    if axis == "tokens":
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _count(round(tokens, -3))))
+    axes.set_xlabel(axis)
+    axes.set_ylabel("best base learning rate (log2)")
+    _tidy(axes)
+
+
+def plot_target(target: dict[str, Any], axes: Axes) -> None:
+    """The target's expected optimum with its 90 % interval; `target` is that of `frames.certified`."""
+    _rate_band(axes, target["rate"])
+    axes.vlines([0], target["low"], target["high"], color=TABLE_COLOURS["sp"], linewidth=6, alpha=0.35)
+    axes.plot([0], [target["optimum"]], "D", color=TABLE_COLOURS["sp"], markersize=8)
+    axes.set_xlim(-1, 1)
+    axes.xaxis.set_major_locator(NullLocator())
+    axes.set_xlabel("target")
+    _tidy(axes)
+
+
+def _rate_band(axes: Axes, rate: float) -> None:
+    axes.axhspan(rate - 0.5, rate + 0.5, facecolor="0.92", zorder=0, label="±½ octave")
+    axes.axhline(rate, color=GREY, linewidth=1, linestyle="--", zorder=1, label="transferred rate")
+
+
 def plot_loss_curves(curves: pd.DataFrame, axes: Axes, *, by: str = "width", log: bool = False) -> None:
     """Smoothed training loss over tokens, one line per run and one colour per value of `by`; held-out loss as dots.
 
@@ -279,7 +323,8 @@ def _log_axis(axes: Axes) -> None:
 
 
 def _width_axis(axes: Axes, widths: Sequence[int]) -> None:
-    axes.xaxis.set_major_locator(FixedLocator(list(map(float, widths))))
+    shown = widths[:: 1 + len(widths) // MOST_TICKS]
+    axes.xaxis.set_major_locator(FixedLocator(list(map(float, shown))))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda width, _: f"{width:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
 

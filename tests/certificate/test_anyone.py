@@ -50,6 +50,8 @@ def test_a_file_of_runs_gets_a_certificate_without_training(
     text = (out / "transfer" / "mine--width512" / "certificate.md").read_text()
     assert text.startswith("# GO\n")
     assert "| width | optimum, log2 | 90 % interval |" in text
+    assert "<h1>GO: mine--width512</h1>" in (out / "transfer" / "mine--width512" / "report.html").read_text()
+    assert (out / "transfer" / "mine--width512" / "figures" / "optima.png").exists()
     assert not list(out.rglob("*.yaml.tmp"))
 
 

@@ -1,5 +1,6 @@
 """Plots draw what the frames hold; figures are files that can be drawn again to the same bytes."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -149,6 +150,27 @@ def test_the_valley_says_how_far_the_optimum_moves(tmp_path: Path) -> None:
 def test_a_grid_that_cannot_be_fitted_is_still_drawn(tmp_path: Path) -> None:
     write_valleys(tmp_path, {"mup": {32: -8.0}}, exponents=(-9, -8))
     assert [path.name for path in figures.draw_study(tmp_path)] == ["valley.png"]
+
+
+def test_a_certificate_shows_every_axis_of_its_ladder_and_the_target(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"certificate.json cannot be read"):
+        figures.draw_certificate(tmp_path)
+    place = {"width": 32, "depth": None, "tokens": 4096, "batch": None, "edge": None, "interval_log2": [-7.2, -6.8]}
+    base = place | {"optimum_log2": -7.0, "octaves_from_base": 0.0}
+    wide = place | {"width": 64, "optimum_log2": -6.5, "octaves_from_base": 0.5, "edge": "high"}
+    longer = place | {"tokens": 8192, "optimum_log2": -7.5, "octaves_from_base": -0.5}
+    data: dict[str, Any] = {"rungs": [base, wide, longer], "learning_rate": 2.0**-7}
+    data["drift"] = {"distance": -0.25, "interval": [-1.0, 0.5]}
+    (tmp_path / "certificate.json").write_text(json.dumps(data))
+    width, tokens, target = figures.certificate_figure(*frames.certified(tmp_path)).axes
+    assert (width.get_xlabel(), tokens.get_xlabel(), target.get_xlabel()) == ("width", "tokens", "target")
+    assert np.asarray(tokens.get_lines()[1].get_ydata()).tolist() == [-7.0, -7.5]
+    assert np.asarray(target.get_lines()[1].get_ydata()).tolist() == [-7.25]
+    assert "optimum at the edge or beyond" in [line.get_label() for line in width.get_lines()]
+    assert width.get_ylim()[0] < -8
+    assert [path.name for path in figures.draw_certificate(tmp_path)] == ["optima.png"]
+    (tmp_path / "certificate.json").write_text(json.dumps(data | {"drift": None}))
+    assert len(figures.certificate_figure(*frames.certified(tmp_path)).axes) == 2
 
 
 def test_a_transfer_has_the_valleys_and_the_drift_of_its_ladder(tmp_path: Path) -> None:
