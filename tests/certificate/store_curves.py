@@ -1,4 +1,4 @@
-"""Real valleys, finely: `python -m tests.certificate.store_curves FOLDER` half an hour on 2 cores.
+"""Real valleys, finely: `python -m tests.certificate.store_curves FOLDER`, half an hour on two cores.
 
 Runs are those of `+sweep=valley`, at rates half an octave apart and by four seeds, so that the optimum of every width
 is known better than to any ladder that is drawn from them (`families.redraw`): curves/fine.csv. The wide models that
@@ -14,6 +14,7 @@ FINE = {  # table, width → the log2 rate around which its rates lie, ±2.5 oct
     ("mup", 32): -5.5,
     ("mup", 64): -5.5,
     ("mup", 128): -5.5,
+    ("sp", 32): -5.5,
     ("sp", 64): -6.0,
     ("sp", 128): -7.0,
 }

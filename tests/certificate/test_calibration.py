@@ -13,8 +13,9 @@ import pytest
 
 from mutune.certificate.assessment import assess
 from mutune.certificate.table import Table, read_tables
+from mutune.certificate.valleys import fit_valleys
 from mutune.certificate.verdict import Case, judge
-from tests.certificate.families import CONDITIONS, CURVES, Family, Ladder, make_ladder, resample
+from tests.certificate.families import CONDITIONS, CURVES, Family, Ladder, make_ladder, redraw, resample
 from tests.soak import record
 
 FAMILIES = {**CURVES, **CONDITIONS}
@@ -88,6 +89,14 @@ def test_real_curves_tuned_on_the_default_corpus_are_judged_so_too() -> None:
     assert judge(Case([], _stored("sotu", "sp"))).verdict == "NO-GO"
 
 
+@pytest.mark.parametrize("table", ["mup", "sp"])
+def test_intervals_hold_the_optima_of_real_runs(table: str) -> None:
+    """The runs are stored half an octave apart by four seeds; ladders take an octave and three."""
+    shares = summary([outcome(ladder) for ladder in _redrawn(table, 60)])
+    assert shares["rung"] >= 0.85
+    assert shares["target"] >= 0.85
+
+
 def _stored(name: str, table: str) -> Any:
     points = read_tables(str(STORED / f"{name}.csv"))[table].points
     points = points[points.width <= 128]  # 256 is hidden
@@ -114,7 +123,15 @@ def test_calibration_of_every_family() -> None:
 
 
 def _resampled() -> Iterator[tuple[str, list[Ladder]]]:
-    """Real curves with fresh grids and noise: their widths up to 128, and the hidden 256."""
+    """Real curves up to width 128, and the hidden 256: stored finely, or a run an octave with fresh grids and noise."""
+    for table in ("mup", "sp"):
+        yield f"real runs stored finely, {table}", _redrawn(table, 1002)
     for table, entry in read_tables(str(STORED / "bytes.csv")).items():
         assert isinstance(entry, Table)
-        yield f"real curves, {table}", [resample(entry.points, 256, seed) for seed in range(1002)]
+        yield f"splines of a run an octave, {table}", [resample(entry.points, 256, seed) for seed in range(1002)]
+
+
+def _redrawn(table: str, count: int) -> list[Ladder]:
+    fine, hidden = (read_tables(str(STORED / f"{name}.csv"))[table].points for name in ("fine", "hidden"))
+    (optimum,) = fit_valleys(hidden).optima
+    return [redraw(fine, 256, float(optimum), seed) for seed in range(count)]
