@@ -27,7 +27,7 @@ from mutune.certificate.points import rung_index, rung_table
 SMOOTHNESS = {0.1: 0.15, 0.7: 0.15, 2.0: 0.3, 5.0: 0.4}  # s, octaves: prior weight
 LOG_STEEPNESS = (float(np.log(1.5)), 0.7)  # ρ at 1.5 octaves from the optimum: mean, sd
 LOG_STRAIGHTENING = (float(np.log(0.1)), 1.0)  # log λ: mean, sd
-OWN = 0.3  # sd of a rung's own log A and ρ around the shared ones
+OWN = 0.5  # sd of a rung's own log A and ρ around the shared ones
 FREEDOM = 4.0  # of Student's t
 TEMPER = 0.25  # power of the evidence for a smoothness: all are approximations
 INFORMATION = 0.85  # of a residual, between Gaussian (1) and Student's t (0.71)
