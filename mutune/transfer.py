@@ -333,7 +333,7 @@ class Judged:
     differences: "list[Difference]"
     prediction: Prediction
     assessment: "Assessment | None" = None
-    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     compared: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -389,22 +389,33 @@ def _judge_ladders(
 ) -> Judged:
     """Make the runs of every table's ladder, and say what follows for the study's own."""
     from mutune.certificate.comparison import compare
+    from mutune.certificate.ladder import rung_name
     from mutune.certificate.prediction import predict_target
     from mutune.certificate.verdict import judge
 
     own = proxy.parametrization.table
     cases: dict[str, Case] = {}
-    left_out: tuple[str, ...] = ()
+    notes = []
     for table, ladder in ladders.items():
-        ask = _question(config, _under(table, proxy), target)
-        name = f"ladder {table}" if len(ladders) > 1 else "ladder"
-        points, lost = _climb(ladder, directory / SPARE / ("" if table == own else table), ask, name)
-        cases[table] = ask(points)
-        left_out = tuple(lost) if table == own else left_out
+        ask, alone = _question(config, _under(table, proxy), target), len(ladders) == 1
+        name = "ladder" if alone else f"ladder {table}"
+        points, lost = _climb(ladder, directory / SPARE / ("" if table == own else table), ask if alone else None, name)
+        if lost:
+            notes.append(f"left out of the {name}, for its budget or want of finished runs: {', '.join(lost)}")
+        if rung_name(ladder.rungs[0], ladder.rungs[0]) not in lost:
+            cases[table] = ask(points)
+            continue
+        rate = f"{2.0**ladder.design.log2_rate:.4g}"
+        few = f"fewer than three learning rates finished at the base of the {name}, around {rate}"
+        if table == own:
+            raise WorkFailed(
+                f"{few}; take a lower hyperparameters.learning_rate, or leave it out to have the study's best."
+            )
+        notes.append(f"{few}; it is not compared")
     case = cases[own]
     compared = compare({table: case.assessment for table, case in cases.items()}) if len(cases) > 1 else []
     prediction = predict_target(proxy, target, case.assessment)
-    return Judged(judge(case), case.differences, prediction, case.assessment, left_out, compared)
+    return Judged(judge(case), case.differences, prediction, case.assessment, tuple(notes), compared)
 
 
 def _question(config: TransferConfig, proxy: RunSpec, target: RunSpec) -> "Callable[[pd.DataFrame], Case]":
@@ -451,24 +462,30 @@ def _data(
     data["outcome"] = outcomes(directory / "certificate.json", transfer.seal) or []
     if proxy and found:
         data["laws"] = law_table(config.horizon, proxy, target, found.nearest_values())
-    if judged.left_out:
-        names = ", ".join(judged.left_out)
-        data["notes"] = [f"left out of the ladder, for its budget or want of finished runs: {names}"]
+    if judged.notes:
+        data["notes"] = list(judged.notes)
     if judged.compared:
         data |= comparison(judged.compared)
     return data
 
 
 def _climb(
-    ladder: "Ladder", spare: Path, ask: "Callable[[pd.DataFrame], Case]", name: str
+    ladder: "Ladder", spare: Path, ask: "Callable[[pd.DataFrame], Case] | None", name: str
 ) -> tuple["pd.DataFrame", list[str]]:
-    """Make the ladder's runs; returns its points and the rungs that were left out."""
+    """Make the ladder's runs; returns its points and the rungs that were left out.
+
+    Args:
+        ask: by whose verdict it may stop early; None spends the budget.
+    """
     from mutune.certificate.climb import climb
     from mutune.certificate.verdict import is_clear
     from mutune.progress import ProgressLine, clock
     from mutune.search.workers import WorkError
 
     line, seen = ProgressLine(), -1
+
+    def clear(points: "pd.DataFrame") -> bool:
+        return ask is not None and is_clear(ask(points))
 
     def report(done: int, planned: int, running: list[str]) -> None:
         nonlocal seen
@@ -477,7 +494,7 @@ def _climb(
         seen = done
 
     try:
-        climbed = climb(ladder, spare, report, lambda points: is_clear(ask(points)), line.say)
+        climbed = climb(ladder, spare, report, clear, lambda words: line.say(f"{name}: {words}"))
     except WorkError as error:
         raise WorkFailed(f"{error}\nThe same command continues the ladder.") from error
     finally:

@@ -31,6 +31,7 @@ class Training:
     def __init__(self) -> None:
         self.ran: list[str] = []
         self.dies_after: int | None = None
+        self.diverges: str | None = None  # a table
 
     def __call__(self, function: Callable[..., Any], workers: int) -> "Training":
         return self
@@ -52,6 +53,9 @@ class Training:
                 octaves += math.log2(run.spec.model.width / 16)
             self.ran.append(run.directory.name)
             run.directory.mkdir(parents=True, exist_ok=True)
+            if run.spec.parametrization.table == self.diverges:
+                yield run, RunResult(7.0, True, None, 3, 1.0)
+                continue
             yield run, RunResult(4.0 + 0.2 * octaves**2, False, 2.0, 20, 1.0)
 
 
@@ -165,11 +169,24 @@ def test_tables_are_compared_on_the_same_ladder_and_the_verdict_is_that_of_the_s
     assert data["verdict"] == certificate(transfer(out, *designed))["verdict"] == "GO"
     assert [row["table"] for row in data["comparison"]] == ["mup", "sp"]
     assert data["comparison"][1]["distance"] == pytest.approx(-2, abs=0.3)
-    assert "transfers best: mup" in data["comparison_words"]
+    assert "transfers best, by expected regret: mup" in data["comparison_words"]
     assert list((folder / "compare" / "sp").glob("w32_*"))
     ran = len(training.ran)
     transfer(out, *designed, "compare=[sp]")
     assert len(training.ran) == ran  # nothing was run twice
+
+
+def test_a_table_whose_base_cannot_be_measured_is_left_out_of_the_comparison_and_no_own_one(
+    out: Path, study: Path, training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training.diverges = "sp"
+    folder = transfer(out, *DESIGNED, "budget_fraction=20", "compare=[sp]")
+    (note,) = [note for note in certificate(folder)["notes"] if "three" in note]
+    assert note.startswith("fewer than three learning rates finished at the base of the ladder sp, around 0.0156")
+    assert "comparison" not in certificate(folder)
+    training.diverges = "mup"
+    transfer(out, *DESIGNED, "hyperparameters.learning_rate=20", "overwrite=true", "budget_fraction=20", expect=1)
+    assert "take a lower hyperparameters.learning_rate, or leave it out to have the study's best" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -198,7 +215,7 @@ def test_a_ladder_stops_early_where_its_verdict_is_clear_and_says_so(
     said = capsys.readouterr()
     assert certificate(folder)["verdict"] == "GO"
     assert f"stopped early, after {len(training.ran)} runs" in said.out
-    assert "rung w64: 5 runs, lowest loss 4.0000 at 0.0156" in said.err
+    assert "ladder: rung w64, 5 runs, lowest mean loss 4.0000 at 0.0156" in said.err
     assert {rung["width"] for rung in certificate(folder)["rungs"]} == {16, 32, 64}
 
 

@@ -225,7 +225,7 @@ def test_tables_are_compared_in_figure_page_and_certificate(house: Path, tmp_pat
     folder = tmp_path / "transfer/proxy--tiny"
     data = json.loads((folder / "certificate.json").read_text())
     assert {row["table"] for row in data["comparison"]} == {"mup", "sp"}
-    best = "trains best, each at its own best rate: "
+    best = "trains best at width 32, each at its own best rate: "
     for text in (done.stdout, (folder / "certificate.md").read_text(), (folder / "report.html").read_text()):
         assert best in text
     assert len(list((folder / "compare/sp").glob("*/result.json"))) == 6

@@ -39,7 +39,8 @@ class Asked:
 
 def from_runs(tables: dict[str, Table], asked: Asked, source: str) -> dict[str, Any]:
     """The certificate of the table of runs; of several parametrizations, that of the best-transferring, compared."""
-    assessments = {name: _assess(table, asked, source) for name, table in tables.items()}
+    largest = {axis: max(float(table.points[axis].max()) for table in tables.values()) for axis in AXES}
+    assessments = {name: _assess(table, asked, largest, source) for name, table in tables.items()}
     rows = compare(assessments)
     best = rows[0]["table"]
     assessment = assessments[best]
@@ -61,13 +62,13 @@ def runs_hash(data: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _assess(table: Table, asked: Asked, source: str) -> Assessment:
+def _assess(table: Table, asked: Asked, largest: dict[str, float], source: str) -> Assessment:
+    """A table's; `largest` of every axis among all tables, which are asked about the same target."""
     points = table.points
     require(
         len(points) > 0,
         f"runs={source} has no width with three finished rates ({'; '.join(table.dropped)}); add rates, or seeds.",
     )
-    largest = {axis: float(points[axis].max()) for axis in AXES}
     base = points[list(AXES)].sort_values(list(AXES)).iloc[0].to_dict()
     target = largest | {"width": asked.target_width or 2 * largest["width"]}
     return assess(points, {str(k): float(v) for k, v in base.items()}, target, asked.learning_rate, axes=table.axes)

@@ -88,8 +88,8 @@ def _measured(ladder: Ladder, points: pd.DataFrame, names: set[str]) -> Iterator
         mine = points[(points[list(AXES)] == list(place(spec).values())).all(axis=1)]
         diverged = int(mine.diverged.sum())
         means = mine[~mine.diverged.astype(bool)].groupby("learning_rate").loss.mean()
-        lowest = f"lowest loss {means.min():.4f} at {means.idxmin():.4g}" if len(means) else "no loss"
-        yield f"rung {name}: {len(mine)} runs, {lowest}{f', {diverged} diverged' if diverged else ''}"
+        lowest = f"lowest mean loss {means.min():.4f} at {means.idxmin():.4g}" if len(means) else "no loss"
+        yield f"rung {name}, {len(mine)} runs, {lowest}{f', {diverged} diverged' if diverged else ''}"
 
 
 def _round(

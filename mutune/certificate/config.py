@@ -147,8 +147,9 @@ class BudgetConfig:
     """What a ladder may cost. Both null: what 112 trials of the study cost, about 4 minutes for the sweep `proxy`.
 
     Attributes:
-        budget_fraction: of the target's FLOPs, that all runs of the ladder together may cost; null with budget_minutes
-            null takes what 112 trials of the study cost, or more where rungs are listed.
+        budget_fraction: of the target's FLOPs, that all runs of a ladder together may cost (with compare: of each
+            table's). Null with budget_minutes null takes what 112 trials of the study cost, or more where rungs are
+            listed.
         budget_minutes: how long they may take here, by the time that the study's trials took.
     """
 

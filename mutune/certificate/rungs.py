@@ -174,12 +174,12 @@ def _too_few(
     width = proxy.model.width
     works = f"for example ladder.widths=[{2 * width},{4 * width}]"
     nearest = [queue[0] for queues in steps.values() for queue in queues if queue]
-    key = "budget_minutes" if limits.budget_fraction is None else "budget_fraction"
-    if nearest and (given := getattr(limits, key)) is not None:
-        need = given * (share(proxy) + min(map(share, nearest))) / FIRST_SHARE
-        return Refusal(
-            f"{key}={given:g} has no room for the first runs of two rungs; for example {key}={1.5 * need:.2g}."
-        )
+    given = {key: value for key in ("budget_fraction", "budget_minutes") if (value := getattr(limits, key)) is not None}
+    if nearest and given:
+        need = 1.5 * (share(proxy) + min(map(share, nearest))) / FIRST_SHARE  # of the tighter one, which is not known
+        keys = " and ".join(f"{key}={value:g}" for key, value in given.items())
+        works = " ".join(f"{key}={need * value:.2g}" for key, value in given.items())
+        return Refusal(f"{keys} has no room for the first runs of two rungs; for example {works}.")
     listed = [axis for axis in ladder.chosen_axes if ladder.rungs(axis)]
     if listed == ["width"]:
         return Refusal(f"ladder.widths={ladder.widths} holds only the study's own width; {works}.")

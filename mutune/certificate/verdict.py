@@ -158,7 +158,8 @@ def foreseen(differences: list[Difference], rungs: pd.DataFrame, target: dict[st
     valleys = Valleys(rungs, (None,) * count, np.zeros(count), (), np.zeros(0))
     nothing = Assessment(pd.DataFrame(), AXES, target, 0, 0.0, None, valleys, None, None)
     case = Case(differences, nothing, table)
-    return [reason for rule in NOT_CERTIFIED if rule.lasting and (reason := rule.reason(case))]
+    rules = [rule for rule in NOT_CERTIFIED if rule.lasting or rule.name == "rungs"]  # at best all optima lie inside
+    return [reason for rule in rules if (reason := rule.reason(case))]
 
 
 def is_clear(case: Case) -> bool:

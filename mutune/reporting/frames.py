@@ -271,12 +271,13 @@ def certified(directory: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         rungs = pd.DataFrame(data["rungs"]).rename(columns={"optimum_log2": "optimum"})
         rate, drift = math.log2(data["learning_rate"]), data["drift"]
         if len(rungs):
-            rungs[["low", "high"]] = rungs.interval_log2.tolist()
-            rungs["base"] = rungs.octaves_from_base == 0.0
+            rungs[["low", "high"]] = rungs["interval_log2"].tolist()
+            rungs["base"] = rungs["octaves_from_base"] == 0.0
+            rungs.index[rungs.base][0]
         ends = (
             {"optimum": drift["distance"], "low": drift["interval"][0], "high": drift["interval"][1]} if drift else {}
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise Refusal(f"{path} cannot be read ({type(error).__name__}); write it again with its command.") from error
     return rungs, {"rate": rate, **{key: rate + octaves for key, octaves in ends.items()}}
 

@@ -177,7 +177,7 @@ def plot_optima(rungs: pd.DataFrame, axes: Axes, *, axis: str, rate: float) -> N
     axes.set_xscale("log", base=2)
     _width_axis(axes, sorted(rungs[axis].unique()))
     if axis == "tokens":
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _count(round(tokens, -3))))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _count(float(f"{tokens:.3g}"))))
     axes.set_xlabel(axis)
     axes.set_ylabel("best base learning rate (log2)")
     _tidy(axes)

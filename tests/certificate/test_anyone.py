@@ -101,8 +101,8 @@ def test_tables_in_one_file_are_compared_and_transfer_is_told_from_training(
     assert [row["table"] for row in data["comparison"]] == ["mup", "sp"]
     assert data["table"] == "mup"
     said = capsys.readouterr().out
-    assert "transfers best: mup" in said
-    assert "trains best, each at its own best rate: sp, not distinguishable from mup" in said
+    assert "transfers best, by expected regret: mup\n" in said
+    assert "trains best at width 256, each at its own best rate: sp, not distinguishable from mup" in said
 
 
 def test_an_optuna_study_is_read(tmp_path: Path, out: Path) -> None:
