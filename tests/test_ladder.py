@@ -186,7 +186,10 @@ def test_a_table_whose_base_cannot_be_measured_is_left_out_of_the_comparison_and
     assert "comparison" not in certificate(folder)
     training.diverges = "mup"
     transfer(out, *DESIGNED, "hyperparameters.learning_rate=20", "overwrite=true", "budget_fraction=20", expect=1)
-    assert "take a lower hyperparameters.learning_rate, or leave it out to have the study's best" in capsys.readouterr().err
+    assert (
+        "take a lower hyperparameters.learning_rate, or leave it out to have the study's best"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

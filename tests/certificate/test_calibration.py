@@ -49,6 +49,12 @@ def outcomes(family: Family, seeds: range) -> list[dict[str, Any]]:
     return [outcome(make_ladder(replace(family, total=DRIFTS[seed % 3]), seed)) for seed in seeds]
 
 
+def measured(pool: ProcessPoolExecutor, family: Family, count: int) -> list[dict[str, Any]]:
+    """Outcomes of so many ladders, on all cores."""
+    parts = pool.map(partial(outcomes, family), [range(k, count, 6) for k in range(6)])
+    return [row for part in parts for row in part]
+
+
 def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Shares of one family."""
     frame = pd.DataFrame(found)
@@ -68,7 +74,8 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_intervals_cover_and_verdicts_are_right(name: str) -> None:
-    shares = summary(outcomes(FAMILIES[name], range(201)))
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        shares = summary(measured(pool, FAMILIES[name], 201))
     assert shares["rung"] > 0.83
     assert shares["target"] > 0.83
     assert shares["false GO"] <= 0.03
@@ -92,7 +99,8 @@ def test_real_curves_tuned_on_the_default_corpus_are_judged_so_too() -> None:
 @pytest.mark.parametrize("table", ["mup", "sp"])
 def test_intervals_hold_the_optima_of_real_runs(table: str) -> None:
     """The runs are stored half an octave apart by four seeds; ladders take an octave and three."""
-    shares = summary([outcome(ladder) for ladder in _redrawn(table, 60)])
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        shares = summary(list(pool.map(outcome, _redrawn(table, 60), chunksize=10)))
     assert shares["rung"] >= 0.85
     assert shares["target"] >= 0.85
 
@@ -109,8 +117,7 @@ def test_calibration_of_every_family() -> None:
     rows = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for name, family in FAMILIES.items():
-            parts = pool.map(partial(outcomes, family), [range(k, 1002, 6) for k in range(6)])
-            rows.append({"family": name, **summary([row for part in parts for row in part])})
+            rows.append({"family": name, **summary(measured(pool, family, 1002))})
         for name, ladders in _resampled():
             rows.append({"family": name, **summary(list(pool.map(outcome, ladders, chunksize=20)))})
     shown = [{key: value if key == "family" else f"{value:.3f}" for key, value in row.items()} for row in rows]
