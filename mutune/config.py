@@ -148,6 +148,12 @@ class TransferConfig(BudgetConfig, DoorConfig):
         )
         if self.compare is not None:
             self._check_compare()
+        for key in ("budget_fraction", "budget_minutes"):
+            require(
+                getattr(self, key) is None or self._has_ladder,
+                f"{key}={getattr(self, key)} limits the ladder of a study, and there is none here; leave it out, or "
+                "take a study, for example study=proxy.",
+            )
         if self.target_width is not None:
             require_number("target_width", self.target_width, above=0, example=256)
             require(
@@ -155,6 +161,10 @@ class TransferConfig(BudgetConfig, DoorConfig):
                 f"target_width={self.target_width:g} is read with runs= or optima=; a study's target has its own "
                 "width, for example target.model.width=256.",
             )
+
+    @property
+    def _has_ladder(self) -> bool:
+        return self.study != PUBLISHED and self.runs is None and self.optima is None
 
     def _check_compare(self) -> None:
         assert self.compare is not None
@@ -164,7 +174,7 @@ class TransferConfig(BudgetConfig, DoorConfig):
         for table in self.compare:
             require(table in TABLES, f"{key} has an unknown table; known tables: {', '.join(sorted(TABLES))}.")
         require(
-            self.study != PUBLISHED and self.runs is None and self.optima is None,
+            self._has_ladder,
             f"{key} runs ladders of a study; for example study=proxy, or give the file of runs= a column table.",
         )
 
