@@ -13,12 +13,11 @@ examples:
 """
 
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mutune.certificate.config import Prediction, Provenance, TransferFile
+from mutune.certificate.config import Provenance, TransferFile
 from mutune.compose import build, data_dir, plain
 from mutune.config import PUBLISHED, SweepConfig, TransferConfig
 from mutune.door import NOT_GO, NOTHING_WRITTEN, OK, WorkFailed, drawn, enter
@@ -34,12 +33,9 @@ from mutune.training.schedule import ScheduleConfig
 from mutune.versions import versions
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from mutune.certificate.adviser import Advice
-    from mutune.certificate.assessment import Assessment
+    from mutune.certificate.judged import Judged
     from mutune.certificate.planned import Ladder, Paid
-    from mutune.certificate.verdict import Case, Difference, Verdict
 
 LADDER, SPARE, COMPARED = "ladder", "spare", "compare"
 
@@ -164,6 +160,7 @@ def _plan_ladders(config: TransferConfig, source: Source, target: RunSpec, direc
 
     There is none for published values.
     """
+    from mutune.certificate.judged import under
     from mutune.certificate.planned import plan_ladder
     from mutune.data.prepare import prepare
     from mutune.training.memory import require_memory
@@ -178,7 +175,7 @@ def _plan_ladders(config: TransferConfig, source: Source, target: RunSpec, direc
     for table in dict.fromkeys([own, *(config.compare or [])]):
         folder = directory / LADDER if table == own else directory / COMPARED / table
         ladders[table] = plan_ladder(
-            _under(table, proxy),
+            under(table, proxy),
             target,
             config.ladder,
             config,
@@ -191,13 +188,6 @@ def _plan_ladders(config: TransferConfig, source: Source, target: RunSpec, direc
     runs = sorted((ladder.rungs[run.rung] for run in ladder.first.runs), key=lambda spec: -price(spec).bytes)
     require_memory(runs[: ladder.workers], config.device, "ladder.widths or ladder.workers")
     return ladders
-
-
-def _under(table: str, proxy: RunSpec) -> RunSpec:
-    """The proxy's run under another table, all else equal."""
-    if table == proxy.parametrization.table:
-        return proxy
-    return replace(proxy, parametrization=replace(proxy.parametrization, table=table, depth_exponent=1.0))
 
 
 def _check_target_data(transfer: TransferFile, target: RunSpec) -> None:
@@ -322,21 +312,6 @@ def _dry_run(config: TransferConfig, ladders: dict[str, "Ladder"], target: RunSp
     return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Judged:
-    """A transfer's verdict and what it rests on; a published one has no ladder and so no assessment.
-
-    `compared`: a row per table, where several were.
-    """
-
-    verdict: "Verdict"
-    differences: "list[Difference]"
-    prediction: Prediction
-    assessment: "Assessment | None" = None
-    notes: tuple[str, ...] = ()
-    compared: list[dict[str, Any]] = field(default_factory=list)
-
-
 def _certify(
     config: TransferConfig,
     source: Source,
@@ -357,7 +332,7 @@ def _certify(
     if source.proxy is None:
         judged = _judge_published(source.transfer, target)
     else:
-        judged = _judge_ladders(config, source.proxy, target, ladders, directory)
+        judged = _judge_ladders(config, ladders, target, directory)
     tables = [table for table in config.compare or [] if table != source.transfer.parametrization.table]
     compared = [directory / COMPARED / table for table in tables]
     figures = drawn(lambda: draw_transfer(directory, compared)) if judged.assessment else []
@@ -376,7 +351,22 @@ def _certify(
     return judged.verdict.verdict
 
 
-def _judge_published(transfer: TransferFile, target: RunSpec) -> Judged:
+def _judge_ladders(config: TransferConfig, ladders: dict[str, "Ladder"], target: RunSpec, directory: Path) -> "Judged":
+    from mutune.certificate.judged import UnmeasuredError, judge_ladders
+    from mutune.search.workers import WorkError
+
+    own = next(iter(ladders))
+    spares = {table: directory / SPARE / ("" if table == own else table) for table in ladders}
+    try:
+        return judge_ladders(ladders, target, config.horizon, spares)
+    except WorkError as error:
+        raise WorkFailed(f"{error}\nThe same command continues the ladder.") from error
+    except UnmeasuredError as error:
+        raise WorkFailed(str(error)) from error
+
+
+def _judge_published(transfer: TransferFile, target: RunSpec) -> "Judged":
+    from mutune.certificate.judged import Judged
     from mutune.certificate.prediction import PUBLISHED as UNPREDICTED
     from mutune.certificate.verdict import published_differences, published_verdict
 
@@ -384,66 +374,12 @@ def _judge_published(transfer: TransferFile, target: RunSpec) -> Judged:
     return Judged(published_verdict(transfer), differing, UNPREDICTED)
 
 
-def _judge_ladders(
-    config: TransferConfig, proxy: RunSpec, target: RunSpec, ladders: dict[str, "Ladder"], directory: Path
-) -> Judged:
-    """Make the runs of every table's ladder, and say what follows for the study's own."""
-    from mutune.certificate.comparison import compare
-    from mutune.certificate.ladder import rung_name
-    from mutune.certificate.prediction import predict_target
-    from mutune.certificate.verdict import judge
-
-    own = proxy.parametrization.table
-    cases: dict[str, Case] = {}
-    notes = []
-    for table, ladder in ladders.items():
-        ask, alone = _question(config, _under(table, proxy), target), len(ladders) == 1
-        name = "ladder" if alone else f"ladder {table}"
-        points, lost = _climb(ladder, directory / SPARE / ("" if table == own else table), ask if alone else None, name)
-        if lost:
-            notes.append(f"left out of the {name}, for its budget or want of finished runs: {', '.join(lost)}")
-        if rung_name(ladder.rungs[0], ladder.rungs[0]) not in lost:
-            cases[table] = ask(points)
-            continue
-        rate = f"{2.0**ladder.design.log2_rate:.4g}"
-        few = f"fewer than three learning rates finished at the base of the {name}, around {rate}"
-        if table == own:
-            raise WorkFailed(
-                f"{few}; take a lower hyperparameters.learning_rate, or leave it out to have the study's best."
-            )
-        notes.append(f"{few}; it is not compared")
-    case = cases[own]
-    compared = compare({table: case.assessment for table, case in cases.items()}) if len(cases) > 1 else []
-    prediction = predict_target(proxy, target, case.assessment)
-    return Judged(judge(case), case.differences, prediction, case.assessment, tuple(notes), compared)
-
-
-def _question(config: TransferConfig, proxy: RunSpec, target: RunSpec) -> "Callable[[pd.DataFrame], Case]":
-    """What a ladder's points are judged by."""
-    from mutune.certificate.assessment import assess
-    from mutune.certificate.laws import law_slopes
-    from mutune.certificate.points import AXES
-    from mutune.certificate.rungs import place
-    from mutune.certificate.verdict import Case, difference_table
-    from mutune.data.prepare import prepare
-
-    vocab_size, table = prepare(proxy.data, proxy.tokenizer).vocab_size, proxy.parametrization.table
-
-    def ask(points: "pd.DataFrame") -> Case:
-        laws = law_slopes(config.horizon, [axis for axis in AXES if points[axis].nunique() > 1])
-        found = assess(points, place(proxy), place(target), proxy.hyperparameters.learning_rate, laws)
-        differing = difference_table(proxy, target, vocab_size, target.tokenizer.num_ids, found.nearest_values())
-        return Case(differing, found, table)
-
-    return ask
-
-
 def _data(
     config: TransferConfig,
     proxy: RunSpec | None,
     target: RunSpec,
     transfer: TransferFile,
-    judged: Judged,
+    judged: "Judged",
     advice: list["Advice"],
     directory: Path,
 ) -> dict[str, Any]:
@@ -463,45 +399,10 @@ def _data(
     if proxy and found:
         data["laws"] = law_table(config.horizon, proxy, target, found.nearest_values())
     if judged.notes:
-        data["notes"] = list(judged.notes)
+        data["notes"] = judged.notes
     if judged.compared:
         data |= comparison(judged.compared)
     return data
-
-
-def _climb(
-    ladder: "Ladder", spare: Path, ask: "Callable[[pd.DataFrame], Case] | None", name: str
-) -> tuple["pd.DataFrame", list[str]]:
-    """Make the ladder's runs; returns its points and the rungs that were left out.
-
-    Args:
-        ask: by whose verdict it may stop early; None spends the budget.
-    """
-    from mutune.certificate.climb import climb
-    from mutune.certificate.verdict import is_clear
-    from mutune.progress import ProgressLine, clock
-    from mutune.search.workers import WorkError
-
-    line, seen = ProgressLine(), -1
-
-    def clear(points: "pd.DataFrame") -> bool:
-        return ask is not None and is_clear(ask(points))
-
-    def report(done: int, planned: int, running: list[str]) -> None:
-        nonlocal seen
-        now = f" · running {', '.join(running)}" if running else ""
-        line.show(f"{name} {done}/{planned} runs{now} · {clock(line.elapsed)} elapsed", change=done != seen)
-        seen = done
-
-    try:
-        climbed = climb(ladder, spare, report, clear, lambda words: line.say(f"{name}: {words}"))
-    except WorkError as error:
-        raise WorkFailed(f"{error}\nThe same command continues the ladder.") from error
-    finally:
-        line.close()
-    if climbed.early:
-        print(f"{name:<10} stopped early, after {len(climbed.points)} runs: more would not change the verdict")
-    return climbed.points, climbed.left_out
 
 
 if __name__ == "__main__":

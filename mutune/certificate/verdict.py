@@ -178,10 +178,8 @@ def is_clear(case: Case) -> bool:
         return far > 1 - CLEAR * (1 - NO_GO_CHANCE)
     if any(rule.lasting and rule.reason(case) for rule in NOT_CERTIFIED):
         return far < CLEAR
-    risk, centre = (
-        drift.chance(abs(case.assessment.distance) > FAR_OCTAVES),
-        drift.quantiles(case.assessment.distance)[1],
-    )
+    distance = case.assessment.distance
+    risk, centre = drift.chance(abs(distance) > FAR_OCTAVES), drift.quantiles(distance)[1]
     return said == "GO" and risk <= CLEAR * GO_RISK and abs(centre) <= CLEAR * GO_OCTAVES
 
 

@@ -273,7 +273,8 @@ def certified(directory: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
         if len(rungs):
             rungs[["low", "high"]] = rungs["interval_log2"].tolist()
             rungs["base"] = rungs["octaves_from_base"] == 0.0
-            rungs.index[rungs.base][0]
+            if not rungs.base.any():
+                raise ValueError("no rung is the base")
         ends = (
             {"optimum": drift["distance"], "low": drift["interval"][0], "high": drift["interval"][1]} if drift else {}
         )

@@ -169,6 +169,10 @@ def test_a_certificate_shows_every_axis_of_its_ladder_and_the_target(tmp_path: P
     assert "optimum at the edge or beyond" in [line.get_label() for line in width.get_lines()]
     assert width.get_ylim()[0] < -8
     assert [path.name for path in figures.draw_certificate(tmp_path)] == ["optima.png"]
+    for damage in ({"rungs": [{"width": 1}]}, {"rungs": [wide]}, {"drift": {"distance": 0.0, "interval": []}}):
+        (tmp_path / "certificate.json").write_text(json.dumps(data | damage))
+        with pytest.raises(Refusal, match=r"certificate.json cannot be read"):
+            figures.draw_certificate(tmp_path)
     (tmp_path / "certificate.json").write_text(json.dumps(data | {"drift": None}))
     assert len(figures.certificate_figure(*frames.certified(tmp_path)).axes) == 2
 
