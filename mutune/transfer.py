@@ -174,16 +174,16 @@ def _plan_ladders(config: TransferConfig, source: Source, target: RunSpec, direc
     own, ladders = proxy.parametrization.table, {}
     for table in dict.fromkeys([own, *(config.compare or [])]):
         folder = directory / LADDER if table == own else directory / COMPARED / table
-        ladders[table] = plan_ladder(
-            under(table, proxy),
-            target,
-            config.ladder,
-            config,
-            folder,
-            config.device,
-            corpus.content_hash,
-            source.trials,
-        )
+        files = (folder, config.device, corpus.content_hash, source.trials)
+        try:
+            ladders[table] = plan_ladder(under(table, proxy), target, config.ladder, config, *files)
+        except Refusal as refusal:
+            if table == own:
+                raise
+            raise Refusal(
+                f"compare={config.compare}: the study's run cannot be one of {table} ({str(refusal).rstrip('.')}); "
+                "leave that table out, for example compare=[sp]."
+            ) from refusal
     ladder = ladders[own]
     runs = sorted((ladder.rungs[run.rung] for run in ladder.first.runs), key=lambda spec: -price(spec).bytes)
     require_memory(runs[: ladder.workers], config.device, "ladder.widths or ladder.workers")

@@ -200,6 +200,7 @@ def test_a_table_whose_base_cannot_be_measured_is_left_out_of_the_comparison_and
         (["compare=[spp]"], "has an unknown table; known tables: btlm, completep, mup"),
         (["compare=[sp]", "study=published"], "runs ladders of a study; for example study=proxy"),
         (["compare=[sp]", "runs=x.csv"], "runs ladders of a study; for example study=proxy"),
+        (["compare=[mup_table3]"], "the study's run cannot be one of mup_table3 ("),
         (["budget_minutes=1", "runs=x.csv"], "budget_minutes=1.0 limits the ladder of a study, and there is none here"),
         (["budget_fraction=1", "study=published"], "leave it out, or take a study, for example study=proxy."),
     ],

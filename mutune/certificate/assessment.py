@@ -94,10 +94,10 @@ class Assessment:
         """What wins the transferred rate's regret back, and where the exchange rate is from."""
         if self.regret is None or "tokens" not in self.axes:
             return {}
-        rungs, levels = self.valleys.rungs, self.valleys.levels
+        rungs, levels, errors = self.valleys.rungs, self.valleys.levels, self.valleys.level_errors
         mine = self._alone("tokens")
         per_doubling, source = loss_per_doubling(
-            float(levels[self.nearest("width")]), rungs["tokens"].to_numpy(float)[mine], levels[mine]
+            float(levels[self.nearest("width")]), rungs["tokens"].to_numpy(float)[mine], levels[mine], errors[mine]
         )
         found = price_of(self.regret.transferred, self.target["tokens"], per_doubling, flops_per_token, prices)
         return {**found, "currency": prices.currency, "tokens_source": source}

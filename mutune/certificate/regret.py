@@ -75,17 +75,18 @@ def _penalties(valleys: Valleys, drift: Drift, rung: int, log2_rate: float) -> n
     return found
 
 
-def loss_per_doubling(loss: float, tokens: np.ndarray, levels: np.ndarray) -> tuple[float, str]:
+def loss_per_doubling(loss: float, tokens: np.ndarray, levels: np.ndarray, errors: np.ndarray) -> tuple[float, str]:
     """How much loss twice the tokens take off, nats per token, and where that is from.
 
     Args:
         loss: at the target, nats per token.
-        tokens, levels: of the rungs that differ in tokens alone; fewer than two, and the general figure is taken.
+        tokens, levels, errors: of the rungs that differ in tokens alone, with the levels' standard errors; fewer than
+            two, or a difference within its error, and the general figure is taken.
     """
     order = np.argsort(tokens)
     if len(order) > 1:
         (less, more), (high, low) = tokens[order[-2:]], levels[order[-2:]]
-        if high > low:
+        if high - low > 2 * np.hypot(*errors[order[-2:]]):
             return float((high - low) / np.log2(more / less)), "measured on the ladder's two longest runs"
     taken = f"1 % of loss taken as {TOKENS_PER_PERCENT:g} times the tokens, which is reported, not measured"
     return float(0.01 * loss / np.log2(TOKENS_PER_PERCENT)), taken

@@ -9,7 +9,8 @@ A the curvature, ρ how much steeper the right side is, s how suddenly it become
 soon the sides straighten. A grid an octave apart cannot tell a kink from a smooth bend, and the two put the optimum
 a tenth of an octave apart; so the fit is made for several s, and weighted by their evidence.
 
-Noise is Student's t, its scale taken from repeated seeds where there are any, growing with the rate as 2^(γz) where
+Noise is Student's t, its scale taken from repeated seeds where there are any (else a prior keeps a form that goes
+through all points from having none), growing with the rate as 2^(γz) where
 the residuals say so; the form is trusted less, the higher a point lies. A diverged run is no point, but says that the
 valley does not go on falling there.
 """
@@ -32,6 +33,7 @@ FREEDOM = 4.0  # of Student's t
 TEMPER = 0.25  # power of the evidence for a smoothness: all are approximations
 INFORMATION = 0.85  # of a residual, between Gaussian (1) and Student's t (0.71)
 MISFIT, MISFIT_WEIGHT = 0.03, 6.0  # sd of the form's error as a share of the height; how many points that counts for
+UNSEEN, UNSEEN_WEIGHT = 0.1, 1.0  # noise where hardly a rate was repeated, as a share of the heights; its weight
 GROWTHS, GROWTH = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0), 0.4  # γ tried; its sd
 REACH = 3.0  # octaves over which noise grows
 STEPS = 60
@@ -283,6 +285,7 @@ class _Joint:
         self.typical = float(np.median(heights)) if len(heights) else 1e-4
         self.noise = data.noise or 0.05 * self.typical
         self.growth, self.misfit, self.damping = 0.0, MISFIT, 1e-3
+        self.held = 0.0  # parameters that their priors decide, each counted by the prior's share
 
     def fit(self) -> Fit:
         """Alternate between a step and the noise until both stand still."""
@@ -348,6 +351,7 @@ class _Joint:
         z, g, residual, weights, _ = self._weigh(theta)
         jacobian = self._centred(self._jacobian(theta, z, g), weights)
         hessian = (jacobian * weights[:, None]).T @ jacobian + np.diag(self.precision)
+        self.held = float(np.diag(np.linalg.inv(hessian + 1e-9 * np.eye(len(theta)))) @ self.precision)
         gradient = jacobian.T @ (weights * residual) - self.precision * (theta - self.prior)
         before = self._cost(theta, weights)
         for _ in range(8):
@@ -365,8 +369,8 @@ class _Joint:
 
     @property
     def _freedom(self) -> float:
-        """Runs less levels, optima, and one each for A and ρ."""
-        return max(1.0, len(self.data.loss) - len(self.data.starts) - 1.5 * self.R - 2.0)
+        """Runs less levels and what the form takes: parameters count by how far the runs, not priors, decide them."""
+        return max(0.5, len(self.data.loss) - len(self.data.starts) - len(self.theta) + self.held)
 
     def _update_noise(self) -> None:
         """Scale of the noise and of the form's error, by their shares of the weighted residuals."""
@@ -379,7 +383,7 @@ class _Joint:
             known, rest = self.data.noise**2, max(freedom - repeats, 0.5)
             fitted = (repeats * known + rest * min(fitted, 4 * known)) / (repeats + rest)
         else:
-            fitted = max(fitted, (0.01 * self.typical) ** 2)
+            fitted = (freedom * fitted + UNSEEN_WEIGHT * (UNSEEN * self.typical) ** 2) / (freedom + UNSEEN_WEIGHT)
         high = self.data.height > 3 * self.noise
         errors = (1 - share) * squares / np.maximum(self.data.height, 1e-12) ** 2
         self.noise = float(np.sqrt(np.clip(fitted, self.noise**2 / 4, 4 * self.noise**2)))
@@ -426,7 +430,7 @@ class _Joint:
             smoothness=self.s,
             optima=theta[:R],
             covariance=covariance[:R, :R],
-            freedom=max(2.0, self._freedom),
+            freedom=max(2.0, self._freedom + (0.0 if self.data.noise_freedom else UNSEEN_WEIGHT)),
             noise=self.noise,
             levels=mean,
             level_errors=error,

@@ -136,8 +136,10 @@ CONDITIONS = {
 }
 
 
-def redraw(points: pd.DataFrame, hidden: float, hidden_optimum: float, seed: int) -> Ladder:
+def redraw(points: pd.DataFrame, hidden: float, hidden_optimum: float, seed: int, first_runs: bool = False) -> Ladder:
     """A ladder drawn from finely stored runs (`store_curves`): of each width five rates an octave apart, three seeds.
+
+    Or, as the `first_runs` of a ladder by design, four rates and a second seed at one of them.
 
     Nothing is added to the losses. Which of the two grids, and which seeds, is drawn for every width anew. A width's
     true optimum is that of the smoothing spline through the means of all its runs.
@@ -153,6 +155,9 @@ def redraw(points: pd.DataFrame, hidden: float, hidden_optimum: float, seed: int
         centre = int(np.clip(lowest + rng.integers(0, 2), 4, len(x) - 5))
         chosen = rng.choice(runs.seed.unique(), 3, replace=False)
         mine = runs[runs.x.isin(x[centre - 4 : centre + 5 : 2]) & runs.seed.isin(chosen)]
+        if first_runs:
+            lower, again = mine.x <= x[centre + 2], (mine.seed == chosen[1]) & (mine.x == x[centre])
+            mine = mine[lower & (mine.seed == chosen[0]) | again]
         rows.append(mine[["width", "learning_rate", "seed", "loss"]])
     made = pd.concat(rows, ignore_index=True).assign(diverged=False, depth=4.0, tokens=FIRST, batch=512.0)
     place = {"width": float(hidden), "depth": 4.0, "tokens": float(FIRST), "batch": 512.0}

@@ -145,7 +145,8 @@ def test_an_unsure_optimum_costs_more_than_a_sure_one() -> None:
 
 
 def test_tokens_flops_hours_and_money_follow_from_one_another() -> None:
-    per_doubling, source = loss_per_doubling(3.0, np.array([4.0, 1.0, 2.0]), np.array([2.7, 3.1, 2.9]))
+    tokens = np.array([4.0, 1.0, 2.0])
+    per_doubling, source = loss_per_doubling(3.0, tokens, np.array([2.7, 3.1, 2.9]), np.full(3, 0.01))
     assert (per_doubling, source) == (pytest.approx(0.2), "measured on the ladder's two longest runs")
     price = price_of(0.2, 1e9, per_doubling, 6e9, PriceConfig(flops_per_gpu_second=1e15, gpu_hour=3.0))
     assert price == {
@@ -154,7 +155,9 @@ def test_tokens_flops_hours_and_money_follow_from_one_another() -> None:
         "gpu_hours": pytest.approx(6e18 / 1e15 / 3600),
         "money": pytest.approx(6e18 / 1e15 / 3600 * 3),
     }
-    assert loss_per_doubling(3.0, np.array([1.0]), np.array([3.1]))[0] == pytest.approx(0.03 / np.log2(1.25))
+    general = pytest.approx(0.03 / np.log2(1.25))
+    assert loss_per_doubling(3.0, np.array([1.0]), np.array([3.1]), np.array([0.01]))[0] == general
+    assert loss_per_doubling(3.0, tokens, np.array([2.7, 3.1, 2.9]), np.full(3, 0.1))[0] == general  # within errors
 
 
 def test_the_axes_are_those_of_the_table() -> None:
