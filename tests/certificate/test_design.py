@@ -138,7 +138,7 @@ def test_a_run_is_worth_more_where_it_tells_more() -> None:
 
     now = variance([])
     assert variance([Next(5, 0.5, 0)]) < now
-    assert variance([Next(2, x, 1) for x in (-0.5, 0.5)]) < variance([Next(2, x, 1) for x in (0.0, 0.1)])
+    assert variance([Next(2, x, 1) for x in (-1.0, 1.0)]) < variance([Next(2, x, 1) for x in (0.0, 0.1)])
     assert variance([Next(2, 0.0, 1)]) == pytest.approx(now)  # a seed at one rate has only its own level
 
 
