@@ -565,7 +565,8 @@ def test_a_killed_parent_takes_its_workers_along_and_a_rerun_equals_an_undisturb
 
     def mid_study() -> bool:
         begun = list((tmp_path / "killed").glob("sweeps/mine/trials/*/metrics.jsonl"))
-        return len(stored(tmp_path / "killed")) >= 2 and sum(p.stat().st_size > 0 for p in begun) > 2
+        # in this order: while no trial has begun, Optuna may still be making study.db, and a second maker would fail it
+        return sum(p.stat().st_size > 0 for p in begun) > 2 and len(stored(tmp_path / "killed")) >= 2
 
     doors.wait_until(mid_study, process)
     children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
