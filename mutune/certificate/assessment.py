@@ -59,18 +59,16 @@ class Assessment:
 
     def beyond(self, axis: str) -> float:
         """Doublings from the ladder's nearest value of `axis` to the target's; 0 inside its range."""
-        values = self.valleys.rungs[axis]
-        value = self.target[axis]
+        values, value = self.valleys.grid[:, AXES.index(axis)], self.target[axis]
         return max(0.0, math.log2(value / values.max()), math.log2(values.min() / value))
 
     def within(self, doublings: float) -> "Assessment":
         """As far towards the target as was measured: unmeasured axes stay, others go so far past the rungs."""
         reached = dict(self.target)
-        for axis in AXES:
-            values = self.valleys.rungs[axis]
+        for axis, values in zip(AXES, self.valleys.grid.T, strict=True):
             low, high = values.min() / 2**doublings, values.max() * 2**doublings
-            alone = values.nunique() == 1
-            reached[axis] = float(values.iloc[self.base] if alone else min(max(self.target[axis], low), high))
+            alone = values.min() == values.max()
+            reached[axis] = float(values[self.base] if alone else min(max(self.target[axis], low), high))
         if reached == self.target:
             return self
         return replace(self, target=reached, drift=extrapolate(self.valleys, self.base, reached, self.slopes))
@@ -82,7 +80,7 @@ class Assessment:
 
     def nearest(self, axis: str) -> int:
         """The rung of `axis` nearest to the target, the other axes at the base's."""
-        distance = np.abs(np.log2(self.valleys.rungs[axis].to_numpy(float) / self.target[axis]))
+        distance = np.abs(np.log2(self.valleys.grid[:, AXES.index(axis)] / self.target[axis]))
         return int(np.where(self._alone(axis), distance, np.inf).argmin())
 
     def nearest_values(self) -> dict[str, float]:
@@ -103,9 +101,8 @@ class Assessment:
         return {**found, "currency": prices.currency, "tokens_source": source}
 
     def _alone(self, axis: str) -> np.ndarray:
-        rungs = self.valleys.rungs
-        others = [other for other in AXES if other != axis]
-        return np.asarray((rungs[others] == rungs[others].iloc[self.base]).all(axis=1))
+        others = np.delete(self.valleys.grid, AXES.index(axis), axis=1)
+        return np.asarray((others == others[self.base]).all(axis=1))
 
 
 def assess(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from mutune.certificate.points import AXES, doublings
+from mutune.certificate.points import AXES
 from mutune.certificate.valleys import Fit, Valleys
 
 # What is believed before any run is seen, in octaves. Calibrated in benchmarks/calibration.md.
@@ -79,9 +79,9 @@ def extrapolate(
     measured = np.array([edge is None for edge in valleys.edges])
     if measured.sum() < MIN_RUNGS:
         return None
-    origin = {axis: float(valleys.rungs[axis].iloc[base]) for axis in AXES}
-    rungs = doublings(valleys.rungs, origin)
-    end = np.log2([target[axis] / origin[axis] for axis in AXES])
+    origin = valleys.grid[base]
+    rungs = np.log2(valleys.grid / origin)
+    end = np.log2(np.array([target[axis] for axis in AXES]) / origin)
     laws = [(slopes or {}).get(axis, Slope()) for axis in AXES]
     model = _Model(rungs, end, laws, measured)
     parts = [part for i, fit in enumerate(valleys.fits) for part in model.parts(fit, i, float(valleys.weights[i]))]
@@ -166,15 +166,17 @@ def _draw(parts: list[_Part], model: _Model, valleys: Valleys, base: int) -> Dri
     """Draws from the mixture, then weighed by the optima that are only bounded."""
     scores = np.array([part.score for part in parts])
     shares = np.exp(scores - scores.max())
-    ends = np.round(np.cumsum(shares / shares.sum()) * DRAWS).astype(int)
-    generator, size = np.random.default_rng(0), model.R + 1 + model.A
-    draws, form, begin = np.empty((DRAWS, size)), np.zeros(DRAWS, int), 0
-    for part, end in zip(parts, ends, strict=True):
-        if (count := end - begin) > 0:
-            values, vectors = np.linalg.eigh(part.covariance)
-            normal = generator.normal(size=(count, size)) * np.sqrt(np.maximum(values, 0))
-            tails = np.sqrt(part.freedom / generator.chisquare(part.freedom, size=(count, 1)))
-            draws[begin:end], form[begin:end], begin = part.mean + tails * (normal @ vectors.T), part.form, end
+    counts = np.diff(np.round(np.cumsum(shares / shares.sum()) * DRAWS).astype(int), prepend=0)
+    parts = [part for part, count in zip(parts, counts, strict=True) if count > 0]
+    values, vectors = np.linalg.eigh(np.array([part.covariance for part in parts]))
+    roots = np.sqrt(np.maximum(values, 0))[:, :, None] * np.swapaxes(vectors, 1, 2)
+    generator, which = np.random.default_rng(0), np.repeat(np.arange(len(parts)), counts[counts > 0])
+    normal = generator.normal(size=(DRAWS, model.R + 1 + model.A))
+    freedom = np.array([part.freedom for part in parts])[which]
+    tails = np.sqrt(freedom / generator.chisquare(freedom))
+    moves = np.einsum("di,dij->dj", normal, roots[which])
+    draws = np.array([part.mean for part in parts])[which] + tails[:, None] * moves
+    form = np.array([part.form for part in parts])[which]
     logs = np.zeros(DRAWS)
     for i, edge in enumerate(valleys.edges):
         if edge is not None:

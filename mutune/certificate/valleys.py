@@ -16,13 +16,14 @@ valley does not go on falling there.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special
 from scipy.optimize import brentq
 
-from mutune.certificate.points import rung_index, rung_table
+from mutune.certificate.points import AXES, rung_index, rung_table
 
 # What is believed before any run is seen. Calibrated in benchmarks/calibration.md.
 SMOOTHNESS = {0.1: 0.15, 0.7: 0.15, 2.0: 0.3, 5.0: 0.4}  # s, octaves: prior weight
@@ -86,6 +87,11 @@ class Valleys:
     fits: tuple[Fit, ...]
     weights: np.ndarray
 
+    @cached_property
+    def grid(self) -> np.ndarray:
+        """(R, axes) the rungs' values, in the order of `points.AXES`."""
+        return self.rungs[list(AXES)].to_numpy(float)
+
     @property
     def optima(self) -> np.ndarray:
         """(R,) the optima's means, log2 rate."""
@@ -120,7 +126,7 @@ def mixture_quantile(
     """The quantile of a mixture of Student's t."""
 
     def above(value: float) -> float:
-        return float(weights @ stats.t.cdf((value - means) / errors, freedom)) - share
+        return float(weights @ special.stdtr(freedom, (value - means) / errors)) - share
 
     low, high = float((means - 99 * errors).min()), float((means + 99 * errors).max())
     return float(brentq(above, low, high, xtol=1e-6))

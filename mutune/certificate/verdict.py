@@ -123,33 +123,53 @@ def published_differences(base_width: float, target: RunSpec) -> list[Difference
     return [*known, Difference("everything else of the proxy's run", None, "see the target", None)]
 
 
-def judge(case: Case) -> Verdict:
-    """The verdict of a ladder.
+def verdict_of(case: Case) -> str:
+    """The verdict of a ladder, without its sentences.
 
     Its two questions are how far the optimum at the target is expected from the transferred rate, and how likely it
     is further than `FAR_OCTAVES`. Too far, as far towards the target as was measured and calibrated, is NO-GO whatever
     else holds; then what was not measured makes NOT CERTIFIED.
     """
-    found = [(reason, rule.cure(case)) for rule in NOT_CERTIFIED if (reason := rule.reason(case))]
-    missing, settle = [reason for reason, _ in found], [cure for _, cure in found if cure]
-    if case.assessment.drift is None:
-        return Verdict("NOT CERTIFIED", missing, settle)
-    said, distance = _said(case.assessment), case.assessment.distance
-    drift, decided = case.assessment.drift, _decided(case.assessment)
-    reached = case.assessment.within(MAX_DOUBLINGS)
-    assert reached.drift is not None
-    chance = reached.drift.chance(abs(reached.distance) > GO_OCTAVES)
-    if chance > NO_GO_CHANCE and abs(reached.drift.quantiles(reached.distance)[1]) > NO_GO_OCTAVES:
-        far = f"{_said(reached)}: more than {GO_OCTAVES:g} octave with {_percent(chance)}"
-        return Verdict("NO-GO", [far, *decided, *missing], settle)
-    if missing:
-        return Verdict("NOT CERTIFIED", [*missing, said, *decided], settle)
+    drift = case.assessment.drift
+    if drift is None:
+        return "NOT CERTIFIED"
+    chance, centre = _far(case.assessment)
+    if chance > NO_GO_CHANCE and abs(centre) > NO_GO_OCTAVES:
+        return "NO-GO"
+    if any(rule.reason(case) for rule in NOT_CERTIFIED):
+        return "NOT CERTIFIED"
+    distance = case.assessment.distance
     risk, centre = drift.chance(abs(distance) > FAR_OCTAVES), drift.quantiles(distance)[1]
-    near = f"within {FAR_OCTAVES:g} octave with {_percent(1 - risk)}"
-    if abs(centre) <= GO_OCTAVES and risk <= GO_RISK:
-        return Verdict("GO", [f"{said}: {near}", *decided])
-    short = f"{said}: {near}, which is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})"
-    return Verdict("GO WITH CARE", [short, *decided])
+    return "GO" if abs(centre) <= GO_OCTAVES and risk <= GO_RISK else "GO WITH CARE"
+
+
+def judge(case: Case) -> Verdict:
+    """The verdict of a ladder, with its reasons and what would settle it."""
+    verdict, assessment = verdict_of(case), case.assessment
+    found = [(reason, rule) for rule in NOT_CERTIFIED if (reason := rule.reason(case))]
+    missing = [reason for reason, _ in found]
+    settle = [cure for _, rule in found if (cure := rule.cure(case))]
+    if assessment.drift is None:
+        return Verdict(verdict, missing, settle)
+    decided = _decided(assessment)
+    if verdict == "NO-GO":
+        chance, said = _percent(_far(assessment)[0]), _said(assessment.within(MAX_DOUBLINGS))
+        return Verdict(verdict, [f"{said}: more than {GO_OCTAVES:g} octave with {chance}", *decided, *missing], settle)
+    said = _said(assessment)
+    if missing:
+        return Verdict(verdict, [*missing, said, *decided], settle)
+    risk = assessment.drift.chance(abs(assessment.distance) > FAR_OCTAVES)
+    near = f"{said}: within {FAR_OCTAVES:g} octave with {_percent(1 - risk)}"
+    if verdict == "GO":
+        return Verdict(verdict, [near, *decided])
+    return Verdict(verdict, [f"{near}, which is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})", *decided])
+
+
+def _far(assessment: Assessment) -> tuple[float, float]:
+    """The chance of more than `GO_OCTAVES`, and the octaves expected, as far towards the target as was measured."""
+    reached = assessment.within(MAX_DOUBLINGS)
+    assert reached.drift is not None
+    return reached.drift.chance(abs(reached.distance) > GO_OCTAVES), reached.drift.quantiles(reached.distance)[1]
 
 
 def foreseen(differences: list[Difference], rungs: pd.DataFrame, target: dict[str, float], table: str) -> list[str]:
@@ -170,10 +190,7 @@ def is_clear(case: Case) -> bool:
     drift = case.assessment.drift
     if drift is None:
         return False
-    reached = case.assessment.within(MAX_DOUBLINGS)
-    assert reached.drift is not None
-    far = reached.drift.chance(abs(reached.distance) > GO_OCTAVES)
-    said = judge(case).verdict
+    (far, _), said = _far(case.assessment), verdict_of(case)
     if said == "NO-GO":
         return far > 1 - CLEAR * (1 - NO_GO_CHANCE)
     if any(rule.lasting and rule.reason(case) for rule in NOT_CERTIFIED):

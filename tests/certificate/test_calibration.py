@@ -14,7 +14,7 @@ import pytest
 from mutune.certificate.assessment import assess
 from mutune.certificate.table import Table, read_tables
 from mutune.certificate.valleys import fit_valleys
-from mutune.certificate.verdict import Case, judge
+from mutune.certificate.verdict import Case, verdict_of
 from tests.certificate.families import CONDITIONS, CURVES, Family, Ladder, make_ladder, redraw, resample
 from tests.soak import record
 
@@ -40,7 +40,7 @@ def outcome(ladder: Ladder) -> dict[str, Any]:
     if found.drift:
         low, _, high = found.drift.quantiles(found.drift.moved)
         covered, half = low <= ladder.moved <= high, (high - low) / 2
-    said = judge(Case([], found)).verdict
+    said = verdict_of(Case([], found))
     return {"moved": ladder.moved, "rungs": inside, "target": covered, "half": half, "verdict": said}
 
 
@@ -87,13 +87,12 @@ def test_intervals_cover_and_verdicts_are_right(name: str) -> None:
 @pytest.mark.parametrize("table", ["mup", "sp"])
 def test_real_curves_are_judged_by_their_hidden_width(table: str) -> None:
     found = _stored("bytes", table)
-    result = judge(Case([], found))
-    assert result.verdict == {"mup": "GO", "sp": "NO-GO"}[table]
+    assert verdict_of(Case([], found)) == {"mup": "GO", "sp": "NO-GO"}[table]
 
 
 def test_real_curves_tuned_on_the_default_corpus_are_judged_so_too() -> None:
-    assert judge(Case([], _stored("sotu", "mup"))).verdict in ("GO", "GO WITH CARE")
-    assert judge(Case([], _stored("sotu", "sp"))).verdict == "NO-GO"
+    assert verdict_of(Case([], _stored("sotu", "mup"))) in ("GO", "GO WITH CARE")
+    assert verdict_of(Case([], _stored("sotu", "sp"))) == "NO-GO"
 
 
 @pytest.mark.parametrize("first_runs", [False, True])

@@ -13,7 +13,7 @@ from mutune.certificate.assessment import assess
 from mutune.certificate.design import BEYOND, FIRST, MAX_RATES, Design, Next, measurable, next_runs
 from mutune.certificate.points import AXES
 from mutune.certificate.valleys import fit_valleys
-from mutune.certificate.verdict import Case, is_clear, judge
+from mutune.certificate.verdict import Case, is_clear, verdict_of
 from mutune.certificate.worth import Worth
 from tests.certificate.design_table import GRID, interval
 from tests.certificate.families import Family
@@ -156,7 +156,7 @@ def stopped(number: int) -> list[dict[str, Any]]:
     found = []
     for rule in (lambda points: False, lambda points: is_clear(case(points))):
         points, spent = play(world, design, cost, budget, rule)
-        verdict = judge(case(points)).verdict
+        verdict = verdict_of(case(points))
         found.append({"world": number, "cost": spent / budget, "verdict": verdict, "moved": abs(truth)})
     return found
 

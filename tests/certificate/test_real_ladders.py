@@ -19,7 +19,7 @@ from mutune.certificate.assessment import Assessment, assess
 from mutune.certificate.prediction import predict
 from mutune.certificate.rungs import place
 from mutune.certificate.valleys import fit_valleys
-from mutune.certificate.verdict import Case, judge
+from mutune.certificate.verdict import Case, verdict_of
 from mutune.compose import compose
 from mutune.config import SweepConfig
 from mutune.parametrization.rules import MUP, TABLES, Rule, Table
@@ -118,7 +118,7 @@ def test_a_ladder_foretells_a_hidden_width_s_optimum(tmp_path: Path) -> None:
     assert found.drift is not None
     low, middle, high = found.drift.quantiles(found.drift.target)
     row = {
-        "verdict": judge(Case([], found)).verdict,
+        "verdict": verdict_of(Case([], found)),
         "optimum foretold, log2": f"{middle:.2f} ({low:.2f} to {high:.2f})",
         "measured": f"{truth.optima[0]:.2f}",
     }
@@ -170,7 +170,7 @@ def test_broken_rules_are_not_let_through(tmp_path: Path) -> None:
                 "broken rule": rule,
                 "widths": ", ".join(map(str, widths)),
                 "seeds": seeds,
-                "verdict": judge(Case([], found)).verdict,
+                "verdict": verdict_of(Case([], found)),
                 "optima, log2": ", ".join(
                     f"{(edge and {'low': '≤', 'high': '≥'}[edge]) or ''}{x:.2f}" for x, edge in optima
                 ),
