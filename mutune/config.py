@@ -94,7 +94,8 @@ class SweepConfig(DoorConfig):
         data = plain(self)
         for key in ("out", "device", "dry_run", "overwrite"):
             del data[key]
-        del data["search"]["n_trials"], data["search"]["workers"]
+        for key in ("n_trials", "workers", "confirm", "confirm_seeds"):
+            del data["search"][key]
         return data
 
 

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from mutune.certificate.config import LadderConfig
-from mutune.certificate.ladder import fingerprint, gather, run_open
+from mutune.certificate.ladder import gather
 from mutune.compose import build as build_dataclass
 from mutune.compose import plain
 from mutune.door import WorkFailed, drawn
@@ -50,6 +50,7 @@ from mutune.reporting import frames
 from mutune.reporting.figures import draw_study, draw_transfer
 from mutune.search.config import Dimension, SearchConfig, dimensions, initial_points
 from mutune.search.display import followed
+from mutune.search.once import fingerprint, run_open
 from mutune.search.own_arguments import check_arguments, check_train, grouped, listed
 from mutune.search.own_code import fingerprints
 from mutune.search.own_trial import OwnModel, OwnRung, Train, rehearse, run_task
@@ -192,6 +193,7 @@ def run(
         rungs = listed("widths", widths, [2 * base, 4 * base])
         search = SearchConfig(
             sampler=sampler,
+            pruner="none",  # a user's loop cannot pause
             n_trials=n_trials,
             n_startup_trials=n_startup_trials,
             cohort=cohort,

@@ -54,7 +54,7 @@ def work(config: SweepConfig) -> int:
         claim(directory, inputs, "study", config.overwrite)
         check_storage(directory)
         try:
-            _search(config, spec, directory)
+            _search(config, spec, directory, corpus.content_hash)
         except WorkError as error:
             raise WorkFailed(f"{error}\nThe same command continues the study.") from error
     return OK
@@ -85,6 +85,7 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
         f"{cost.parameters:,} parameters, table {config.parametrization.table}",
         f"trial      {config.run.num_steps} steps × {config.run.tokens_per_step} tokens = {config.run.tokens:,} "
         f"tokens, {cost.flops:.3g} FLOPs at the base width",
+        f"pruning    {_pruning(config)}",
         f"search     {total} trials by {config.search.sampler}, {config.search.workers or default_workers()} workers",
         *(f"space      {dimension.name}: {dimension}" for dimension in space),
         NOTHING_WRITTEN,
@@ -92,33 +93,63 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
     return "\n".join(rows)
 
 
-def _search(config: SweepConfig, spec: RunSpec, directory: Path) -> None:
+def _pruning(config: SweepConfig) -> str:
+    from mutune.search.pruning import HALVING, stops
+
+    pruner, steps = config.search.prunes, config.run.num_steps
+    if pruner not in HALVING:
+        return f"Optuna's {pruner}, after {', '.join(map(str, stops(pruner, steps)))} steps"
+    after = [f"{share:.2g} go on after {round(at * steps)} steps" for at, share in HALVING[pruner]]
+    return f"{pruner}: {', '.join(after)}" if after else "none: every trial runs to its end"
+
+
+def _search(config: SweepConfig, spec: RunSpec, directory: Path, data_hash: str) -> None:
     from mutune.reporting.figures import draw_study
     from mutune.reporting.page import study_page
-    from mutune.search.display import followed
+    from mutune.search.confirm import confirm
+    from mutune.search.display import confirming, followed
+    from mutune.search.results import Confirmed, read_best, write_best
     from mutune.search.study import base_values, best_trial, run_study, run_trial, trial_spec
     from mutune.search.workers import Workers, default_workers
 
     workers = config.search.workers or default_workers()
-    with (
-        Workers(partial(run_trial, spec, config.device), workers) as pool,
-        followed(directory, workers, lambda params: trial_spec(spec, params).hyperparameters) as report,
-    ):
-        trials = run_study(directory, str(config.study), config.search, pool.run, base=base_values(spec), report=report)
-    best = best_trial(trials)
-    if best is None:
-        raise WorkFailed(
-            f"all {len(trials)} trials diverged; lower search.space.learning_rate and choose another study=."
-        )
+    confirmed: list[Confirmed] = []
+    with Workers(partial(run_trial, spec, config.device), workers) as pool:
+        with followed(directory, workers, lambda params: trial_spec(spec, params).hyperparameters) as report:
+            trials = run_study(
+                directory,
+                str(config.study),
+                config.search,
+                pool.run,
+                base=base_values(spec),
+                num_steps=spec.num_steps,
+                report=report,
+            )
+        best = best_trial(trials)
+        if best is None:
+            raise WorkFailed(
+                f"all {len(trials)} trials diverged; lower search.space.learning_rate and choose another study=."
+            )
+        if leaders := config.search.confirm:
+            with confirming(directory.name) as told:
+                confirmed = confirm(
+                    directory, spec, trials, leaders, config.search.confirm_seeds, data_hash, pool.run, told
+                )
+    if confirmed:
+        best = trials[confirmed[0].trial]
+    write_best(directory, directory.name, best, trial_spec(spec, best.params).hyperparameters, confirmed)
     next_step = f"python -m mutune.transfer study={config.study} target=small  (or target=btlm_3b)"
     if "width" in best.params:
         next_step = f"look at {directory / 'figures'}; a transfer wants a study at one width, such as +sweep=proxy"
     written = [directory / "best.yaml", *drawn(lambda: draw_study(directory))]
     written += drawn(lambda: [study_page(directory, next_step)], "report")
+    values = read_best(directory)
     print(
-        f"best       trial {best.number}: held-out loss {best.value:.4f} nats per token "
-        f"({best.user_attrs['bits_per_byte']:.4f} bits per byte)"
+        f"best       trial {best.number}: held-out loss {values.heldout_loss:.4f} nats per token "
+        f"({values.heldout_bits_per_byte:.4f} bits per byte)"
     )
+    for row in confirmed:
+        print(f"confirmed  {row}")
     for key, value in best.params.items():
         print(f"           {key} = {value if isinstance(value, (str, int)) else format(value, '.5g')}")
     print(f"written    {', '.join(map(str, written))}")

@@ -15,12 +15,13 @@ import pandas as pd
 
 from mutune.certificate.budget import Timed
 from mutune.certificate.design import Plan, measurable, next_runs
-from mutune.certificate.ladder import RESULT, LadderRun, finished, gather, run_open, rung_name, train_rung
+from mutune.certificate.ladder import LadderRun, gather, rung_name, train_rung
 from mutune.certificate.planned import Ladder, Paid
 from mutune.certificate.points import AXES, COLUMNS
 from mutune.certificate.rungs import place
 from mutune.files import read_yaml, write_json, write_yaml
 from mutune.folders import CONFIG
+from mutune.search.once import RESULT, finished, run_open
 from mutune.search.workers import Workers
 from mutune.training.price import price
 from mutune.training.run import RunResult

@@ -1,38 +1,17 @@
-"""A ladder's runs: what each is, where it lies, and whether it is finished."""
+"""A ladder's runs: what each is, and where it lies."""
 
-import hashlib
-import json
-import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from mutune.certificate.points import AXES
 from mutune.certificate.rungs import place
-from mutune.compose import build
-from mutune.files import write_json
-from mutune.search.workers import RunAll
+from mutune.search.once import Once, fingerprint
+from mutune.search.workers import saving
 from mutune.training.config import RunSpec
 from mutune.training.run import RunResult, run_to_end
-
-RESULT = "result.json"
-
-
-class OnLadder(Protocol):
-    """What is run on a ladder, whatever the model: it has a folder, and knows what decides its losses."""
-
-    @property
-    def directory(self) -> Path:
-        """Where its records and its result go."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of everything that decides its losses."""
-
-
-AnyRun = TypeVar("AnyRun", bound=OnLadder)
 
 
 @dataclass(frozen=True)
@@ -74,12 +53,7 @@ def rung_name(spec: RunSpec, base: RunSpec) -> str:
     )
 
 
-def fingerprint(*data: Any) -> str:
-    """Hash of plain data."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def gather(runs: Sequence[OnLadder], ladder: Path, spare: Path) -> None:
+def gather(runs: Sequence[Once], ladder: Path, spare: Path) -> None:
     """Let `ladder` hold these runs alone: what another ladder left goes to `spare`, and comes back when asked for."""
     wanted = {run.directory.name for run in runs}
     for folder in list(ladder.glob("*/")):
@@ -97,40 +71,7 @@ def _move(folder: Path, place: Path) -> None:
     folder.rename(place)
 
 
-def run_open(
-    runs: Sequence[AnyRun], run_some: RunAll[AnyRun, RunResult], report: Callable[[int, int, list[str]], None]
-) -> list[RunResult]:
-    """The results of `runs`, in their order; those of finished ones are read from their folders.
-
-    Args:
-        run_some: runs those that are not, as `Workers.run` does.
-        report: called with (finished, total, names of the running) at every change and about once a second.
-    """
-    done = {run.directory: result for run in runs if (result := finished(run)) is not None}
-    open_runs = [run for run in runs if run.directory not in done]
-
-    def tick(running: list[AnyRun]) -> None:
-        report(len(done), len(runs), [run.directory.name for run in running])
-
-    for run, result in run_some(open_runs, tick):
-        write_json(run.directory / RESULT, {"fingerprint": run.fingerprint, **asdict(result)})
-        done[run.directory] = result
-    tick([])
-    return [done[run.directory] for run in runs]
-
-
 def train_rung(run: LadderRun) -> RunResult:
     """One run of the ladder; a worker's whole job."""
-    return run_to_end(run.spec, run.directory, run.device, run.note)
-
-
-def finished(run: OnLadder) -> RunResult | None:
-    """The result of a run that is over; None where there is none, or one of something else, or a damaged one."""
-    try:
-        data = json.loads((run.directory / RESULT).read_text())
-        if not isinstance(data, dict) or data.pop("fingerprint", None) != run.fingerprint:
-            return None
-        result = build(RunResult, data)
-    except (OSError, ValueError):
-        return None
-    return result if result.diverged or math.isfinite(result.value) else None
+    with saving() as stop:
+        return run_to_end(run.spec, run.directory, run.device, run.note, stop=stop)

@@ -8,7 +8,8 @@ from typing import Any
 from mutune.errors import Refusal, require, require_number, shown
 from mutune.parametrization.hyperparameters import NAMES, BaseHyperparameters
 
-SAMPLERS = ("random", "tpe", "grid")
+SAMPLERS = ("random", "qmc", "tpe", "gp", "grid")
+PRUNERS = ("halving", "wide", "none", "median", "percentile", "successive_halving", "hyperband")
 
 #: What a space may name besides the base hyperparameters: the run's shape, its table and its seed.
 STRUCTURAL = ("width", "table", "seed")
@@ -41,11 +42,19 @@ class SearchConfig:
     """The search.
 
     Attributes:
-        sampler: `random`, `tpe`, or `grid` (every combination of the listed values).
+        sampler: `random`, `qmc` (scrambled Sobol points), `tpe`, `gp` (a Gaussian process: few trials of few numbers),
+            or `grid` (every combination of the listed values).
+        pruner: which trials of a cohort go on at the full length, while the others stop and cannot win. `halving`: the
+            better half at a tenth of the run, and of these at half of it; `wide`: a third at a ninth and at a third,
+            for wide spaces; `none`; or Optuna's `median`, `percentile`, `successive_halving` or `hyperband`, asked at
+            every tenth. null is `none` for a grid and where widths are searched, which do not compete; else `halving`.
         n_trials: total number of trials of the study, however often it is started; null for a grid, whose size it is.
-        n_startup_trials: random trials before TPE's model takes over.
+        n_startup_trials: random trials before the model of `tpe` or `gp` takes over.
         cohort: trials proposed together, from the results of all earlier cohorts: what makes an interrupted study
             equal to an undisturbed one. At least the number of workers, to keep them busy.
+        confirm: so many of the best trials are run again by more seeds, and chosen by their mean; 0 takes the best as
+            it is.
+        confirm_seeds: by how many more seeds.
         workers: single-threaded worker processes; null takes the number of cores.
         space: name → {low, high, log} or {values: [...]}.
         initial: known-good values, tried first; what they leave out takes the configured base value, or where that
@@ -53,9 +62,12 @@ class SearchConfig:
     """
 
     sampler: str = "tpe"
+    pruner: str | None = None
     n_trials: int | None = None
     n_startup_trials: int = 16
     cohort: int = 8
+    confirm: int = 0
+    confirm_seeds: int = 2
     workers: int | None = None
     space: dict[str, Any] = field(default_factory=dict)
     initial: list[dict[str, Any]] = field(default_factory=list)
@@ -65,10 +77,28 @@ class SearchConfig:
             self.sampler in SAMPLERS,
             f"search.sampler={self.sampler} is unknown; known samplers: {', '.join(SAMPLERS)}.",
         )
+        require(
+            self.pruner is None or self.pruner in PRUNERS,
+            f"search.pruner={self.pruner} is unknown; known pruners: {', '.join(PRUNERS)}.",
+        )
+        require(
+            self.prunes == "none" or "width" not in self.space,
+            f"search.pruner={self.prunes} would let widths compete, of which the widest wins; for example "
+            "search.pruner=none.",
+        )
         for name, example in (("n_startup_trials", 16), ("cohort", 8), ("n_trials", 32), ("workers", 2)):
             value, key = getattr(self, name), f"search.{name}"
             if value is not None or name in ("n_startup_trials", "cohort"):
                 require_number(key, value, at_least=1, at_most=MAX_TRIALS, example=example, whole=True)
+        for name, least in (("confirm", 0), ("confirm_seeds", 1)):
+            value = getattr(self, name)
+            require_number(f"search.{name}", value, at_least=least, at_most=MAX_TRIALS, example=3 - least, whole=True)
+        odd = next((name for name in ("seed", "width") if name in self.space), None)
+        require(
+            self.confirm == 0 or odd is None,
+            f"search.confirm={self.confirm} runs leaders by other seeds, which search.space.{odd} does not go with; "
+            "for example search.confirm=0.",
+        )
         if self.sampler == "grid":
             for name, unset in (("n_trials", None), ("initial", [])):
                 value = getattr(self, name)
@@ -84,6 +114,11 @@ class SearchConfig:
                     f"search.initial[{i}] names {name}, which is not in search.space; add search.space.{name} or "
                     "remove it.",
                 )
+
+    @property
+    def prunes(self) -> str:
+        """The pruner."""
+        return self.pruner or ("none" if self.sampler == "grid" or "width" in self.space else "halving")
 
 
 def dimensions(space: dict[str, Any]) -> list[Dimension]:

@@ -38,6 +38,21 @@ def followed(
         line.close()
 
 
+@contextmanager
+def confirming(name: str) -> Iterator[Callable[[int, int, list[str]], None]]:
+    """What the runs that confirm a study's leaders report to."""
+    line = ProgressLine()
+
+    def report(done: int, total: int, running: list[str]) -> None:
+        now = f" · running {', '.join(running)}" if running else ""
+        line.show(f"{name} confirming {done}/{total} runs{now} · {clock(line.elapsed)} elapsed", change=not running)
+
+    try:
+        yield report
+    finally:
+        line.close()
+
+
 class SweepProgress:
     """Draws a study's progress; the time left is counted from the durations of the trials that are done.
 
@@ -53,7 +68,8 @@ class SweepProgress:
     def update(self, progress: Progress) -> None:
         """Show where the study stands."""
         best = progress.best
-        parts = [f"{progress.name} {progress.done}/{progress.total} trials"]
+        pruned = f" ({progress.pruned} pruned)" if progress.pruned else ""
+        parts = [f"{progress.name} {progress.done}/{progress.total} trials{pruned}"]
         parts.append(f"best {best.value:.4f} (trial {best.number})" if best else "best —")
         if progress.running:
             parts.append(f"running {', '.join(map(str, progress.running))}")

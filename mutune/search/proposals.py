@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial
+from scipy.stats import qmc
 
 from mutune.errors import Refusal
 from mutune.search.config import Dimension, SearchConfig, grid, initial_points
@@ -78,17 +79,37 @@ def _propose_one(
     study.sampler = _sampler(search, _seed_of(seed, number))
     if number < len(known):
         study.enqueue_trial(known[number])
+    elif search.sampler == "qmc":
+        study.enqueue_trial(_sobol(space, seed, number))
     trial = study.ask(fixed_distributions=distributions(space))
     assert trial.number == number, (trial.number, number)
     return dict(trial.params)
 
 
 def _sampler(search: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
-    if search.sampler == "random":
+    if search.sampler in ("random", "qmc"):
         return optuna.samplers.RandomSampler(seed=seed)
+    if search.sampler == "gp":
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=search.n_startup_trials)
     return optuna.samplers.TPESampler(
         seed=seed, n_startup_trials=search.n_startup_trials, multivariate=True, constant_liar=True
     )
+
+
+def _sobol(space: Sequence[Dimension], seed: int, number: int) -> dict[str, Any]:
+    """Point `number` of the study's scrambled Sobol sequence; Optuna's own keeps its place in the storage."""
+    engine = qmc.Sobol(len(space), seed=_seed_of(seed, -1))
+    if number:  # scipy refuses to go forward by none
+        engine.fast_forward(number)
+    return {d.name: _at(d, float(share)) for d, share in zip(space, engine.random(1)[0], strict=True)}
+
+
+def _at(dimension: Dimension, share: float) -> Any:
+    """The value at this share, in [0, 1), of a dimension."""
+    if dimension.values:
+        return dimension.values[int(share * len(dimension.values))]
+    low, high = float(dimension.low or 0.0), float(dimension.high or 0.0)
+    return low * (high / low) ** share if dimension.log else low + share * (high - low)
 
 
 def _seed_of(seed: int, number: int) -> int:

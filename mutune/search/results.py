@@ -1,7 +1,7 @@
 """What a study leaves for others: its best values, beside the inputs that made them."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,34 @@ OWN_MODEL = "own_model"  # the key under which the config of a study of a user's
 
 
 @dataclass(frozen=True)
+class Confirmed:
+    """A leader that was run again: its held-out losses by seed, the search's own first.
+
+    Attributes:
+        standard_error: of the mean, the spread over seeds pooled over all leaders.
+        tied: whether nothing tells its mean from the lowest.
+    """
+
+    trial: int
+    losses: list[float]
+    mean: float
+    standard_error: float
+    bits_per_byte: float | None
+    tied: bool
+
+    def __str__(self) -> str:
+        same = ", not told from the lowest" if self.tied else ""
+        return (
+            f"trial {self.trial}: mean {self.mean:.4f} ± {self.standard_error:.4f} over {len(self.losses)} seeds{same}"
+        )
+
+
+@dataclass(frozen=True)
 class BestValues:
     """`best.yaml`: the best trial's number, losses, searched parameters, and all its base hyperparameters.
 
     Losses are held-out ones, in nats per token and in bits per byte; a user's own model has its own unit, and no bytes.
+    Where leaders were run again, they are the chosen one's means over seeds, and `confirmed` has all leaders.
     """
 
     study: str
@@ -31,6 +55,7 @@ class BestValues:
     searched: list[str]
     params: dict[str, Any]
     hyperparameters: BaseHyperparameters
+    confirmed: list[Confirmed] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -45,20 +70,37 @@ class StoredStudy:
     commit: str
 
 
-def write_best(directory: Path, name: str, best: FrozenTrial, hyperparameters: BaseHyperparameters) -> None:
-    """Write `best.yaml`."""
+def write_best(
+    directory: Path,
+    name: str,
+    best: FrozenTrial,
+    hyperparameters: BaseHyperparameters,
+    confirmed: Sequence[Confirmed] = (),
+) -> None:
+    """Write `best.yaml`; `confirmed` has the best trial first."""
     assert best.value is not None
+    assert not confirmed or confirmed[0].trial == best.number
     values = BestValues(
         study=name,
         trial=best.number,
-        heldout_loss=best.value,
-        heldout_bits_per_byte=best.user_attrs["bits_per_byte"],
+        heldout_loss=confirmed[0].mean if confirmed else best.value,
+        heldout_bits_per_byte=confirmed[0].bits_per_byte if confirmed else best.user_attrs["bits_per_byte"],
         searched=sorted(best.params),
         params=dict(best.params),
         hyperparameters=hyperparameters,
+        confirmed=list(confirmed),
     )
     unit = "" if values.heldout_bits_per_byte is None else "; losses in nats per token"
     write_yaml(directory / BEST, plain(values), f"base hyperparameters of the best finished trial{unit}")
+
+
+def read_best(directory: Path) -> BestValues:
+    """What `best.yaml` says.
+
+    Raises:
+        Refusal: it is damaged.
+    """
+    return build(BestValues, read_yaml(directory / BEST, "study's best values"))
 
 
 def load_study(sweeps: Path, name: str) -> StoredStudy:
@@ -77,7 +119,7 @@ def load_study(sweeps: Path, name: str) -> StoredStudy:
         )
     if not (directory / BEST).is_file():
         raise Refusal(f"study={name} has no finished trial yet; run python -m mutune.sweep with study={name} first.")
-    stored, best = read_yaml(directory / CONFIG, "study's config"), read_yaml(directory / BEST, "study's best values")
+    stored = read_yaml(directory / CONFIG, "study's config")
     if isinstance(stored.get("inputs"), dict) and OWN_MODEL in stored["inputs"]:
         raise Refusal(
             f"study={name} searched a model that only its author's code can build; its ladder is that of "
@@ -92,7 +134,7 @@ def load_study(sweeps: Path, name: str) -> StoredStudy:
             "sweep again."
         ) from None
     try:
-        values = build(BestValues, best)
+        values = read_best(directory)
     except Refusal as refusal:
         raise Refusal(f"study={name}: {directory / BEST} is damaged ({refusal}); run its sweep again.") from refusal
     return StoredStudy(name, directory, config, data_hash, values, str(commit))

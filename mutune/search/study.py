@@ -1,13 +1,14 @@
 """A study: trials proposed in cohorts, run by worker processes, kept in an Optuna storage. It survives kill -9.
 
 Only the parent process touches the storage, under a lock; a trial is in it with all its parameters or not at all.
-Trials that were running when a parent died are run again under the same number with the same parameters.
+The trials of a cohort run to a stop, wait for each other, and go on or are pruned (`pruning`). Trials that were running
+when a parent died go on from their checkpoints under the same number with the same parameters.
 """
 
 import contextlib
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -21,10 +22,11 @@ from mutune.model.shape import base_config
 from mutune.parametrization.hyperparameters import NAMES
 from mutune.search.config import Dimension, SearchConfig, dimensions, grid, initial_points
 from mutune.search.proposals import distributions, propose, total_trials
+from mutune.search.pruning import losers, stops
 from mutune.search.results import BEST
-from mutune.search.workers import RunAll
+from mutune.search.workers import RunAll, saving
 from mutune.training.config import RunSpec
-from mutune.training.run import RunResult, run_to_end
+from mutune.training.run import RunResult, discard, run_to_end
 
 STORAGE = "study.db"
 #: What `parametrization.decay=horizon` does not read and what it does; every other decay has it the other way round.
@@ -33,12 +35,13 @@ DECAY_NAMES = ("weight_decay", "decay_timescale")
 
 @dataclass(frozen=True)
 class Trial:
-    """A unit of work: which values to try, where the records go, and how it is named."""
+    """A unit of work: which values to try, where the records go, how it is named, and after which step it pauses."""
 
     number: int
     params: dict[str, Any]
     directory: Path
     study: str
+    until: int | None = None
 
     def __str__(self) -> str:
         values = ", ".join(
@@ -62,6 +65,7 @@ class Progress:
     running: list[int]
     best: FrozenTrial | None
     seconds_left: float
+    pruned: int = 0
 
 
 def trial_spec(spec: RunSpec, params: dict[str, Any]) -> RunSpec:
@@ -145,6 +149,7 @@ def run_study(
     run: RunAll[Trial, RunResult],
     *,
     base: dict[str, Any],
+    num_steps: int | None = None,
     report: Callable[[Progress], None],
 ) -> list[FrozenTrial]:
     """Run the study until `n_trials` are finished; continue it where it stands.
@@ -154,6 +159,7 @@ def run_study(
         search: what is searched and how.
         run: runs trials, as `Workers.run` does.
         base: the configured value of everything that can be searched; `seed` seeds the proposals too.
+        num_steps: of a trial; None where trials cannot pause, so that none is pruned.
         report: called at every change and about once a second.
 
     Returns:
@@ -168,20 +174,30 @@ def run_study(
             report(_progress(study, search, space, []))
             return trials
         _add_cohort(study, search, space, base, trials)
-        work = [
-            Trial(t.number, t.params, directory / "trials" / str(t.number), name)
-            for t in study.get_trials(deepcopy=False)
-            if not t.state.is_finished()
-        ]
-        for trial, result in run(
-            work, lambda running: report(_progress(study, search, space, [t.number for t in running]))
-        ):
-            _tell(study, trial.number, result)
+        for stop in [*(stops(search.prunes, num_steps) if num_steps else []), None]:
+            work = [
+                Trial(t.number, t.params, _folder(directory, t.number), name, stop)
+                for t in study.get_trials(deepcopy=False)
+                if not t.state.is_finished() and stop not in t.intermediate_values
+            ]
+            for trial, result in run(
+                work, lambda running: report(_progress(study, search, space, [t.number for t in running]))
+            ):
+                _tell(study, trial, result)
+            if stop is not None and num_steps is not None:
+                _prune(study, search, num_steps, stop, directory)
+
+
+def _folder(directory: Path, number: int) -> Path:
+    return directory / "trials" / str(number)
 
 
 def run_trial(spec: RunSpec, device: str, trial: Trial) -> RunResult:
     """A trial of the house's own decoder; `spec` is the run at the base values."""
-    return run_to_end(trial_spec(spec, trial.params), trial.directory, device, trial.note)
+    with saving() as stop:
+        return run_to_end(
+            trial_spec(spec, trial.params), trial.directory, device, trial.note, until=trial.until, stop=stop
+        )
 
 
 def open_study(directory: Path, name: str) -> optuna.Study:
@@ -208,18 +224,24 @@ def finished_trials(directory: Path, name: str) -> list[tuple[FrozenTrial, RunRe
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     except Exception:  # of SQLAlchemy or Optuna, whatever is wrong: a ladder then runs what it could have reused
         return []
-    return [(trial, _result(trial)) for trial in trials if trial.value is not None]
+    return [(trial, result_of(trial)) for trial in trials if trial.value is not None]
 
 
-def _result(trial: FrozenTrial) -> RunResult:
+def result_of(trial: FrozenTrial) -> RunResult:
+    """What a finished trial's run said, but for its steps."""
     told = trial.user_attrs
     return RunResult(float(trial.value or 0.0), told["diverged"], told["bits_per_byte"], 0, told["seconds"])
 
 
 def best_trial(trials: list[FrozenTrial]) -> FrozenTrial | None:
     """The finished trial with the lowest held-out loss; diverged runs cannot win, the lower rate breaks a tie."""
+    return next(iter(finished_by_loss(trials)), None)
+
+
+def finished_by_loss(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that can win, the best first."""
     finished = [t for t in trials if t.state == TrialState.COMPLETE and not t.user_attrs["diverged"]]
-    return min(finished, key=lambda t: (t.value, t.params.get("learning_rate", 0.0)), default=None)
+    return sorted(finished, key=lambda t: (t.value or 0.0, t.params.get("learning_rate", 0.0)))
 
 
 def _add_cohort(
@@ -237,11 +259,30 @@ def _add_cohort(
         study.add_trial(create_trial(state=TrialState.RUNNING, params=params, distributions=distributions(space)))
 
 
-def _tell(study: optuna.Study, number: int, result: RunResult) -> None:
-    trial = optuna.trial.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
+def _tell(study: optuna.Study, trial: Trial, result: RunResult) -> None:
+    """Store what a trial says; one that paused reports, at its stop."""
+    told = _live(study, trial.number)
     for key in ("diverged", "bits_per_byte", "seconds"):
-        trial.set_user_attr(key, getattr(result, key))
-    study.tell(trial, result.value)
+        told.set_user_attr(key, getattr(result, key))
+    if result.finished:
+        study.tell(told, result.value)
+    else:
+        assert trial.until is not None
+        told.report(result.value, trial.until)
+
+
+def _prune(study: optuna.Study, search: SearchConfig, num_steps: int, stop: int, directory: Path) -> None:
+    """Stop the trials of the open cohort that do not go on after `stop`."""
+    trials = study.get_trials(deepcopy=False)
+    cohorts = [trials[i : i + search.cohort] for i in range(0, len(trials), search.cohort)]
+    for number in losers(search.prunes, num_steps, stop, cohorts):
+        if not trials[number].state.is_finished():
+            study.tell(_live(study, number), state=TrialState.PRUNED)
+        discard(_folder(directory, number))
+
+
+def _live(study: optuna.Study, number: int) -> optuna.trial.Trial:
+    return optuna.trial.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
 
 
 def _progress(study: optuna.Study, search: SearchConfig, space: list[Dimension], running: list[int]) -> Progress:
@@ -249,7 +290,8 @@ def _progress(study: optuna.Study, search: SearchConfig, space: list[Dimension],
     finished = [t for t in trials if t.state.is_finished()]
     points = grid(space) if search.sampler == "grid" else [{}] * total
     left = _seconds_left(finished, points) if finished else 0.0
-    return Progress(study.study_name, len(finished), total, running, best_trial(trials), left)
+    pruned = sum(t.state == TrialState.PRUNED for t in finished)
+    return Progress(study.study_name, len(finished), total, running, best_trial(trials), left, pruned)
 
 
 def _seconds_left(finished: list[FrozenTrial], points: list[dict[str, Any]]) -> float:

@@ -10,6 +10,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ RunAll: TypeAlias = Callable[[Sequence[Task], Callable[[list[Task]], None]], Ite
 #: Workers that may die (out of memory, kill -9) without any task finishing in between, before the work stops.
 MAX_LOSSES = 3
 POLL_SECONDS = 1.0
+GRACE_SECONDS = 8.0  # for saving, once the work is to end
 
 
 class WorkError(Exception):
@@ -74,6 +76,33 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class _Stop:
+    """SIGTERM in a worker: it ends at once, unless its task saves itself first."""
+
+    def __init__(self) -> None:
+        self.saves, self.requested = False, False
+
+    def note(self, signum: int, frame: types.FrameType | None) -> None:
+        self.requested = True
+        if not self.saves:
+            os._exit(128 + signum)
+
+
+_STOP = _Stop()
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[Callable[[], bool]]:
+    """While it is entered, a worker's task is only asked to stop: it looks at what this yields, saves, and ends."""
+    _STOP.saves = True
+    try:
+        yield lambda: _STOP.requested
+    finally:
+        _STOP.saves = False
+        if _STOP.requested:
+            os._exit(128 + signal.SIGTERM)
+
+
 @dataclass
 class _Worker(Generic[Task]):
     process: BaseProcess
@@ -110,8 +139,11 @@ class Workers(Generic[Task, Result]):
 
     def __exit__(self, *exception: object) -> None:
         for worker in self._pool:
-            worker.process.kill()
+            worker.process.terminate()  # what saves itself, saves
+        deadline = time.monotonic() + GRACE_SECONDS
         for worker in self._pool:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            worker.process.kill()
             worker.process.join()
             worker.connection.close()
         self._pool.clear()
@@ -215,6 +247,7 @@ def _receive(worker: _Worker[Any]) -> tuple[Exception | str | None, Any] | None:
 def _serve(connection: Connection, pickled: bytes) -> None:
     """A worker's life: take a task, answer, until the parent closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, _STOP.note)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()

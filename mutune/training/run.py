@@ -3,18 +3,21 @@
 import bisect
 import json
 import math
+import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from mutune.data.prepare import TokenizedCorpus, prepare
 from mutune.data.windows import Stage, WindowLoader, heldout_windows
-from mutune.errors import require
+from mutune.errors import Refusal, require
 from mutune.files import write_text, write_yaml
 from mutune.model.decoder import Decoder
 from mutune.parametrization.apply import initialise, make_optimizer
@@ -22,12 +25,15 @@ from mutune.parametrization.audit import audit, findings
 from mutune.parametrization.finding import AuditError, Finding
 from mutune.parametrization.opinion import second_opinion
 from mutune.parametrization.plan import Plan
+from mutune.training import checkpoint
 from mutune.training.config import RunSpec, StageConfig, stage_ends
 from mutune.training.loop import Heldout, Record, evaluate, train
 from mutune.training.schedule import multiplier
 from mutune.versions import versions
 
-METRICS = "metrics.jsonl"
+METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+SAVE_SECONDS = 30.0  # between the checkpoints of a trial or of a ladder's run
+SMOOTHED = 0.05  # of a run: over how many steps a paused run's training loss is averaged
 
 #: Tokens of the first batch that the first audit runs through the model; what multipliers do does not depend on them.
 PROBE_TOKENS = 8
@@ -198,6 +204,7 @@ class RunResult:
         bits_per_byte: final held-out bits per byte; None for a diverged run.
         num_steps: updates done.
         seconds: wall time.
+        finished: whether it is over. One that is paused has its smoothed training loss as `value`.
     """
 
     value: float
@@ -205,26 +212,116 @@ class RunResult:
     bits_per_byte: float | None
     num_steps: int
     seconds: float
+    finished: bool = True
 
 
-def run_to_end(spec: RunSpec, directory: Path, device: str, note: dict[str, Any]) -> RunResult:
-    """Train `spec` from its first step to its last, leaving its records and its plan under `directory`.
+class Stopped(Exception):
+    """A run was asked to stop, and saved."""
+
+
+def run_to_end(
+    spec: RunSpec,
+    directory: Path,
+    device: str,
+    note: dict[str, Any],
+    *,
+    until: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> RunResult:
+    """Train `spec` to its last step, leaving its records and its plan under `directory`; a rerun goes on.
+
+    It goes on from its checkpoint, which it writes every `SAVE_SECONDS` and where it pauses, to the same losses as a
+    run that was never interrupted.
 
     Args:
         note: what the run belongs to (study and trial, or rung); kept in its `config.yaml`.
+        until: pause after this many steps.
+        stop: asked after every step; once it is true, the run is saved.
+
+    Raises:
+        Stopped: it was.
     """
     run = Run(spec, resolve_device(device))
+    root, end = directory / CHECKPOINTS, min(until or spec.num_steps, spec.num_steps)
+    start, records = _resume(run, directory)
     describe(directory, run, note)
-    worst, record = math.log(run.corpus.vocab_size), Record()
-    with (directory / METRICS).open("w", buffering=1) as lines:
-        for record in run.records():
+    write_text(directory / METRICS, "".join(json.dumps(record) + "\n" for record in records))
+    before, saved = records[-1]["seconds"] if records else 0.0, time.monotonic()
+
+    def save(step: int) -> None:
+        os.fsync(lines.fileno())  # a checkpoint never knows a step that the records do not
+        checkpoint.save(root, step, run.model, run.optimizer, run.plan, _identity(run), keep=1)
+
+    with (directory / METRICS).open("a", buffering=1) as lines:
+        for record in run.records(start) if start < end else ():
+            record["seconds"] = round(before + record["seconds"], 4)
             lines.write(json.dumps(record) + "\n")
-            if math.isfinite(record["loss"]):
-                worst = max(worst, record["loss"])
-    if record["diverged"]:
-        return RunResult(worst, True, None, record["step"] - 1, record["seconds"])
-    loss, bits = record["heldout_loss"], record["heldout_bits_per_byte"]
-    return RunResult(loss, False, bits, record["step"], record["seconds"])
+            records.append(record)
+            step, over = record["step"], record["diverged"]
+            stopped = stop() and not over and step < spec.num_steps
+            if not over and (stopped or step == end < spec.num_steps or time.monotonic() - saved > SAVE_SECONDS):
+                save(step)
+                saved = time.monotonic()
+            if stopped:
+                raise Stopped(f"stopped after step {step}")
+            if step == end:
+                break
+    result = _result(run, records)
+    if result.finished:
+        discard(directory)
+    return result
+
+
+def discard(directory: Path) -> None:
+    """Drop the checkpoint of a run that does not go on."""
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+
+
+def _result(run: Run, records: list[Record]) -> RunResult:
+    """What a run says after these records, all from its first on."""
+    last, losses = records[-1], [record["loss"] for record in records]
+    steps, seconds = last["step"], last["seconds"]
+    if last["diverged"]:
+        worst = max([math.log(run.corpus.vocab_size), *filter(math.isfinite, losses)])
+        return RunResult(worst, True, None, steps - 1, seconds)
+    if steps < run.spec.num_steps:
+        return RunResult(fmean(losses[-smoothing(run.spec.num_steps) :]), False, None, steps, seconds, finished=False)
+    return RunResult(last["heldout_loss"], False, last["heldout_bits_per_byte"], steps, seconds)
+
+
+def smoothing(num_steps: int) -> int:
+    """Steps over which the training loss of a paused run is averaged: a twentieth of the run."""
+    return max(1, round(SMOOTHED * num_steps))
+
+
+def _resume(run: Run, directory: Path) -> tuple[int, list[Record]]:
+    """Load the run's checkpoint where there is one; returns its step and the records up to it.
+
+    One that is damaged, of another run, or without its records is no use: the run begins again, to the same losses.
+    """
+    try:
+        found = checkpoint.newest(directory / CHECKPOINTS)
+        if found is None:
+            return 0, []
+        checkpoint.check_meta(found, run.plan, _identity(run))
+        lines = (directory / METRICS).read_text().splitlines()[: found.step]
+        records = [json.loads(line) for line in lines]
+        require([record["step"] for record in records] == list(range(1, found.step + 1)), "a record is missing")
+        checkpoint.restore(found, run.model, run.optimizer)
+    except (Refusal, OSError, ValueError, KeyError, TypeError):
+        discard(directory)
+        return 0, []
+    return found.step, records
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What a run and its checkpoint must agree in, besides the plan."""
+    corpus = run.corpus
+    return {
+        "run": asdict(run.spec),
+        "data_hash": corpus.content_hash,
+        "tokenizer_hash": corpus.tokenizer.content_hash,
+    }
 
 
 def describe(directory: Path, run: Run, note: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Proposals are a pure function of the seed and of the finished trials."""
 
+import itertools
+import math
 from typing import Any
 
 import optuna
@@ -40,16 +42,25 @@ def whole_study(config: SearchConfig, seed: int) -> list[dict[str, Any]]:
     return [trial.params for trial in trials]
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
+@pytest.mark.parametrize("sampler", ["random", "qmc", "tpe", "gp"])
 def test_the_same_results_give_the_same_proposals(sampler: str) -> None:
     assert whole_study(search(sampler), seed=3) == whole_study(search(sampler), seed=3)
     assert whole_study(search(sampler), seed=3) != whole_study(search(sampler), seed=4)
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe"])
+@pytest.mark.parametrize("sampler", ["random", "qmc", "tpe"])
 def test_no_proposal_is_made_twice(sampler: str) -> None:
     points = [tuple(point.values()) for point in whole_study(search(sampler), seed=0)]
     assert len(set(points)) == len(points) == 24
+
+
+def test_the_points_of_qmc_fill_the_space_more_evenly_than_random_ones() -> None:
+    gaps = {"qmc": 0.0, "random": 0.0}
+    for sampler in gaps:
+        for seed in range(5):
+            rates = sorted(math.log2(point["learning_rate"]) for point in whole_study(search(sampler), seed))
+            gaps[sampler] += max(b - a for a, b in itertools.pairwise(rates))
+    assert gaps["qmc"] < 0.7 * gaps["random"]
 
 
 def test_tpe_uses_what_the_earlier_cohorts_found() -> None:

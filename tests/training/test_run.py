@@ -11,8 +11,9 @@ from mutune.compose import compose
 from mutune.config import SweepConfig
 from mutune.data import DataConfig, TokenizerConfig, prepare
 from mutune.errors import Refusal
+from mutune.training import run
 from mutune.training.config import RunSpec
-from mutune.training.run import METRICS, check_data, run_to_end
+from mutune.training.run import CHECKPOINTS, METRICS, RunResult, Stopped, check_data, run_to_end
 
 SMOKE = ["+sweep=smoke", "loop.heldout_windows=4", "schedule=constant", "schedule.warmup_fraction=0"]
 
@@ -53,3 +54,54 @@ def test_a_context_must_fit_into_the_shorter_split_which_is_named(tmp_path: Path
     assert "target.stages[1].context_length=99 does not fit into the 24 held-out tokens of tiny.txt" in sentence
     works = int(sentence.rpartition("=")[2].rstrip("."))
     check_data(replace(wide, stages=(replace(wide.stages[0], context_length=works),)), corpus, "run")
+
+
+def tail(directory: Path) -> list[dict[str, float]]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records(directory)]
+
+
+def test_a_run_that_pauses_ends_as_one_that_does_not(tmp_path: Path) -> None:
+    whole, paused, spec_ = tmp_path / "whole", tmp_path / "paused", spec(40, 0.02)
+    expected = run_to_end(spec_, whole, "cpu", {})
+    for step in (4, 4, 20):  # the second time it is there already
+        result = run_to_end(spec_, paused, "cpu", {}, until=step)
+        assert (result.finished, result.num_steps, result.bits_per_byte) == (False, step, None)
+        losses = [record["loss"] for record in records(whole)[:step]]
+        assert result.value == pytest.approx(sum(losses[-2:]) / 2)  # a twentieth of 40 steps
+        assert [path.name for path in (paused / CHECKPOINTS).iterdir()] == [str(step)]
+    result = run_to_end(spec_, paused, "cpu", {})
+    assert same(result, expected)
+    assert tail(paused) == tail(whole)
+    seconds = [record["seconds"] for record in records(paused)]
+    assert seconds == sorted(seconds)
+    assert not (paused / CHECKPOINTS).exists()
+
+
+def test_a_run_that_is_stopped_saves_and_goes_on(tmp_path: Path) -> None:
+    spec_ = spec(10, 0.02)
+    with pytest.raises(Stopped, match="after step 1"):
+        run_to_end(spec_, tmp_path, "cpu", {}, stop=lambda: True)
+    assert (tmp_path / CHECKPOINTS / "1").is_dir()
+    run_to_end(spec_, tmp_path, "cpu", {})
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("damage", ["checkpoint", "records", "another run"])
+def test_a_checkpoint_that_is_no_use_costs_time_and_nothing_else(
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken, spec_ = tmp_path / "whole", tmp_path / "broken", spec(12, 0.02)
+    expected = run_to_end(spec_, whole, "cpu", {})
+    monkeypatch.setattr(run, "SAVE_SECONDS", 0.0)
+    run_to_end(spec(12, 0.03) if damage == "another run" else spec_, broken, "cpu", {}, until=6)
+    if damage == "checkpoint":
+        state = broken / CHECKPOINTS / "6" / "state.safetensors"
+        state.write_bytes(state.read_bytes()[:1000])
+    elif damage == "records":
+        (broken / METRICS).write_text("".join((broken / METRICS).read_text().splitlines(keepends=True)[:5]))
+    assert same(run_to_end(spec_, broken, "cpu", {}), expected)
+    assert tail(broken) == tail(whole)
+
+
+def same(one: RunResult, other: RunResult) -> bool:
+    return replace(one, seconds=0.0) == replace(other, seconds=0.0)

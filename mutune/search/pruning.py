@@ -1,0 +1,75 @@
+"""Which trials of a cohort go on: decided at a barrier, when all of them have come so far.
+
+All trials see the same batches, at the same share of the full-length schedule, so that their smoothed losses compare.
+A trial that waits is paused, not restarted. The order in mid-schedule misleads about the best, which is why many go on
+and only finished decays can win; what the policies cost and lose is in benchmarks/pruning.md.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+#: Synchronous halving: (share of the run, share of the trials there that go on).
+HALVING: dict[str, tuple[tuple[float, float], ...]] = {
+    "halving": ((0.1, 1 / 2), (0.5, 1 / 2)),
+    "wide": ((1 / 9, 1 / 3), (1 / 3, 1 / 3)),
+    "none": (),
+}
+#: Optuna's own: steps of a tenth of the run, steps of the whole → pruner. Each trial is asked for at every tenth.
+OPTUNA: dict[str, Callable[[int, int], optuna.pruners.BasePruner]] = {
+    "median": lambda tenth, whole: optuna.pruners.MedianPruner(),
+    "percentile": lambda tenth, whole: optuna.pruners.PercentilePruner(25.0),
+    "successive_halving": lambda tenth, whole: optuna.pruners.SuccessiveHalvingPruner(tenth),
+    "hyperband": lambda tenth, whole: optuna.pruners.HyperbandPruner(tenth, whole),
+}
+
+
+def stops(pruner: str, num_steps: int) -> list[int]:
+    """The steps of a run of `num_steps` after which trials wait for each other."""
+    shares = [share for share, _ in HALVING[pruner]] if pruner in HALVING else [k / 10 for k in range(1, 10)]
+    return sorted({step for share in shares if 0 < (step := round(share * num_steps)) < num_steps})
+
+
+def losers(pruner: str, num_steps: int, stop: int, cohorts: Sequence[Sequence[FrozenTrial]]) -> list[int]:
+    """Numbers of the trials of the last cohort that do not go on after `stop`; the same whenever it is asked.
+
+    Args:
+        cohorts: all trials, whatever became of them, by cohort; those of the last that wait have reported at `stop`.
+    """
+    if pruner in OPTUNA:
+        return _asked(OPTUNA[pruner](max(1, round(num_steps / 10)), num_steps), stop, cohorts)
+    came, gone = list(cohorts[-1]), []
+    for at, share in ((round(at * num_steps), share) for at, share in HALVING[pruner]):
+        if at not in stops(pruner, num_steps) or at > stop:
+            continue
+        here = sorted(
+            (t for t in came if at in t.intermediate_values), key=lambda t: (t.intermediate_values[at], t.number)
+        )
+        kept = here[: math.ceil(share * len(came) - 1e-9)]
+        came, gone = kept, here[len(kept) :]
+    return [t.number for t in gone]
+
+
+def _asked(pruner: optuna.pruners.BasePruner, stop: int, cohorts: Sequence[Sequence[FrozenTrial]]) -> list[int]:
+    """What Optuna's pruner says at `stop`, the study replayed up to there: it depends on no other process's timing.
+
+    The replay's name is fixed, since Hyperband's brackets are hashes of the study's name.
+    """
+    study = optuna.create_study(study_name="pruning", sampler=optuna.samplers.RandomSampler(seed=0), pruner=pruner)
+    said: list[int] = []
+    for cohort in cohorts:
+        asked = [(study.ask(), trial) for trial in cohort]
+        open_ = cohort is cohorts[-1]
+        for step in sorted({step for trial in cohort for step in trial.intermediate_values}):
+            if open_ and step > stop:
+                break
+            said = []
+            for again, trial in asked:
+                if step in trial.intermediate_values:
+                    again.report(trial.intermediate_values[step], step)
+                    said += [trial.number] if again.should_prune() else []
+        for again, trial in asked if not open_ else []:
+            study.tell(again, trial.value if trial.state == TrialState.COMPLETE else None, trial.state)
+    return said
