@@ -389,7 +389,7 @@ def grow(width: int) -> nn.Module:
         ({"space": {"seed": {"values": [-1]}}}, r"^space\.seed\.values=-1 must be a whole number"),
         ({"n_trials": None}, r"^n_trials=None is for sampler=grid only"),
         ({"n_trials": 0}, r"^n_trials=0 must be a whole number at least 1"),
-        ({"sampler": "gp"}, r"^sampler=gp is unknown; known samplers: random, tpe, grid\.$"),
+        ({"sampler": "sa"}, r"^sampler=sa is unknown; known samplers: random, qmc, tpe, gp, grid\.$"),
         ({"initial": [{"learning_rate": 1.0}]}, r"^initial\[0\]\.learning_rate=1\.0 lies outside space\.learning_rate"),
         ({"widths": [16]}, r"^widths=\[16\] holds only the base's own width; for example widths=\[32, 64\]\.$"),
         ({"widths": [32], "offsets": [0]}, r"^offsets=\[0\] must hold at least three"),
