@@ -15,6 +15,7 @@ from mutune.training.config import MAX_SEED, LoopConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 from mutune.verification.places import require_span
 
+FOLLOWS = ("schedule", "refine")
 DEVICES = ("auto", "cpu", "cuda")
 PUBLISHED = "published"  # the name under which a transfer finds BTLM-3B-8K's own values
 
@@ -49,14 +50,18 @@ class SweepConfig(DoorConfig):
 
     Attributes:
         study: its name, and the name of its folder; a sweep's file has one.
+        follows: `schedule` or `refine`: go on from the finished study of that name, with its run and its best values;
+            the results are those of a study of their own, such as proxy-schedule. Set by +sweep=schedule and refine.
         model: shape of the proxy, which is the base.
         hyperparameters: what every trial has unless its search space names it.
         run: length and batch of every trial.
         loop: how steps are taken and watched.
         search: which trials are made.
+        prices: what compute costs, for the dry run.
     """
 
     study: str | None = None
+    follows: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -66,6 +71,7 @@ class SweepConfig(DoorConfig):
     run: StageConfig = field(default_factory=StageConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    prices: PriceConfig = field(default_factory=PriceConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +79,10 @@ class SweepConfig(DoorConfig):
             require_name("study", self.study)
         if self.study == PUBLISHED:
             raise Refusal(f"study={PUBLISHED} is the name of BTLM-3B-8K's own values; for example study=mine.")
+        require(
+            self.follows in (None, *FOLLOWS),
+            f"follows={self.follows} is unknown; known: {', '.join(FOLLOWS)}, for example +sweep=schedule.",
+        )
 
     def spec(self) -> RunSpec:
         """The run at the base values: the proxy is its own base."""
@@ -92,9 +102,9 @@ class SweepConfig(DoorConfig):
     def identity(self) -> dict[str, object]:
         """What two starts of one study must agree in: all but where, on what and how long it runs."""
         data = plain(self)
-        for key in ("out", "device", "dry_run", "overwrite"):
+        for key in ("out", "device", "dry_run", "overwrite", "follows", "prices"):
             del data[key]
-        for key in ("n_trials", "workers", "confirm", "confirm_seeds"):
+        for key in ("n_trials", "workers", "confirm", "confirm_seeds", "stop_regret"):
             del data["search"][key]
         return data
 

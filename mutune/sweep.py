@@ -6,6 +6,7 @@ records, the figures and report.html under <out>/sweeps/<study>/.
 examples:
   python -m mutune.sweep +sweep=smoke                     # eight tiny trials: does everything run?
   python -m mutune.sweep +sweep=proxy dry_run=true        # what it would do, and what a trial costs
+  python -m mutune.sweep +sweep=schedule study=proxy      # then tune its schedule, or narrow its space: +sweep=refine
   python -m mutune.sweep +sweep=proxy study=mine data=text data.path=corpus.jsonl model.depth=8
 """
 
@@ -38,16 +39,22 @@ def work(config: SweepConfig) -> int:
 
     if not config.study:
         raise Refusal("no sweep was chosen; write for example +sweep=proxy (or study=NAME with a search.space).")
+    if config.follows:
+        from mutune.follow import follow
+
+        config = follow(config)
     spec = config.spec()
     space = check_space(spec, config.search)
     require_writable(Path(config.out))
+    if config.dry_run:
+        print(describe(config, space))
     corpus = prepare(config.data, config.tokenizer)
     check_data(spec, corpus, "run")
     _check_memory(config, spec, space)
     if config.dry_run:
-        print(describe(config, space))
+        print(NOTHING_WRITTEN)
         return OK
-    directory = Path(config.out) / "sweeps" / config.study
+    directory = Path(config.out) / "sweeps" / str(config.study)
     inputs = {"config": config.identity(), "data_hash": corpus.content_hash}
     check_claim(directory, inputs, "study", config.overwrite)
     with locked(directory, "study"):
@@ -88,9 +95,24 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
         f"pruning    {_pruning(config)}",
         f"search     {total} trials by {config.search.sampler}, {config.search.workers or default_workers()} workers",
         *(f"space      {dimension.name}: {dimension}" for dimension in space),
-        NOTHING_WRITTEN,
+        _whole(config, total, cost.flops),
     ]
     return "\n".join(rows)
+
+
+def _whole(config: SweepConfig, total: int, flops: int) -> str:
+    """What all trials cost together, with what pruning saves where that is known beforehand."""
+    from mutune.search.pruning import share_of_steps
+
+    search, prices = config.search, config.prices
+    leaders = min(search.confirm, total) * search.confirm_seeds
+    runs = total * share_of_steps(search.prunes) + leaders
+    hours = runs * flops / prices.flops_per_gpu_second / 3600
+    extra = f", {leaders} of them to confirm the leaders" if leaders else ""
+    return (
+        f"together   as many steps as {runs:.3g} whole runs{extra}: {runs * flops:.3g} FLOPs, {hours:.3g} GPU-hours at "
+        f"{prices.flops_per_gpu_second:.3g} FLOP/s, {hours * prices.gpu_hour:,.2f} {prices.currency}"
+    )
 
 
 def _pruning(config: SweepConfig) -> str:
@@ -106,8 +128,10 @@ def _pruning(config: SweepConfig) -> str:
 def _search(config: SweepConfig, spec: RunSpec, directory: Path, data_hash: str) -> None:
     from mutune.reporting.figures import draw_study
     from mutune.reporting.page import study_page
+    from mutune.search.config import dimensions
     from mutune.search.confirm import confirm
     from mutune.search.display import confirming, followed
+    from mutune.search.economics import economics_lines
     from mutune.search.results import Confirmed, read_best, write_best
     from mutune.search.study import base_values, best_trial, run_study, run_trial, trial_spec
     from mutune.search.workers import Workers, default_workers
@@ -115,7 +139,12 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path, data_hash: str)
     workers = config.search.workers or default_workers()
     confirmed: list[Confirmed] = []
     with Workers(partial(run_trial, spec, config.device), workers) as pool:
-        with followed(directory, workers, lambda params: trial_spec(spec, params).hyperparameters) as report:
+        with followed(
+            directory,
+            workers,
+            lambda params: trial_spec(spec, params).hyperparameters,
+            lambda params: trial_spec(spec, params).schedule,
+        ) as report:
             trials = run_study(
                 directory,
                 str(config.study),
@@ -137,7 +166,8 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path, data_hash: str)
                 )
     if confirmed:
         best = trials[confirmed[0].trial]
-    write_best(directory, directory.name, best, trial_spec(spec, best.params).hyperparameters, confirmed)
+    chosen = trial_spec(spec, best.params)
+    write_best(directory, directory.name, best, chosen.hyperparameters, chosen.schedule, confirmed)
     next_step = f"python -m mutune.transfer study={config.study} target=small  (or target=btlm_3b)"
     if "width" in best.params:
         next_step = f"look at {directory / 'figures'}; a transfer wants a study at one width, such as +sweep=proxy"
@@ -152,6 +182,8 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path, data_hash: str)
         print(f"confirmed  {row}")
     for key, value in best.params.items():
         print(f"           {key} = {value if isinstance(value, (str, int)) else format(value, '.5g')}")
+    for line in economics_lines(dimensions(config.search.space), trials):
+        print(line)
     print(f"written    {', '.join(map(str, written))}")
     print(f"next       {next_step}")
 

@@ -202,6 +202,7 @@ def _check_target_data(transfer: TransferFile, target: RunSpec) -> None:
 
 def _from_study(config: TransferConfig) -> Source:
     from mutune.certificate.planned import Paid
+    from mutune.search.confirm import confirmed_runs
     from mutune.search.results import check_best, load_study
     from mutune.search.study import finished_trials, trial_spec
 
@@ -212,8 +213,9 @@ def _from_study(config: TransferConfig) -> Source:
         raise Refusal(
             f"study={config.study}: its config.yaml is damaged ({refusal}); run its sweep again."
         ) from refusal
-    check_best(study, stored.search.space, trial_spec(stored.spec(), study.best.params).hyperparameters)
-    proxy = replace(trial_spec(stored.spec(), study.best.params), seed=config.seed)
+    best = trial_spec(stored.spec(), study.best.params)
+    check_best(study, stored.search.space, best.hyperparameters, best.schedule)
+    proxy = replace(best, seed=config.seed)
     hyper = config.hyperparameters.apply(proxy.hyperparameters)
     if proxy.model.width != proxy.base.width:
         raise Refusal(
@@ -236,6 +238,7 @@ def _from_study(config: TransferConfig) -> Source:
         for trial, result in finished_trials(study.directory, study.name)
         if (study.directory / "trials" / str(trial.number)).is_dir()
     ]
+    trials += [Paid(*made) for made in confirmed_runs(study.directory, stored.spec(), study.data_hash)]
     transfer = _transfer_file(config, provenance, proxy.parametrization, base_config(proxy.model), hyper, proxy)
     return Source(transfer, proxy, tuple(trials))
 

@@ -11,10 +11,17 @@ from mutune.parametrization.hyperparameters import NAMES, BaseHyperparameters
 SAMPLERS = ("random", "qmc", "tpe", "gp", "grid")
 PRUNERS = ("halving", "wide", "none", "median", "percentile", "successive_halving", "hyperband")
 
-#: What a space may name besides the base hyperparameters: the run's shape, its table and its seed.
+#: What a space may name besides the base hyperparameters and the schedule: the run's shape, its table and its seed.
 STRUCTURAL = ("width", "table", "seed")
+#: What a space calls a part of the schedule → its key there. Only lists of values.
+SCHEDULE = {
+    "schedule_kind": "kind",
+    "warmup_fraction": "warmup_fraction",
+    "end_ratio": "end_ratio",
+    "decay_fraction": "decay_fraction",
+}
 MAX_TRIALS = 10**6
-EXAMPLES = {"width": 32, "seed": 0}
+EXAMPLES = {"width": 32, "seed": 0, "schedule_kind": "linear", "table": "mup"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ class SearchConfig:
         pruner: which trials of a cohort go on at the full length, while the others stop and cannot win. `halving`: the
             better half at a tenth of the run, and of these at half of it; `wide`: a third at a ninth and at a third,
             for wide spaces; `none`; or Optuna's `median`, `percentile`, `successive_halving` or `hyperband`, asked at
-            every tenth. null is `none` for a grid and where widths are searched, which do not compete; else `halving`.
+            every tenth. null is `none` for a grid, and where widths or schedules are searched, which do not compare on
+            the way; else `halving`.
         n_trials: total number of trials of the study, however often it is started; null for a grid, whose size it is.
         n_startup_trials: random trials before the model of `tpe` or `gp` takes over.
         cohort: trials proposed together, from the results of all earlier cohorts: what makes an interrupted study
@@ -55,6 +63,8 @@ class SearchConfig:
         confirm: so many of the best trials are run again by more seeds, and chosen by their mean; 0 takes the best as
             it is.
         confirm_seeds: by how many more seeds.
+        stop_regret: end the study, at the end of a cohort, once its best trial is expected to lie less than this above
+            the lowest point near it, nats per token; null runs all trials.
         workers: single-threaded worker processes; null takes the number of cores.
         space: name → {low, high, log} or {values: [...]}.
         initial: known-good values, tried first; what they leave out takes the configured base value, or where that
@@ -68,6 +78,7 @@ class SearchConfig:
     cohort: int = 8
     confirm: int = 0
     confirm_seeds: int = 2
+    stop_regret: float | None = None
     workers: int | None = None
     space: dict[str, Any] = field(default_factory=dict)
     initial: list[dict[str, Any]] = field(default_factory=list)
@@ -81,10 +92,11 @@ class SearchConfig:
             self.pruner is None or self.pruner in PRUNERS,
             f"search.pruner={self.pruner} is unknown; known pruners: {', '.join(PRUNERS)}.",
         )
+        uneven = next((name for name in ("width", *SCHEDULE) if name in self.space), None)
         require(
-            self.prunes == "none" or "width" not in self.space,
-            f"search.pruner={self.prunes} would let widths compete, of which the widest wins; for example "
-            "search.pruner=none.",
+            self.prunes == "none" or uneven is None,
+            f"search.pruner={self.prunes} compares trials on the way, which tells nothing where search.space.{uneven} "
+            "differs; for example search.pruner=none.",
         )
         for name, example in (("n_startup_trials", 16), ("cohort", 8), ("n_trials", 32), ("workers", 2)):
             value, key = getattr(self, name), f"search.{name}"
@@ -93,6 +105,8 @@ class SearchConfig:
         for name, least in (("confirm", 0), ("confirm_seeds", 1)):
             value = getattr(self, name)
             require_number(f"search.{name}", value, at_least=least, at_most=MAX_TRIALS, example=3 - least, whole=True)
+        if self.stop_regret is not None:
+            require_number("search.stop_regret", self.stop_regret, above=0.0, example=0.001)
         odd = next((name for name in ("seed", "width") if name in self.space), None)
         require(
             self.confirm == 0 or odd is None,
@@ -118,7 +132,8 @@ class SearchConfig:
     @property
     def prunes(self) -> str:
         """The pruner."""
-        return self.pruner or ("none" if self.sampler == "grid" or "width" in self.space else "halving")
+        uneven = "width" in self.space or any(name in self.space for name in SCHEDULE)
+        return self.pruner or ("none" if self.sampler == "grid" or uneven else "halving")
 
 
 def dimensions(space: dict[str, Any]) -> list[Dimension]:
@@ -165,7 +180,7 @@ def grid(space: list[Dimension]) -> list[dict[str, Any]]:
 
 
 def _dimension(name: str, data: Any) -> Dimension:
-    known = (*NAMES, *STRUCTURAL)
+    known = (*NAMES, *SCHEDULE, *STRUCTURAL)
     key = f"search.space.{name}"
     require(name in known, f"{key} is unknown; what can be searched: {', '.join(known)}.")
     require(isinstance(data, dict), f"{key}={data} must be a range; for example {key}={{low: 0.001, high: 0.1}}.")
@@ -211,12 +226,21 @@ def _value(name: str, key: str, value: Any) -> Any:
     """A value of `name` as what it stands for: a float, a whole number (`width`, `seed`) or a word (`table`)."""
     if name in NAMES:
         return _number(name, key, value)
-    if name == "table":
-        require(isinstance(value, str), f"{key}={shown(value)} must be a word; for example {key}=mup.")
+    if name in ("table", "schedule_kind"):
+        require(isinstance(value, str), f"{key}={shown(value)} must be a word; for example {key}={EXAMPLES[name]}.")
         return value
+    if name in SCHEDULE:
+        return _ratio(name, key, value)
     whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
     require(whole, f"{key}={shown(value)} must be a whole number; for example {key}={EXAMPLES[name]}.")
     return int(value)
+
+
+def _ratio(name: str, key: str, value: Any) -> float:
+    """A part of the schedule, as `ScheduleConfig` accepts it."""
+    require(not isinstance(value, bool), f"{key}={shown(value)} must be a number; for example 0.1.")
+    require_number(key, value, at_least=0.0, at_most=1.0, example=0.1)
+    return float(value)
 
 
 def _number(name: str, key: str, value: Any) -> float:

@@ -9,7 +9,10 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from mutune.search.once import fingerprint, run_open
+from mutune.errors import Refusal
+from mutune.files import read_yaml
+from mutune.folders import CONFIG
+from mutune.search.once import fingerprint, finished, run_open
 from mutune.search.results import Confirmed
 from mutune.search.study import Trial, finished_by_loss, result_of, trial_spec
 from mutune.search.workers import RunAll
@@ -75,6 +78,22 @@ def _confirmation(directory: Path, spec: RunSpec, trial: FrozenTrial, seed: int,
         directory.name,
         fingerprint=fingerprint(asdict(trial_spec(spec, params)), data_hash),
     )
+
+
+def confirmed_runs(directory: Path, spec: RunSpec, data_hash: str) -> list[tuple[RunSpec, RunResult, Path]]:
+    """The runs of a study that confirmed its leaders, with their results and folders; damaged ones are left out."""
+    found = []
+    for path in sorted((directory / FOLDER).glob(f"*/{CONFIG}")):
+        try:
+            note = read_yaml(path, "run's config")
+            made = trial_spec(spec, note["params"])
+        except (Refusal, KeyError, TypeError, AttributeError):
+            continue
+        mark = fingerprint(asdict(made), data_hash)
+        run = Confirmation(-1, note["params"], path.parent, directory.name, fingerprint=mark)
+        if (result := finished(run)) is not None:
+            found.append((made, result, path.parent))
+    return found
 
 
 def choose(found: Mapping[int, Sequence[RunResult]], rates: Mapping[int, float]) -> list[Confirmed]:

@@ -11,16 +11,20 @@ from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.progress import ProgressLine, clock
 from mutune.search.results import write_best
 from mutune.search.study import Progress
+from mutune.training.schedule import ScheduleConfig
 
 
 @contextmanager
 def followed(
-    directory: Path, workers: int, hyperparameters: Callable[[dict[str, Any]], BaseHyperparameters]
+    directory: Path,
+    workers: int,
+    hyperparameters: Callable[[dict[str, Any]], BaseHyperparameters],
+    schedule: Callable[[dict[str, Any]], ScheduleConfig | None] = lambda params: None,
 ) -> Iterator[Callable[[Progress], None]]:
     """What `run_study` reports to: the progress line, and `best.yaml` in `directory` whenever there is a new best.
 
     Args:
-        hyperparameters: a trial's parameters → all base hyperparameters that it ran with.
+        hyperparameters: a trial's parameters → all base hyperparameters that it ran with; schedule: its schedule.
     """
     line = SweepProgress(workers)
     written: FrozenTrial | None = None
@@ -29,7 +33,8 @@ def followed(
         nonlocal written
         line.update(progress)
         if progress.best is not None and progress.best != written:
-            write_best(directory, progress.name, progress.best, hyperparameters(progress.best.params))
+            params = progress.best.params
+            write_best(directory, progress.name, progress.best, hyperparameters(params), schedule(params))
             written = progress.best
 
     try:

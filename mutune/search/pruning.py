@@ -32,6 +32,14 @@ def stops(pruner: str, num_steps: int) -> list[int]:
     return sorted({step for share in shares if 0 < (step := round(share * num_steps)) < num_steps})
 
 
+def share_of_steps(pruner: str) -> float:
+    """Share of all trials' steps that is made; Optuna's pruners do not know it beforehand, and count as 1."""
+    share, alive, before = 0.0, 1.0, 0.0
+    for at, keep in HALVING.get(pruner, ()):
+        share, alive, before = share + alive * (at - before), alive * keep, at
+    return share + alive * (1 - before)
+
+
 def losers(pruner: str, num_steps: int, stop: int, cohorts: Sequence[Sequence[FrozenTrial]]) -> list[int]:
     """Numbers of the trials of the last cohort that do not go on after `stop`; the same whenever it is asked.
 

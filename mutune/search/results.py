@@ -12,6 +12,7 @@ from mutune.errors import Refusal
 from mutune.files import read_yaml, write_yaml
 from mutune.folders import CONFIG
 from mutune.parametrization.hyperparameters import BaseHyperparameters
+from mutune.training.schedule import ScheduleConfig
 
 BEST = "best.yaml"
 OWN_MODEL = "own_model"  # the key under which the config of a study of a user's own model describes it
@@ -45,7 +46,8 @@ class BestValues:
     """`best.yaml`: the best trial's number, losses, searched parameters, and all its base hyperparameters.
 
     Losses are held-out ones, in nats per token and in bits per byte; a user's own model has its own unit, and no bytes.
-    Where leaders were run again, they are the chosen one's means over seeds, and `confirmed` has all leaders.
+    `schedule` is the best trial's, every length a ratio of the run wherever the study gave it so; None for a user's own
+    loop. Where leaders were run again, they are the chosen one's means over seeds, and `confirmed` has all leaders.
     """
 
     study: str
@@ -55,6 +57,7 @@ class BestValues:
     searched: list[str]
     params: dict[str, Any]
     hyperparameters: BaseHyperparameters
+    schedule: ScheduleConfig | None = None
     confirmed: list[Confirmed] = field(default_factory=list)
 
 
@@ -75,6 +78,7 @@ def write_best(
     name: str,
     best: FrozenTrial,
     hyperparameters: BaseHyperparameters,
+    schedule: ScheduleConfig | None = None,
     confirmed: Sequence[Confirmed] = (),
 ) -> None:
     """Write `best.yaml`; `confirmed` has the best trial first."""
@@ -88,6 +92,7 @@ def write_best(
         searched=sorted(best.params),
         params=dict(best.params),
         hyperparameters=hyperparameters,
+        schedule=schedule,
         confirmed=list(confirmed),
     )
     unit = "" if values.heldout_bits_per_byte is None else "; losses in nats per token"
@@ -140,12 +145,14 @@ def load_study(sweeps: Path, name: str) -> StoredStudy:
     return StoredStudy(name, directory, config, data_hash, values, str(commit))
 
 
-def check_best(study: StoredStudy, searched: Collection[str], hyperparameters: BaseHyperparameters) -> None:
+def check_best(
+    study: StoredStudy, searched: Collection[str], hyperparameters: BaseHyperparameters, schedule: ScheduleConfig
+) -> None:
     """Refuse best values that were edited: they must be what the search found.
 
     Args:
         searched: the names in the study's space.
-        hyperparameters: those that the best trial's parameters give.
+        hyperparameters, schedule: those that the best trial's parameters give.
     """
     path, best = study.directory / BEST, study.best
     odd = sorted(set(best.params) ^ set(searched))
@@ -158,3 +165,8 @@ def check_best(study: StoredStudy, searched: Collection[str], hyperparameters: B
                 f"{path} says hyperparameters.{name}={said}, but trial {best.trial} had {value}; leave that file alone "
                 f"and transfer another value with hyperparameters.{name}={said}."
             )
+    if best.schedule is not None and best.schedule != schedule:
+        raise Refusal(
+            f"{path} says schedule={best.schedule}, but trial {best.trial} had {schedule}; leave that file alone and "
+            "transfer another schedule with target.schedule.kind=linear."
+        )

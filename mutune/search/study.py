@@ -20,7 +20,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from mutune.errors import Refusal
 from mutune.model.shape import base_config
 from mutune.parametrization.hyperparameters import NAMES
-from mutune.search.config import Dimension, SearchConfig, dimensions, grid, initial_points
+from mutune.search.config import SCHEDULE, Dimension, SearchConfig, dimensions, grid, initial_points
+from mutune.search.economics import local_model
 from mutune.search.proposals import distributions, propose, total_trials
 from mutune.search.pruning import losers, stops
 from mutune.search.results import BEST
@@ -74,7 +75,12 @@ def trial_spec(spec: RunSpec, params: dict[str, Any]) -> RunSpec:
     The base of the plan stays the shape of `spec`; a searched width grows the model away from it.
     """
     hyper = {name: value for name, value in params.items() if name in NAMES}
-    spec = replace(spec, hyperparameters=replace(spec.hyperparameters, **hyper))
+    schedule = {key: params[name] for name, key in SCHEDULE.items() if name in params}
+    spec = replace(
+        spec,
+        hyperparameters=replace(spec.hyperparameters, **hyper),
+        schedule=replace(spec.schedule, **schedule),
+    )
     if "width" in params:
         spec = replace(spec, model=spec.model.at_width(params["width"]))
     if "table" in params:
@@ -111,6 +117,7 @@ def check_space(spec: RunSpec, search: SearchConfig) -> list[Dimension]:
 def base_values(spec: RunSpec) -> dict[str, Any]:
     """The configured value of everything that can be searched; ε is the table's own where none is given."""
     values = {"width": spec.model.width, "table": spec.parametrization.table, "seed": spec.seed}
+    values |= {name: getattr(spec.schedule, key) for name, key in SCHEDULE.items()}
     values |= {name: getattr(spec.hyperparameters, name) for name in NAMES}
     if spec.hyperparameters.adam_eps is None:
         values["adam_eps"] = spec.parametrization.theory().adam_eps
@@ -170,7 +177,7 @@ def run_study(
     total = total_trials(search, space)
     while True:
         trials = study.get_trials(deepcopy=False)
-        if len([t for t in trials if t.state.is_finished()]) >= total:
+        if len([t for t in trials if t.state.is_finished()]) >= total or _is_settled(search, space, trials):
             report(_progress(study, search, space, []))
             return trials
         _add_cohort(study, search, space, base, trials)
@@ -186,6 +193,15 @@ def run_study(
                 _tell(study, trial, result)
             if stop is not None and num_steps is not None:
                 _prune(study, search, num_steps, stop, directory)
+
+
+def _is_settled(search: SearchConfig, space: list[Dimension], trials: list[FrozenTrial]) -> bool:
+    """Whether, at the end of a cohort, more trials are expected to bring less than `stop_regret`."""
+    at_barrier = len(trials) % search.cohort == 0 and all(t.state.is_finished() for t in trials)
+    if search.stop_regret is None or not at_barrier:
+        return False
+    local = local_model(space, trials)
+    return local is not None and local.regret < search.stop_regret
 
 
 def _folder(directory: Path, number: int) -> Path:

@@ -12,6 +12,7 @@ from optuna.trial import TrialState, create_trial
 from mutune.errors import Refusal
 from mutune.search.results import check_best, load_study
 from mutune.search.study import STORAGE, check_storage, open_study
+from mutune.training.schedule import ScheduleConfig
 from tests import doors, studies
 
 
@@ -138,14 +139,14 @@ def test_best_values_without_one_of_their_keys_are_refused(tmp_path: Path) -> No
 def test_best_values_that_were_edited_are_refused(tmp_path: Path) -> None:
     folder = studies.write_study(tmp_path, "mine")
     true = load_study(tmp_path / "sweeps", "mine").best.hyperparameters
-    check_best(load_study(tmp_path / "sweeps", "mine"), ["learning_rate"], true)
+    check_best(load_study(tmp_path / "sweeps", "mine"), ["learning_rate"], true, ScheduleConfig())
     with pytest.raises(Refusal, match=r"differ in params\.learning_rat"):
-        check_best(load_study(tmp_path / "sweeps", "mine"), ["learning_rat"], true)
+        check_best(load_study(tmp_path / "sweeps", "mine"), ["learning_rat"], true, ScheduleConfig())
     doors.edit_yaml(folder / "best.yaml", "hyperparameters", "learning_rate", value=0.5)
     with pytest.raises(
         Refusal, match=r"learning_rate=0\.5, but trial 0 had 0\.0\d+; .* with hyperparameters\.learning_rate=0\.5\."
     ):
-        check_best(load_study(tmp_path / "sweeps", "mine"), ["learning_rate"], true)
+        check_best(load_study(tmp_path / "sweeps", "mine"), ["learning_rate"], true, ScheduleConfig())
 
 
 def test_a_study_that_was_copied_without_its_storage_still_transfers(tmp_path: Path) -> None:
