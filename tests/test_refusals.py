@@ -57,7 +57,7 @@ SWEEP = [
     (["+sweep=smoke", "run.num_steps=0"], "run.num_steps=0 must be"),
     (["+sweep=smoke", "schedule.warmup_steps=60"], "schedule.warmup_steps=60 must be shorter"),
     (["+sweep=smoke", "schedule=spiral"], "unknown schedule 'spiral'; known: constant, cosine, linear, wsd."),
-    (["+sweep=nope"], "unknown sweep 'nope'; known: proxy, smoke, valley."),
+    (["+sweep=nope"], "unknown sweep 'nope'; known: btlm_proxy, proxy, refine, schedule, smoke, valley."),
     (["sweep=smoke"], "write +sweep=..."),
     ([], "no sweep was chosen; write for example +sweep=proxy"),
     (["+sweep=smoke", "study=../x"], "study=../x must be a plain folder name"),
@@ -125,7 +125,10 @@ SWEEP = [
     (["+sweep=smoke", "model={x: 1}"], "unknown key model.x;"),
     (["+sweep=smoke", "device=[a]"], "device=['a'] must be a word; for example device=auto."),
     (["+sweep=smoke", "parametrization.table=[a]"], "must be a word; for example parametrization.table=mup."),
-    (["+sweep=[smoke,proxy]"], "unknown sweep '[smoke,proxy]'; known: proxy, smoke, valley."),
+    (
+        ["+sweep=[smoke,proxy]"],
+        "unknown sweep '[smoke,proxy]'; known: btlm_proxy, proxy, refine, schedule, smoke, valley.",
+    ),
     (
         ["+sweep=smoke", f"model.width={'9' * 400}"],
         "model.width=a number of more than 100 digits must be a whole number",

@@ -18,6 +18,7 @@ from mutune.compose import sweep_files
 from mutune.errors import Refusal
 from mutune.files import read_yaml
 from mutune.parametrization.hyperparameters import NAMES
+from mutune.search.config import SCHEDULE
 
 #: Coordinates of these quantities are drawn: title, and what 1 means on its y axis.
 CHECKED = {
@@ -29,7 +30,7 @@ CHECKED = {
 
 METRICS, CONFIG = "metrics.jsonl", "config.yaml"  # as mutune.training.run writes them; importing that brings in torch
 
-RUN_COLUMNS = ("run", "study", "trial", "rung", "width", "depth", "table", "seed", *NAMES)
+RUN_COLUMNS = ("run", "study", "trial", "rung", "width", "depth", "table", "seed", *NAMES, *SCHEDULE)
 POINT = ["table", "width", "seed", "log2_lr"]  # what tells the runs of a valley apart
 
 
@@ -133,7 +134,7 @@ def history(runs: pd.DataFrame) -> pd.DataFrame:
 
 def best_trials(runs: pd.DataFrame, count: int = 10) -> pd.DataFrame:
     """The finished runs of lowest held-out loss, with the quantities in which the runs differ."""
-    names = ["width", "table", "seed", *NAMES]
+    names = ["width", "table", "seed", *NAMES, *SCHEDULE]
     varied = [name for name in names if runs[name].nunique(dropna=False) > 1]
     columns = ["trial", "heldout_loss", "heldout_bits_per_byte", *varied]
     return runs[runs.finished].nsmallest(count, "heldout_loss")[columns].reset_index(drop=True)
@@ -387,6 +388,8 @@ def _facts(config: dict[str, Any], name: str) -> dict[str, Any]:
         "table": run["parametrization"]["table"],
         "seed": run["seed"],
     }
+    schedule = run.get("schedule", {})  # a user's own loop has its own
+    facts |= {name: schedule.get(key) for name, key in SCHEDULE.items()}
     return facts | {key: run["hyperparameters"].get(key) for key in NAMES}
 
 
