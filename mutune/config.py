@@ -10,7 +10,7 @@ from mutune.model.shape import ModelConfig, base_config
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import TABLES, ParametrizationConfig
 from mutune.scaling.horizon import HorizonConfig
-from mutune.search.config import SearchConfig
+from mutune.search.config import SearchConfig, without_password
 from mutune.training.config import MAX_SEED, LoopConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 from mutune.verification.places import require_span
@@ -106,6 +106,7 @@ class SweepConfig(DoorConfig):
             del data[key]
         for key in ("n_trials", "workers", "confirm", "confirm_seeds", "stop_regret"):
             del data["search"][key]
+        data["search"]["storage"] = without_password(self.search.storage)
         return data
 
 

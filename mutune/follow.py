@@ -48,7 +48,8 @@ def follow(config: SweepConfig) -> SweepConfig:
     )
     reads = DECAY_NAMES[1] if best.parametrization.decay == "horizon" else DECAY_NAMES[0]
     if config.follows == "refine" and not config.search.space:
-        space = _narrowed(stored, best, [trial for trial, _ in finished_trials(study.directory, name)])
+        trials = finished_trials(study.directory, name, stored.search.storage)
+        space = _narrowed(stored, best, [trial for trial, _ in trials])
     else:
         space = {(reads if key == DECAY else key): data for key, data in config.search.space.items()}
     return replace(

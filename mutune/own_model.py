@@ -56,7 +56,8 @@ from mutune.search.own_code import fingerprints
 from mutune.search.own_trial import OwnModel, OwnRung, Train, rehearse, run_task
 from mutune.search.proposals import total_trials
 from mutune.search.results import BEST, OWN_MODEL, BestValues
-from mutune.search.study import best_trial, check_storage, run_study
+from mutune.search.storage import check_storage
+from mutune.search.study import best_trial, run_study
 from mutune.search.workers import UserCodeError, WorkError, Workers, default_workers
 from mutune.training.config import MAX_SEED
 from mutune.training.run import RunResult
@@ -282,7 +283,7 @@ class _Work:
                 self._adopt()
             else:
                 claim(directory, self.inputs, "name", overwrite)
-            check_storage(directory)
+            check_storage(directory, directory.name, self.search.storage)
             try:
                 with Workers(partial(run_task, self.model), self.workers) as pool:
                     best = self._search(pool)

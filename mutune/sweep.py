@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
 def work(config: SweepConfig) -> int:
     """Check everything, then run the study to its end."""
     from mutune.data.prepare import prepare
-    from mutune.search.study import check_space, check_storage
+    from mutune.search.storage import StorageGone, check_reachable, check_storage
+    from mutune.search.study import check_space
     from mutune.search.workers import WorkError
     from mutune.training.run import check_data
 
@@ -57,12 +58,13 @@ def work(config: SweepConfig) -> int:
     directory = Path(config.out) / "sweeps" / str(config.study)
     inputs = {"config": config.identity(), "data_hash": corpus.content_hash}
     check_claim(directory, inputs, "study", config.overwrite)
+    check_reachable(config.search.storage)
     with locked(directory, "study"):
         claim(directory, inputs, "study", config.overwrite)
-        check_storage(directory)
+        check_storage(directory, directory.name, config.search.storage)
         try:
             _search(config, spec, directory, corpus.content_hash)
-        except WorkError as error:
+        except (WorkError, StorageGone) as error:
             raise WorkFailed(f"{error}\nThe same command continues the study.") from error
     return OK
 

@@ -235,7 +235,7 @@ def _from_study(config: TransferConfig) -> Source:
     )
     trials = [
         Paid(trial_spec(stored.spec(), trial.params), result, study.directory / "trials" / str(trial.number))
-        for trial, result in finished_trials(study.directory, study.name)
+        for trial, result in finished_trials(study.directory, study.name, stored.search.storage)
         if (study.directory / "trials" / str(trial.number)).is_dir()
     ]
     trials += [Paid(*made) for made in confirmed_runs(study.directory, stored.spec(), study.data_hash)]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ PRUNERS = ("halving", "wide", "none", "median", "percentile", "successive_halvin
 
 #: What a space may name besides the base hyperparameters and the schedule: the run's shape, its table and its seed.
 STRUCTURAL = ("width", "table", "seed")
+#: Storages that lie in a study's folder.
+FILES = {"sqlite": "study.db", "journal": "study.journal"}
 #: What a space calls a part of the schedule → its key there. Only lists of values.
 SCHEDULE = {
     "schedule_kind": "kind",
@@ -65,6 +68,8 @@ class SearchConfig:
         confirm_seeds: by how many more seeds.
         stop_regret: end the study, at the end of a cohort, once its best trial is expected to lie less than this above
             the lowest point near it, nats per token; null runs all trials.
+        storage: where Optuna keeps the trials: `sqlite` or `journal`, files in the study's folder, or the URL of a
+            database, for example postgresql+psycopg://user@host/database.
         workers: single-threaded worker processes; null takes the number of cores.
         space: name → {low, high, log} or {values: [...]}.
         initial: known-good values, tried first; what they leave out takes the configured base value, or where that
@@ -79,6 +84,7 @@ class SearchConfig:
     confirm: int = 0
     confirm_seeds: int = 2
     stop_regret: float | None = None
+    storage: str = "sqlite"
     workers: int | None = None
     space: dict[str, Any] = field(default_factory=dict)
     initial: list[dict[str, Any]] = field(default_factory=list)
@@ -105,6 +111,11 @@ class SearchConfig:
         for name, least in (("confirm", 0), ("confirm_seeds", 1)):
             value = getattr(self, name)
             require_number(f"search.{name}", value, at_least=least, at_most=MAX_TRIALS, example=3 - least, whole=True)
+        require(
+            self.storage in FILES or "://" in self.storage,
+            f"search.storage={self.storage} is unknown; take sqlite, journal, or the URL of a database, for example "
+            "search.storage=postgresql+psycopg://user@host/database.",
+        )
         if self.stop_regret is not None:
             require_number("search.stop_regret", self.stop_regret, above=0.0, example=0.001)
         odd = next((name for name in ("seed", "width") if name in self.space), None)
@@ -134,6 +145,11 @@ class SearchConfig:
         """The pruner."""
         uneven = "width" in self.space or any(name in self.space for name in SCHEDULE)
         return self.pruner or ("none" if self.sampler == "grid" or uneven else "halving")
+
+
+def without_password(url: str) -> str:
+    """A storage's URL as it may be shown and kept."""
+    return re.sub(r"(://[^:/@]*):[^@]*(?=@)", r"\1", url)
 
 
 def dimensions(space: dict[str, Any]) -> list[Dimension]:

@@ -5,11 +5,10 @@ The trials of a cohort run to a stop, wait for each other, and go on or are prun
 when a parent died go on from their checkpoints under the same number with the same parameters.
 """
 
-import contextlib
-import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,12 +23,11 @@ from mutune.search.config import SCHEDULE, Dimension, SearchConfig, dimensions, 
 from mutune.search.economics import local_model
 from mutune.search.proposals import distributions, propose, total_trials
 from mutune.search.pruning import losers, stops
-from mutune.search.results import BEST
+from mutune.search.storage import open_study, patiently, read_study
 from mutune.search.workers import RunAll, saving
 from mutune.training.config import RunSpec
 from mutune.training.run import RunResult, discard, run_to_end
 
-STORAGE = "study.db"
 #: What `parametrization.decay=horizon` does not read and what it does; every other decay has it the other way round.
 DECAY_NAMES = ("weight_decay", "decay_timescale")
 
@@ -124,31 +122,6 @@ def base_values(spec: RunSpec) -> dict[str, Any]:
     return values
 
 
-def check_storage(directory: Path) -> None:
-    """Refuse a folder with trials or best values that its storage does not have; reads only.
-
-    Raises:
-        Refusal: the storage is missing, is no database, or lacks a trial that has begun.
-    """
-    path, begun = directory / STORAGE, directory / "trials"
-    if not any(place.exists() for place in (path, begun, directory / BEST)):
-        return
-    cure = f"restore it, or remove {directory} to start the study over"
-    if not path.is_file():
-        raise Refusal(f"{path} is missing beside the study's results; {cure}.")
-    try:
-        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
-            (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            known = {str(number) for (number,) in connection.execute("SELECT number FROM trials")}
-    except sqlite3.Error as error:
-        raise Refusal(f"{path} cannot be read as a study ({error}); {cure}.") from error
-    have = {entry.name for entry in begun.iterdir()} if begun.is_dir() else set()
-    lost = sorted(name for name in have - known if name.isdecimal())
-    if state != "ok" or lost:
-        why = f"lacks trial {lost[0]}, whose records are there" if lost else f"is damaged ({state})"
-        raise Refusal(f"{path} {why}; {cure}.")
-
-
 def run_study(
     directory: Path,
     name: str,
@@ -173,26 +146,26 @@ def run_study(
         Every trial of the study, in the order of their numbers.
     """
     space = dimensions(search.space)
-    study = open_study(directory, name)
+    study = patiently(lambda: open_study(directory, name, search.storage))
     total = total_trials(search, space)
     while True:
-        trials = study.get_trials(deepcopy=False)
+        trials = patiently(lambda: study.get_trials(deepcopy=False))
         if len([t for t in trials if t.state.is_finished()]) >= total or _is_settled(search, space, trials):
             report(_progress(study, search, space, []))
             return trials
-        _add_cohort(study, search, space, base, trials)
+        patiently(lambda: _add_cohort(study, search, space, base))
         for stop in [*(stops(search.prunes, num_steps) if num_steps else []), None]:
             work = [
                 Trial(t.number, t.params, _folder(directory, t.number), name, stop)
-                for t in study.get_trials(deepcopy=False)
+                for t in patiently(lambda: study.get_trials(deepcopy=False))
                 if not t.state.is_finished() and stop not in t.intermediate_values
             ]
             for trial, result in run(
                 work, lambda running: report(_progress(study, search, space, [t.number for t in running]))
             ):
-                _tell(study, trial, result)
+                patiently(partial(_tell, study, trial, result))
             if stop is not None and num_steps is not None:
-                _prune(study, search, num_steps, stop, directory)
+                patiently(partial(_prune, study, search, num_steps, stop, directory))
 
 
 def _is_settled(search: SearchConfig, space: list[Dimension], trials: list[FrozenTrial]) -> bool:
@@ -216,30 +189,13 @@ def run_trial(spec: RunSpec, device: str, trial: Trial) -> RunResult:
         )
 
 
-def open_study(directory: Path, name: str) -> optuna.Study:
-    """The study's Optuna object, created where it does not exist. SQLite in WAL mode."""
-    path = directory / STORAGE
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA journal_mode=WAL")
-    return optuna.create_study(
-        storage=f"sqlite:///{path}",
-        study_name=name,
-        direction="minimize",
-        sampler=optuna.samplers.RandomSampler(seed=0),  # never asked: proposals are made in `proposals`
-        load_if_exists=True,
-    )
-
-
-def finished_trials(directory: Path, name: str) -> list[tuple[FrozenTrial, RunResult]]:
-    """The study's finished trials with their results, read only; none where the storage is gone or cannot be read."""
-    path = directory / STORAGE
-    if not path.is_file():
+def finished_trials(directory: Path, name: str, storage: str = "sqlite") -> list[tuple[FrozenTrial, RunResult]]:
+    """The study's finished trials with their results, read only; none where the storage is gone or cannot be read: a
+    ladder then runs what it could have reused.
+    """
+    if (study := read_study(directory, name, storage)) is None:
         return []
-    try:
-        study = optuna.load_study(storage=f"sqlite:///{path}", study_name=name)
-        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    except Exception:  # of SQLAlchemy or Optuna, whatever is wrong: a ladder then runs what it could have reused
-        return []
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return [(trial, result_of(trial)) for trial in trials if trial.value is not None]
 
 
@@ -265,9 +221,9 @@ def _add_cohort(
     search: SearchConfig,
     space: list[Dimension],
     base: dict[str, Any],
-    trials: list[FrozenTrial],
 ) -> None:
     """Put the trials that the open cohort still lacks into the storage, each in one transaction."""
+    trials = study.get_trials(deepcopy=False)
     first = len(trials) - len(trials) % search.cohort
     if any(not t.state.is_finished() for t in trials[:first]):
         return  # an earlier cohort is still open
@@ -278,10 +234,12 @@ def _add_cohort(
 def _tell(study: optuna.Study, trial: Trial, result: RunResult) -> None:
     """Store what a trial says; one that paused reports, at its stop."""
     told = _live(study, trial.number)
+    if study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+        return  # told before the storage went away
     for key in ("diverged", "bits_per_byte", "seconds"):
         told.set_user_attr(key, getattr(result, key))
     if result.finished:
-        study.tell(told, result.value)
+        study.tell(told, result.value, skip_if_finished=True)
     else:
         assert trial.until is not None
         told.report(result.value, trial.until)
@@ -293,7 +251,7 @@ def _prune(study: optuna.Study, search: SearchConfig, num_steps: int, stop: int,
     cohorts = [trials[i : i + search.cohort] for i in range(0, len(trials), search.cohort)]
     for number in losers(search.prunes, num_steps, stop, cohorts):
         if not trials[number].state.is_finished():
-            study.tell(_live(study, number), state=TrialState.PRUNED)
+            study.tell(_live(study, number), state=TrialState.PRUNED, skip_if_finished=True)
         discard(_folder(directory, number))
 
 
@@ -302,7 +260,7 @@ def _live(study: optuna.Study, number: int) -> optuna.trial.Trial:
 
 
 def _progress(study: optuna.Study, search: SearchConfig, space: list[Dimension], running: list[int]) -> Progress:
-    trials, total = study.get_trials(deepcopy=False), total_trials(search, space)
+    trials, total = patiently(lambda: study.get_trials(deepcopy=False)), total_trials(search, space)
     finished = [t for t in trials if t.state.is_finished()]
     points = grid(space) if search.sampler == "grid" else [{}] * total
     left = _seconds_left(finished, points) if finished else 0.0

@@ -187,7 +187,7 @@ def test_the_base_value_of_epsilon_is_the_tables_own() -> None:
 
 
 def test_optuna_is_never_asked_by_the_stored_study(tmp_path: Any) -> None:
-    from mutune.search.study import open_study
+    from mutune.search.storage import open_study
 
     study = open_study(tmp_path, "s")
     study.add_trial(create_trial(state=TrialState.RUNNING, params={}, distributions={}))

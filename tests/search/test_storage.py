@@ -10,8 +10,9 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from mutune.errors import Refusal
+from mutune.search.config import FILES
 from mutune.search.results import check_best, load_study
-from mutune.search.study import STORAGE, check_storage, open_study
+from mutune.search.storage import check_storage, open_study
 from mutune.training.schedule import ScheduleConfig
 from tests import doors, studies
 
@@ -24,9 +25,9 @@ def stored(folder: Path, trials: int = 2) -> Path:
         study.add_trial(create_trial(state=TrialState.RUNNING, params={}, distributions={}))
         (folder / "trials" / str(number)).mkdir()
     study._storage.remove_session()
-    with contextlib.closing(sqlite3.connect(folder / STORAGE)) as connection:
+    with contextlib.closing(sqlite3.connect(folder / FILES["sqlite"])) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # all of it is in the one file now
-    for log in folder.glob(f"{STORAGE}-*"):
+    for log in folder.glob("study.db-*"):
         log.unlink()
     return folder
 
@@ -34,10 +35,10 @@ def stored(folder: Path, trials: int = 2) -> Path:
 def test_a_whole_study_and_an_empty_folder_are_accepted_and_left_as_they_are(tmp_path: Path) -> None:
     folder = stored(tmp_path / "x")
     (folder / "trials" / "notes.txt").touch()
-    before = (folder / STORAGE).read_bytes()
-    check_storage(folder)
-    check_storage(tmp_path / "none")
-    assert (folder / STORAGE).read_bytes() == before
+    before = (folder / FILES["sqlite"]).read_bytes()
+    check_storage(folder, "s", "sqlite")
+    check_storage(tmp_path / "none", "s", "sqlite")
+    assert (folder / FILES["sqlite"]).read_bytes() == before
     assert not list(folder.glob("*.db-journal"))
 
 
@@ -73,15 +74,15 @@ def test_a_storage_without_what_is_beside_it_is_refused_in_one_sentence(
     damage: Callable[[Path], None], tmp_path: Path
 ) -> None:
     study = stored(tmp_path / "x")
-    damage(study / STORAGE)
+    damage(study / FILES["sqlite"])
     with pytest.raises(Refusal, match=r"study\.db .*; restore it, or remove .*x to start the study over\.$"):
-        check_storage(study)
+        check_storage(study, "s", "sqlite")
 
 
 def test_best_values_without_a_storage_are_refused(tmp_path: Path) -> None:
     (tmp_path / "best.yaml").touch()
     with pytest.raises(Refusal, match=r"study\.db is missing beside the study's results"):
-        check_storage(tmp_path)
+        check_storage(tmp_path, "s", "sqlite")
 
 
 def test_a_study_whose_storage_was_lost_is_not_started_over(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,8 +105,35 @@ def test_sigterm_ends_a_sweep_with_143_and_a_rerun_continues(tmp_path: Path) -> 
     assert process.returncode == 143
     assert "terminated; the same command continues" in stderr
     assert "Traceback" not in stderr
+    saved = list(tmp_path.glob("sweeps/kill/trials/*/checkpoints/*"))
+    assert saved
+    for checkpoint in saved:  # nothing that was done is lost
+        records = (checkpoint.parent.parent / "metrics.jsonl").read_text().splitlines()
+        assert len(records) == int(checkpoint.name)
+    assert any(int(checkpoint.name) not in (20, 100) for checkpoint in saved)  # besides those that only wait
+    kept = {path: path.read_text() for path in tmp_path.glob("sweeps/kill/trials/*/metrics.jsonl")}
     doors.run("sweep", *arguments)
     assert sorted(finished(tmp_path)) == [0, 1, 2, 3]
+    for path, before in kept.items():
+        assert path.read_text().startswith(before)  # it went on, and did not begin again
+    assert not list(tmp_path.glob("sweeps/kill/trials/*/checkpoints"))
+
+
+def test_trials_pause_where_half_of_a_cohort_stops(tmp_path: Path) -> None:
+    arguments = [*QUICK, "search.sampler=random", "search.n_trials=4", "run.num_steps=40", f"out={tmp_path}"]
+    done = doors.run("sweep", *arguments, "dry_run=true")
+    assert "halving: 0.5 go on after 4 steps, 0.5 go on after 20 steps" in done.stdout
+    doors.run("sweep", *arguments)
+    study = optuna.load_study(study_name="kill", storage=f"sqlite:///{tmp_path}/sweeps/kill/study.db")
+    steps = sorted(len(path.read_text().splitlines()) for path in tmp_path.glob("sweeps/kill/trials/*/metrics.jsonl"))
+    assert steps == [4, 4, 20, 40]
+    by_state = [t.state.name for t in study.trials]
+    assert sorted(by_state) == ["COMPLETE", "PRUNED", "PRUNED", "PRUNED"]
+    at_first = {t.number: t.intermediate_values[4] for t in study.trials}
+    gone = [t.number for t in study.trials if list(t.intermediate_values) == [4]]
+    assert max(at_first, key=lambda n: at_first[n]) in gone
+    again = doors.run("sweep", *arguments, "search.pruner=none", expect=2)
+    assert "config.search.pruner: None → none" in again.stderr
 
 
 def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:

@@ -1,0 +1,224 @@
+"""Where a study's trials are kept: SQLite or a journal in its folder, or a database that has a URL.
+
+What a kill or a full disk leaves is mended where a storage cannot do so itself, and a database that is gone for a while
+is waited for.
+"""
+
+import contextlib
+import json
+import sqlite3
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import optuna
+from filelock import FileLock
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from mutune.errors import Refusal
+from mutune.search.config import FILES, without_password
+from mutune.search.results import BEST
+
+T = TypeVar("T")
+
+PATIENCE = 120.0  # seconds that a storage may be gone
+CREATION_TRIES = 5  # of tables, which two studies that start at once make for each other
+
+
+class StorageGone(Exception):
+    """The storage has not answered for `PATIENCE` seconds."""
+
+
+class _Lock:
+    """A lock that dies with its holder; Optuna's own outlive a kill by half a minute."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
+
+    def acquire(self) -> bool:
+        """Wait for it."""
+        self._lock.acquire()
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
+        self._lock.release()
+
+
+def open_storage(directory: Path, where: str) -> BaseStorage:
+    """The storage `where` of the study in `directory`; files are made where they are missing.
+
+    Raises:
+        Refusal: a database that cannot be reached, or a URL that none has.
+    """
+    if where == "sqlite":
+        path = directory / FILES[where]
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+        return RDBStorage(f"sqlite:///{path}")
+    if where == "journal":
+        path = directory / FILES[where]
+        _cut_torn_line(path)
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))  # type: ignore[arg-type]
+    for left in reversed(range(CREATION_TRIES)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return RDBStorage(where, engine_kwargs={"poolclass": NullPool})  # none outlives a database's restart
+        except ImportError:
+            raise Refusal(
+                f"search.storage={without_password(where)} needs a driver that is not installed; for example "
+                "pip install 'mutune[postgres]', and search.storage=postgresql+psycopg://user@host/database."
+            ) from None
+        except (SQLAlchemyError, StorageInternalError, ValueError) as error:
+            if left and isinstance(error, DBAPIError) and not error.connection_invalidated and _is_race(error):
+                time.sleep(0.5)
+                continue
+            raise Refusal(
+                f"search.storage={without_password(where)} cannot be used ({_line(error, where)}); for example "
+                "search.storage=postgresql+psycopg://user@host/database, or sqlite."
+            ) from None
+    raise AssertionError
+
+
+def open_study(directory: Path, name: str, where: str = "sqlite") -> optuna.Study:
+    """The study's Optuna object, created where it does not exist."""
+    return optuna.create_study(
+        storage=open_storage(directory, where),
+        study_name=name,
+        direction="minimize",
+        sampler=optuna.samplers.RandomSampler(seed=0),  # never asked: proposals are made in `proposals`
+        load_if_exists=True,
+    )
+
+
+def read_study(directory: Path, name: str, where: str) -> optuna.Study | None:
+    """The study as it is; None where the storage is gone, cannot be read, or does not have it."""
+    if where in FILES and not (directory / FILES[where]).is_file():
+        return None
+    try:
+        if where == "sqlite":
+            return optuna.load_study(storage=f"sqlite:///{directory / FILES[where]}", study_name=name)
+        return optuna.load_study(storage=open_storage(directory, where), study_name=name)
+    except Exception:  # of SQLAlchemy, Optuna or JSON, whatever is wrong
+        return None
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """What `action` returns; where the storage does not answer it is tried again, so it has to bear that.
+
+    Raises:
+        StorageGone: not within `PATIENCE` seconds.
+    """
+    started, told = time.monotonic(), False
+    while True:
+        try:
+            return action()
+        except (StorageInternalError, DBAPIError) as error:
+            if time.monotonic() - started > PATIENCE:
+                raise StorageGone(f"the study's storage has not answered for {PATIENCE:.0f} seconds") from error
+            if not told:
+                print("storage    does not answer; waiting for it", file=sys.stderr)
+                told = True
+            time.sleep(1.0)
+
+
+def check_storage(directory: Path, name: str, where: str) -> None:
+    """Refuse a folder with trials or best values that its storage does not have; reads only.
+
+    Raises:
+        Refusal: the storage is missing, is damaged, or lacks a trial that has begun.
+    """
+    begun = directory / "trials"
+    path = directory / FILES[where] if where in FILES else None
+    if not any(place.exists() for place in (path or begun, begun, directory / BEST)):
+        return
+    cure = f"restore it, or remove {directory} to start the study over"
+    if path is not None and not path.is_file():
+        raise Refusal(f"{path} is missing beside the study's results; {cure}.")
+    try:
+        known = _known_trials(directory, name, where)
+    except (sqlite3.Error, ValueError) as error:
+        raise Refusal(f"{path} cannot be read as a study ({error}); {cure}.") from error
+    have = {entry.name for entry in begun.iterdir()} if begun.is_dir() else set()
+    lost = sorted(entry for entry in have if entry.isdecimal() and int(entry) not in known)
+    if lost:
+        raise Refusal(f"{path or without_password(where)} lacks trial {lost[0]}, whose records are there; {cure}.")
+
+
+def check_reachable(where: str) -> None:
+    """Refuse a database that does not answer; files need no check.
+
+    Raises:
+        Refusal: it does not.
+    """
+    if where not in FILES:
+        open_storage(Path(), where)
+
+
+def _known_trials(directory: Path, name: str, where: str) -> set[int]:
+    """The numbers of the trials that a storage has."""
+    if where == "sqlite":
+        uri = (directory / FILES[where]).absolute().as_uri()
+        with contextlib.closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as connection:
+            (state,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            known = {int(number) for (number,) in connection.execute("SELECT number FROM trials")}
+        if state != "ok":
+            raise ValueError(f"it is damaged: {state}")
+        return known
+    if where == "journal":
+        return _journalled(directory / FILES[where])
+    storage = open_storage(directory, where)
+    if name not in optuna.get_all_study_names(storage):
+        return set()
+    study = optuna.load_study(study_name=name, storage=storage)
+    return {trial.number for trial in study.get_trials(deepcopy=False)}
+
+
+def _journalled(path: Path) -> set[int]:
+    """The numbers of a journal's trials; a torn last line is cut when it is opened.
+
+    Raises:
+        ValueError: a line before the last is no record.
+    """
+    count = 0
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            count += record["op_code"] == CREATE_TRIAL
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise ValueError(f"line {number} is no record") from None
+    return set(range(count))
+
+
+CREATE_TRIAL = 4  # of Optuna's `JournalOperation`; a test holds it against Optuna's
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut what a kill or a full disk left of a last record: Optuna cannot read past it, nor write behind it."""
+    if not path.is_file():
+        return
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+
+
+def _is_race(error: Exception) -> bool:
+    return any(word in str(error).lower() for word in ("already exists", "unique", "duplicate"))
+
+
+def _line(error: Exception, where: str) -> str:
+    """The first line of what went wrong, without the URL's password."""
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first.replace(where, without_password(where))

@@ -1,0 +1,158 @@
+"""A study on every storage: killed, it ends as an undisturbed one; torn files and databases that go away are borne."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._storage import JournalOperation
+
+from mutune.compose import compose
+from mutune.config import SweepConfig
+from mutune.errors import Refusal
+from mutune.search.storage import CREATE_TRIAL, check_storage, open_storage, open_study
+from tests import doors
+from tests.search.databases import postgresql
+
+SWEEP = ["+sweep=smoke", "study=kept", "search.n_trials=8", "search.cohort=4", "search.workers=2", "run.num_steps=120"]
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[tuple[Any, str]]:
+    with postgresql() as found:
+        yield found
+
+
+def trials(out: Path, where: str) -> dict[int, tuple[Any, ...]]:
+    """Number → parameters, reports, value and state of every finished trial."""
+    study = optuna.load_study(study_name="kept", storage=open_storage(out / "sweeps/kept", where))
+    return {
+        t.number: (t.params, t.intermediate_values, t.value, t.state)
+        for t in study.get_trials()
+        if t.state.is_finished()
+    }
+
+
+def killed(out: Path, where: str, begun: int) -> None:
+    """Start the sweep, kill all of it when so many trials have begun to train, and run it again."""
+    arguments = [*SWEEP, f"search.storage='{where}'", f"out={out}"]
+    process = doors.start("sweep", *arguments)
+    doors.wait_until(lambda: len(list(out.glob("sweeps/kept/trials/*/metrics.jsonl"))) >= begun, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    doors.run("sweep", *arguments)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Any, ...]]:
+    out = tmp_path_factory.mktemp("calm")
+    doors.run("sweep", *SWEEP, f"out={out}")
+    return trials(out, "sqlite")
+
+
+def test_a_killed_study_in_a_journal_ends_as_an_undisturbed_one(calm: dict[int, Any], tmp_path: Path) -> None:
+    killed(tmp_path, "journal", 6)
+    assert trials(tmp_path, "journal") == calm
+    assert not (tmp_path / "sweeps/kept/study.db").exists()
+
+
+def test_a_killed_study_in_postgresql_ends_as_an_undisturbed_one(
+    calm: dict[int, Any], database: tuple[Any, str], tmp_path: Path
+) -> None:
+    killed(tmp_path, database[1], 6)
+    assert trials(tmp_path, database[1]) == calm
+
+
+def test_a_database_that_is_gone_for_a_while_is_waited_for(
+    calm: dict[int, Any], database: tuple[Any, str], tmp_path: Path
+) -> None:
+    server, url = database
+    optuna.delete_study(study_name="kept", storage=open_storage(tmp_path, url))
+    process = doors.start("sweep", *SWEEP, f"search.storage='{url}'", f"out={tmp_path}")
+    doors.wait_until(lambda: len(list(tmp_path.glob("sweeps/kept/trials/*/metrics.jsonl"))) >= 2, process)
+    server.stop()
+    time.sleep(5.0)
+    assert process.poll() is None
+    server.start()
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert "storage    does not answer; waiting for it" in stderr
+    assert trials(tmp_path, url) == calm
+
+
+@pytest.mark.parametrize("tail", [b'{"op_code": 6, "worker', b'{"op_code": 2}'])
+def test_a_torn_last_line_of_a_journal_is_cut(tail: bytes, tmp_path: Path) -> None:
+    study = open_study(tmp_path, "s", "journal")
+    study.add_trial(optuna.trial.create_trial(value=1.0))
+    path = tmp_path / "study.journal"
+    whole = path.read_bytes()
+    path.write_bytes(whole + tail)
+    check_storage(tmp_path, "s", "journal")
+    again = open_study(tmp_path, "s", "journal")
+    assert path.read_bytes().startswith(whole)
+    assert tail not in path.read_bytes()
+    again.add_trial(optuna.trial.create_trial(value=2.0))
+    assert [t.value for t in open_study(tmp_path, "s", "journal").trials] == [1.0, 2.0]
+
+
+def test_a_journal_that_is_damaged_or_lacks_a_trial_is_refused(tmp_path: Path) -> None:
+    study = open_study(tmp_path, "s", "journal")
+    study.add_trial(optuna.trial.create_trial(value=1.0))
+    (tmp_path / "trials/1").mkdir(parents=True)
+    with pytest.raises(Refusal, match="lacks trial 1, whose records are there"):
+        check_storage(tmp_path, "s", "journal")
+    path = tmp_path / "study.journal"
+    path.write_bytes(b"garbage\n" + path.read_bytes())
+    with pytest.raises(Refusal, match=r"cannot be read as a study \(line 1 is no record\)"):
+        check_storage(tmp_path, "s", "journal")
+
+
+def test_a_lock_on_a_journal_dies_with_its_holder(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path, "journal")
+    backend = storage._backend  # type: ignore[attr-defined]
+    assert isinstance(backend, JournalFileBackend)
+    (tmp_path / ".study.journal.lock").touch()  # as a process that was killed leaves it
+    started = time.monotonic()
+    optuna.create_study(study_name="s", storage=storage)
+    assert time.monotonic() - started < 5
+
+
+def test_trials_are_counted_as_optuna_writes_them() -> None:
+    assert CREATE_TRIAL == JournalOperation.CREATE_TRIAL
+
+
+def test_a_password_is_neither_kept_nor_shown() -> None:
+    url = "postgresql+psycopg://me:secret@host/db"
+    config = compose("sweep", SweepConfig, ["+sweep=smoke", f"search.storage='{url}'"])
+    assert config.search.storage == url
+    assert "secret" not in str(config.identity())
+    assert "//me@host/db" in str(config.identity())
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [
+        (
+            "postgresql+psycopg://me:secret@127.0.0.1:1/db",
+            "=postgresql+psycopg://me@127.0.0.1:1/db cannot",
+        ),
+        ("mysql+nothing://me:secret@host/db", "search.storage=mysql+nothing://me@host/db"),
+        ("stone", "search.storage=stone is unknown; take sqlite, journal, or the URL of a database"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_refused_without_its_password(
+    where: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mutune.sweep import main
+
+    assert main([*SWEEP, f"search.storage='{where}'", f"out={tmp_path / 'runs'}"]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert "secret" not in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
