@@ -57,6 +57,7 @@ class SweepConfig(DoorConfig):
         run: length and batch of every trial.
         loop: how steps are taken and watched.
         search: which trials are made.
+        status: say where the study stands, also while another process runs it, and end.
         prices: what compute costs, for the dry run.
     """
 
@@ -71,6 +72,7 @@ class SweepConfig(DoorConfig):
     run: StageConfig = field(default_factory=StageConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    status: bool = False
     prices: PriceConfig = field(default_factory=PriceConfig)
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ class SweepConfig(DoorConfig):
     def identity(self) -> dict[str, object]:
         """What two starts of one study must agree in: all but where, on what and how long it runs."""
         data = plain(self)
-        for key in ("out", "device", "dry_run", "overwrite", "follows", "prices"):
+        for key in ("out", "device", "dry_run", "overwrite", "follows", "status", "prices"):
             del data[key]
         for key in ("n_trials", "workers", "confirm", "confirm_seeds", "stop_regret"):
             del data["search"][key]

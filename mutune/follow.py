@@ -13,12 +13,10 @@ from mutune.parametrization.hyperparameters import NAMES
 from mutune.training.config import RunSpec
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
     from mutune.search.config import Dimension
 
 #: What the sweep itself decides; all else is the study's.
-OWN = ("out", "seed", "device", "dry_run", "overwrite", "study", "follows", "search", "prices")
+OWN = ("out", "seed", "device", "dry_run", "overwrite", "study", "follows", "search", "status", "prices")
 OCTAVES, DECAY = "octaves", "decay"  # of a space: {octaves: 2} reaches two octaves to either side of the best
 
 
@@ -96,7 +94,7 @@ def _placed(name: str, data: Any, best: RunSpec) -> Any:
     return {"low": value * 2.0**-octaves, "high": value * 2.0**octaves}
 
 
-def _narrowed(stored: SweepConfig, best: RunSpec, trials: "Sequence[FrozenTrial]") -> dict[str, Any]:
+def _narrowed(stored: SweepConfig, best: RunSpec, trials: Sequence[Any]) -> dict[str, Any]:
     """The study's own ranges, each around the best as wide as its curvature asks for, and no wider than before.
 
     Listed values stay with the best one.

@@ -6,19 +6,22 @@ records, the figures and report.html under <out>/sweeps/<study>/.
 examples:
   python -m mutune.sweep +sweep=smoke                     # eight tiny trials: does everything run?
   python -m mutune.sweep +sweep=proxy dry_run=true        # what it would do, and what a trial costs
+  python -m mutune.sweep study=proxy status=true          # from another shell: where does it stand?
   python -m mutune.sweep +sweep=schedule study=proxy      # then tune its schedule, or narrow its space: +sweep=refine
   python -m mutune.sweep +sweep=proxy study=mine data=text data.path=corpus.jsonl model.depth=8
 """
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from mutune.compose import build
 from mutune.config import SweepConfig
 from mutune.door import NOTHING_WRITTEN, OK, WorkFailed, drawn, enter
 from mutune.errors import Refusal
-from mutune.files import require_writable
-from mutune.folders import check_claim, claim, locked
+from mutune.files import read_yaml, require_writable
+from mutune.folders import CONFIG, check_claim, claim, locked
 from mutune.search.config import Dimension
 from mutune.training.config import RunSpec
 from mutune.training.price import price
@@ -40,6 +43,9 @@ def work(config: SweepConfig) -> int:
 
     if not config.study:
         raise Refusal("no sweep was chosen; write for example +sweep=proxy (or study=NAME with a search.space).")
+    if config.status:
+        print("\n".join(_status(config)))
+        return OK
     if config.follows:
         from mutune.follow import follow
 
@@ -67,6 +73,22 @@ def work(config: SweepConfig) -> int:
         except (WorkError, StorageGone) as error:
             raise WorkFailed(f"{error}\nThe same command continues the study.") from error
     return OK
+
+
+def _status(config: SweepConfig) -> list[str]:
+    """Where the study stands; whatever sweep it came from, its own configuration says what it is."""
+    from mutune.search.status import status_lines
+
+    name = f"{config.study}-{config.follows}" if config.follows else str(config.study)
+    directory = Path(config.out) / "sweeps" / name
+    if not (directory / CONFIG).is_file():
+        raise Refusal(f"study={name} does not exist in {directory.parent}; begin it, for example with +sweep=proxy.")
+    try:
+        stored = build(SweepConfig, read_yaml(directory / CONFIG, "study's config")["inputs"]["config"])
+    except (KeyError, TypeError, Refusal) as error:
+        raise Refusal(f"{directory / CONFIG} is damaged ({error}); restore it from a copy.") from None
+    search = replace(stored.search, n_trials=config.search.n_trials)
+    return status_lines(directory, search, stored.run.num_steps)
 
 
 def _check_memory(config: SweepConfig, spec: RunSpec, space: list[Dimension]) -> None:

@@ -1,6 +1,7 @@
 """A study survives: kill -9 of everything, SIGTERM, a rerun, a larger total; and equals an undisturbed one."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -186,12 +187,19 @@ def test_a_diverged_trial_is_an_observation_and_cannot_win(tmp_path: Path) -> No
 
 
 def test_two_sweeps_of_one_study_at_once_are_refused(tmp_path: Path) -> None:
-    arguments = [*QUICK, "search.n_trials=4", "run.num_steps=200", f"out={tmp_path}"]
+    arguments = [*QUICK, "search.n_trials=8", "run.num_steps=900", f"out={tmp_path}"]
     process = doors.start("sweep", *arguments)
     try:
         doors.wait_until(lambda: mid_step(tmp_path, 0), process)
+        status = doors.run("sweep", "study=kill", "status=true", f"out={tmp_path}").stdout
+        assert "study      kill: " in status
+        assert "process    running" in status
+        assert re.search(r"trial \d +step \d+/900, loss \d\.\d{4}, last record \d+ s ago", status)
         refused = doors.run("sweep", *arguments, expect=2)
         assert "in use by another mutune process" in refused.stderr
     finally:
         process.kill()
         process.communicate()
+    idle = doors.run("sweep", "study=kill", "status=true", f"out={tmp_path}").stdout
+    assert "process    none; the same command continues the study" in idle
+    assert "study=other does not exist" in doors.run("sweep", "study=other", "status=true", expect=2).stderr

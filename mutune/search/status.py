@@ -1,0 +1,79 @@
+"""Where a study stands, read from its files and its storage while another process runs it."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from optuna.trial import FrozenTrial, TrialState
+
+from mutune.errors import Refusal
+from mutune.folders import LOCK
+from mutune.search.config import SearchConfig
+from mutune.search.storage import read_study
+from mutune.search.study import finished_by_loss
+from mutune.training.run import METRICS
+
+
+def status_lines(directory: Path, search: SearchConfig, num_steps: int) -> list[str]:
+    """The study in words: how many trials are in which state, the best, and how far each open one has come.
+
+    Args:
+        search: as the study was begun; its total is that of the command line. num_steps: of a trial.
+    """
+    study = read_study(directory, directory.name, search.storage)
+    if study is None:
+        raise Refusal(f"study={directory.name} has no storage yet, or it cannot be read; run its sweep again.")
+    trials = study.get_trials(deepcopy=False)
+    count = {state: sum(trial.state == state for trial in trials) for state in TrialState}
+    open_trials = [trial for trial in trials if not trial.state.is_finished()]
+    lines = [
+        f"study      {directory.name}: {count[TrialState.COMPLETE]} finished, {count[TrialState.PRUNED]} pruned, "
+        f"{len(open_trials)} open, of {search.n_trials or len(trials)}",
+        f"process    {'running' if _is_held(directory / LOCK) else 'none; the same command continues the study'}",
+    ]
+    for best in finished_by_loss(trials)[:1]:
+        values = ", ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in best.params.items())
+        lines.append(f"best       trial {best.number}: held-out loss {best.value:.4f} ({values})")
+    return [*lines, *(_open_line(directory, trial, num_steps) for trial in open_trials)]
+
+
+def _open_line(directory: Path, trial: FrozenTrial, num_steps: int) -> str:
+    path = directory / "trials" / str(trial.number) / METRICS
+    last = _last(path)
+    if last is None:
+        return f"trial {trial.number:<4} waits to begin"
+    if last["step"] in trial.intermediate_values:
+        return f"trial {trial.number:<4} waits for its cohort after step {last['step']:,}, loss {last['loss']:.4f}"
+    age = time.time() - path.stat().st_mtime
+    return (
+        f"trial {trial.number:<4} step {last['step']:,}/{num_steps:,}, loss {last['loss']:.4f}, "
+        f"last record {age:.0f} s ago"
+    )
+
+
+def _last(path: Path) -> dict[str, Any] | None:
+    """The last whole record; None where there is none."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+            return {"step": int(record["step"]), "loss": float(record["loss"])}
+        except (ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a living process holds the study."""
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
