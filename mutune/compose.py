@@ -199,7 +199,8 @@ def _convert(hint: Any, value: Any, key: str, example: Any = None) -> Any:
         return build(typing.cast(type, hint), value, key)
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
-            raise Refusal(f"{key}={shown(value)} must be a list; for example {key}=[1,2].")
+            works = f"[{shown(value)}]" if isinstance(value, (str, int, float)) else "[1,2]"
+            raise Refusal(f"{key}={shown(value)} must be a list; for example {key}={works}.")
         return origin(_convert(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):

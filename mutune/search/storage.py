@@ -82,7 +82,7 @@ def open_storage(directory: Path, where: str) -> BaseStorage:
                 time.sleep(0.5)
                 continue
             raise Refusal(
-                f"search.storage={without_password(where)} cannot be used ({_line(error, where)}); for example "
+                f"search.storage={without_password(where)} cannot be used ({_line(error)}); for example "
                 "search.storage=postgresql+psycopg://user@host/database, or sqlite."
             ) from None
     raise AssertionError
@@ -123,9 +123,12 @@ def patiently(action: Callable[[], T]) -> T:
             return action()
         except (StorageInternalError, DBAPIError) as error:
             if time.monotonic() - started > PATIENCE:
-                raise StorageGone(f"the study's storage has not answered for {PATIENCE:.0f} seconds") from error
+                why = _line(error.__cause__ or error)
+                raise StorageGone(f"the study's storage has not answered for {PATIENCE:.0f} s ({why})") from error
             if not told:
-                print("storage    does not answer; waiting for it", file=sys.stderr)
+                print(
+                    f"storage    does not answer ({_line(error.__cause__ or error)}); waiting for it", file=sys.stderr
+                )
                 told = True
             time.sleep(1.0)
 
@@ -218,7 +221,6 @@ def _is_race(error: Exception) -> bool:
     return any(word in str(error).lower() for word in ("already exists", "unique", "duplicate"))
 
 
-def _line(error: Exception, where: str) -> str:
-    """The first line of what went wrong, without the URL's password."""
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return first.replace(where, without_password(where))
+def _line(error: BaseException) -> str:
+    """The first line of what went wrong."""
+    return without_password(next(iter(str(error).strip().splitlines()), type(error).__name__))

@@ -4,6 +4,7 @@ What they run comes to them by value (`cloudpickle`), so it may be defined in a 
 """
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import pickle
@@ -67,8 +68,12 @@ class UserCodeError(Exception):
         return "".join(["Traceback (most recent call last):\n", *traceback.format_list(frames), self.last]).rstrip()
 
 
+class DiskFull(Exception):
+    """Nothing more could be written; the message names the file."""
+
+
 #: What is handed to the parent as it is; every other exception as the text of its traceback.
-KNOWN = (AuditError, Refusal, UserCodeError)
+KNOWN = (AuditError, DiskFull, Refusal, UserCodeError)
 
 
 def default_workers() -> int:
@@ -266,6 +271,9 @@ def _serve(connection: Connection, pickled: bytes) -> None:
             answer = (None, function(pickle.loads(task)))
         except KNOWN as error:
             answer = (error, None)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            answer = (DiskFull(f"{error}; free some space") if full else traceback.format_exc(), None)
         except Exception:
             answer = (traceback.format_exc(), None)
         connection.send(answer)

@@ -1,5 +1,6 @@
 """Checkpoints: safetensors and JSON in a folder that appears whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -66,7 +68,12 @@ def _write(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, 
     tensors = {f"model.{name}": parameter.detach().cpu() for parameter, name in names.items()}
     for parameter, state in optimizer.state.items():
         tensors |= {f"optimizer.{names[parameter]}.{key}": state[key].detach().cpu() for key in STATE_KEYS}
-    save_file(tensors, directory / "state.safetensors")
+    try:
+        save_file(tensors, directory / "state.safetensors")
+    except SafetensorError as error:  # its own words for what the system said
+        if "os error 28" in str(error) or "No space left" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(directory)) from error
+        raise
     (directory / "meta.json").write_text(json.dumps(meta, indent=1))
     for file in directory.iterdir():
         fsync_file(file)
