@@ -28,7 +28,8 @@ def follow(config: SweepConfig) -> SweepConfig:
             placed around its best.
     """
     from mutune.search.results import check_best, load_study
-    from mutune.search.study import DECAY_NAMES, finished_trials, trial_spec
+    from mutune.search.study import DECAY_NAMES, finished_trials
+    from mutune.search.trial import trial_spec
 
     name = str(config.study)
     _check_own(config, name)

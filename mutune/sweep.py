@@ -94,7 +94,7 @@ def _status(config: SweepConfig) -> list[str]:
 def _check_memory(config: SweepConfig, spec: RunSpec, space: list[Dimension]) -> None:
     """Refuse a sweep whose largest trials do not fit side by side."""
     from mutune.search.proposals import total_trials
-    from mutune.search.study import trial_spec
+    from mutune.search.trial import trial_spec
     from mutune.search.workers import default_workers
     from mutune.training.memory import require_memory
 
@@ -157,7 +157,8 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path, data_hash: str)
     from mutune.search.display import confirming, followed
     from mutune.search.economics import economics_lines
     from mutune.search.results import Confirmed, read_best, write_best
-    from mutune.search.study import base_values, best_trial, run_study, run_trial, trial_spec
+    from mutune.search.study import base_values, best_trial, run_study
+    from mutune.search.trial import run_trial, trial_spec
     from mutune.search.workers import Workers, default_workers
 
     workers = config.search.workers or default_workers()

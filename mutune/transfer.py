@@ -204,7 +204,8 @@ def _from_study(config: TransferConfig) -> Source:
     from mutune.certificate.planned import Paid
     from mutune.search.confirm import confirmed_runs
     from mutune.search.results import check_best, load_study
-    from mutune.search.study import finished_trials, trial_spec
+    from mutune.search.study import finished_trials
+    from mutune.search.trial import trial_spec
 
     study = load_study(Path(config.out) / "sweeps", config.study)
     try:

@@ -10,7 +10,7 @@ from mutune.config import SweepConfig
 from mutune.data.prepare import prepare
 from mutune.folders import claim
 from mutune.search.results import write_best
-from mutune.search.study import trial_spec
+from mutune.search.trial import trial_spec
 
 SWEEP = ["+sweep=smoke", "run.num_steps=20", "search.n_trials=2"]
 RATE = 2.0**-6

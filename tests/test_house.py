@@ -106,6 +106,16 @@ def test_the_front_loads_no_room_and_no_torch_before_a_name_is_asked_for() -> No
     assert subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_what_workers_load_has_no_storage_no_fit_and_no_figure() -> None:
+    """They start many times in a sweep's life, and each start is waited for."""
+    heavy = ("optuna", "sqlalchemy", "pandas", "scipy", "matplotlib", "hydra")
+    ask = (
+        "import sys, mutune.search.trial, mutune.search.own_trial, mutune.certificate.ladder;"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_the_front_has_every_name_that_it_lists_and_no_other() -> None:
     for name in mutune.__all__:
         assert getattr(mutune, name).__name__ == name

@@ -15,10 +15,10 @@ import pandas as pd
 
 from mutune.certificate.budget import Timed
 from mutune.certificate.design import Plan, measurable, next_runs
-from mutune.certificate.ladder import LadderRun, gather, rung_name, train_rung
+from mutune.certificate.ladder import LadderRun, gather, train_rung
 from mutune.certificate.planned import Ladder, Paid
 from mutune.certificate.points import AXES, COLUMNS
-from mutune.certificate.rungs import place
+from mutune.certificate.rungs import place, rung_name
 from mutune.files import read_yaml, write_json, write_yaml
 from mutune.folders import CONFIG
 from mutune.search.once import RESULT, finished, run_open

@@ -1,4 +1,4 @@
-"""A ladder's runs: what each is, and where it lies."""
+"""A ladder's runs: what each is, and where it lies. What fits them is not needed to make them, nor loaded."""
 
 import shutil
 from collections.abc import Sequence
@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mutune.certificate.points import AXES
-from mutune.certificate.rungs import place
 from mutune.search.once import Once, fingerprint
 from mutune.search.workers import saving
 from mutune.training.config import RunSpec
@@ -43,14 +41,6 @@ class LadderRun:
         """What its records say it belongs to; a rung of widths is named by its width."""
         width = self.spec.model.width
         return {"rung": width if self.rung == f"w{width}" else self.rung, "offset": self.offset}
-
-
-def rung_name(spec: RunSpec, base: RunSpec) -> str:
-    """`w64` for a width, and what else differs from the base: `w32_d8`, `w32_t245760`, `w32_b1024`."""
-    here, there = place(spec), place(base)
-    return f"w{spec.model.width}" + "".join(
-        f"_{axis[0]}{here[axis]:.0f}" for axis in AXES if axis != "width" and here[axis] != there[axis]
-    )
 
 
 def gather(runs: Sequence[Once], ladder: Path, spare: Path) -> None:

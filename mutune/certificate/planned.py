@@ -9,8 +9,8 @@ from pathlib import Path
 from mutune.certificate.budget import Budget, Timed, budget_of
 from mutune.certificate.config import BudgetConfig, LadderConfig
 from mutune.certificate.design import Design, Next, Plan, first_offsets, grid_runs
-from mutune.certificate.ladder import LadderRun, rung_name
-from mutune.certificate.rungs import at, place, places, rung_specs
+from mutune.certificate.ladder import LadderRun
+from mutune.certificate.rungs import at, place, places, rung_name, rung_specs
 from mutune.errors import require
 from mutune.search.once import fingerprint
 from mutune.search.workers import default_workers

@@ -188,3 +188,11 @@ def _too_few(
             f"ladder.{AXIS_KEYS[listed[0]]}={ladder.rungs(listed[0])} holds only the study's own run; {works}."
         )
     return Refusal(f"ladder.axes={ladder.chosen_axes} has no rung that the study's run can be; {works}.")
+
+
+def rung_name(spec: RunSpec, base: RunSpec) -> str:
+    """`w64` for a width, and what else differs from the base: `w32_d8`, `w32_t245760`, `w32_b1024`."""
+    here, there = place(spec), place(base)
+    return f"w{spec.model.width}" + "".join(
+        f"_{axis[0]}{here[axis]:.0f}" for axis in AXES if axis != "width" and here[axis] != there[axis]
+    )

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, variance
-from typing import Any
 
 from optuna.trial import FrozenTrial
 
@@ -14,27 +13,13 @@ from mutune.files import read_yaml
 from mutune.folders import CONFIG
 from mutune.search.once import fingerprint, finished, run_open
 from mutune.search.results import Confirmed
-from mutune.search.study import Trial, finished_by_loss, result_of, trial_spec
+from mutune.search.study import finished_by_loss, result_of
+from mutune.search.trial import Confirmation, trial_spec
 from mutune.search.workers import RunAll
 from mutune.training.config import MAX_SEED, RunSpec
 from mutune.training.run import RunResult
 
 FOLDER = "confirm"
-
-
-@dataclass(frozen=True)
-class Confirmation(Trial):
-    """One more run of a leader, by another seed."""
-
-    fingerprint: str = ""
-
-    def __str__(self) -> str:
-        return f"{super().__str__()}, confirming"
-
-    @property
-    def note(self) -> dict[str, Any]:
-        """What its records say it belongs to."""
-        return {"study": self.study, "confirms": self.number, "params": self.params}
 
 
 def confirm(

@@ -24,7 +24,7 @@ from mutune.parametrization.hyperparameters import NAMES, BaseHyperparameters
 from mutune.parametrization.infer import Family
 from mutune.parametrization.parametrized import Parametrized
 from mutune.parametrization.plan import Plan
-from mutune.search.study import Trial
+from mutune.search.trial import Trial
 from mutune.search.workers import UserCodeError
 from mutune.training.run import METRICS, RunResult, write_plan
 from mutune.versions import versions

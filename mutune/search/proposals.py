@@ -11,7 +11,6 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial
-from scipy.stats import qmc
 
 from mutune.errors import Refusal
 from mutune.search.config import Dimension, SearchConfig, grid, initial_points
@@ -98,6 +97,8 @@ def _sampler(search: SearchConfig, seed: int) -> optuna.samplers.BaseSampler:
 
 def _sobol(space: Sequence[Dimension], seed: int, number: int) -> dict[str, Any]:
     """Point `number` of the study's scrambled Sobol sequence; Optuna's own keeps its place in the storage."""
+    from scipy.stats import qmc  # half a second that no other sampler has to wait for
+
     engine = qmc.Sobol(len(space), seed=_seed_of(seed, -1))
     if number:  # scipy refuses to go forward by none
         engine.fast_forward(number)

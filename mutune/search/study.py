@@ -7,7 +7,7 @@ when a parent died go on from their checkpoints under the same number with the s
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -24,34 +24,13 @@ from mutune.search.economics import local_model
 from mutune.search.proposals import distributions, propose, total_trials
 from mutune.search.pruning import losers, stops
 from mutune.search.storage import open_study, patiently, read_study
-from mutune.search.workers import RunAll, saving
+from mutune.search.trial import Trial, trial_spec
+from mutune.search.workers import RunAll
 from mutune.training.config import RunSpec
-from mutune.training.run import RunResult, discard, run_to_end
+from mutune.training.run import RunResult, discard
 
 #: What `parametrization.decay=horizon` does not read and what it does; every other decay has it the other way round.
 DECAY_NAMES = ("weight_decay", "decay_timescale")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A unit of work: which values to try, where the records go, how it is named, and after which step it pauses."""
-
-    number: int
-    params: dict[str, Any]
-    directory: Path
-    study: str
-    until: int | None = None
-
-    def __str__(self) -> str:
-        values = ", ".join(
-            f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.params.items()
-        )
-        return f"trial {self.number} of study {self.study} ({values})"
-
-    @property
-    def note(self) -> dict[str, Any]:
-        """What its records say it belongs to."""
-        return {"study": self.study, "trial": self.number, "params": self.params}
 
 
 @dataclass(frozen=True)
@@ -65,25 +44,6 @@ class Progress:
     best: FrozenTrial | None
     seconds_left: float
     pruned: int = 0
-
-
-def trial_spec(spec: RunSpec, params: dict[str, Any]) -> RunSpec:
-    """The run of one trial: `spec` with the searched values put in.
-
-    The base of the plan stays the shape of `spec`; a searched width grows the model away from it.
-    """
-    hyper = {name: value for name, value in params.items() if name in NAMES}
-    schedule = {key: params[name] for name, key in SCHEDULE.items() if name in params}
-    spec = replace(
-        spec,
-        hyperparameters=replace(spec.hyperparameters, **hyper),
-        schedule=replace(spec.schedule, **schedule),
-    )
-    if "width" in params:
-        spec = replace(spec, model=spec.model.at_width(params["width"]))
-    if "table" in params:
-        spec = replace(spec, parametrization=replace(spec.parametrization, table=params["table"]))
-    return replace(spec, seed=params.get("seed", spec.seed))
 
 
 def check_space(spec: RunSpec, search: SearchConfig) -> list[Dimension]:
@@ -179,14 +139,6 @@ def _is_settled(search: SearchConfig, space: list[Dimension], trials: list[Froze
 
 def _folder(directory: Path, number: int) -> Path:
     return directory / "trials" / str(number)
-
-
-def run_trial(spec: RunSpec, device: str, trial: Trial) -> RunResult:
-    """A trial of the house's own decoder; `spec` is the run at the base values."""
-    with saving() as stop:
-        return run_to_end(
-            trial_spec(spec, trial.params), trial.directory, device, trial.note, until=trial.until, stop=stop
-        )
 
 
 def finished_trials(directory: Path, name: str, storage: str = "sqlite") -> list[tuple[FrozenTrial, RunResult]]:

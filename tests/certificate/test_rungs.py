@@ -8,9 +8,8 @@ import pytest
 
 from mutune.certificate.budget import DEFAULT_TRIALS, Timed, budget_of
 from mutune.certificate.config import BudgetConfig, LadderConfig
-from mutune.certificate.ladder import rung_name
 from mutune.certificate.planned import Ladder, plan_ladder, words
-from mutune.certificate.rungs import at, place
+from mutune.certificate.rungs import at, place, rung_name
 from mutune.config import SweepConfig
 from mutune.errors import Refusal
 from mutune.training.config import RunSpec, StageConfig

@@ -21,7 +21,8 @@ from mutune.compose import compose
 from mutune.config import SweepConfig
 from mutune.search.config import dimensions
 from mutune.search.proposals import propose
-from mutune.search.study import base_values, trial_spec
+from mutune.search.study import base_values
+from mutune.search.trial import trial_spec
 from mutune.training.run import METRICS, run_to_end, smoothing
 
 CONFIGURATIONS, SEEDS = 64, 2

@@ -1,0 +1,75 @@
+"""What a worker of a study runs. Optuna and its databases are not needed for that, nor loaded."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mutune.parametrization.hyperparameters import NAMES
+from mutune.search.config import SCHEDULE
+from mutune.search.workers import saving
+from mutune.training.config import RunSpec
+from mutune.training.run import RunResult, run_to_end
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A unit of work: which values to try, where the records go, how it is named, and after which step it pauses."""
+
+    number: int
+    params: dict[str, Any]
+    directory: Path
+    study: str
+    until: int | None = None
+
+    def __str__(self) -> str:
+        values = ", ".join(
+            f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.params.items()
+        )
+        return f"trial {self.number} of study {self.study} ({values})"
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What its records say it belongs to."""
+        return {"study": self.study, "trial": self.number, "params": self.params}
+
+
+@dataclass(frozen=True)
+class Confirmation(Trial):
+    """One more run of a leader, by another seed."""
+
+    fingerprint: str = ""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, confirming"
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What its records say it belongs to."""
+        return {"study": self.study, "confirms": self.number, "params": self.params}
+
+
+def trial_spec(spec: RunSpec, params: dict[str, Any]) -> RunSpec:
+    """The run of one trial: `spec` with the searched values put in.
+
+    The base of the plan stays the shape of `spec`; a searched width grows the model away from it.
+    """
+    hyper = {name: value for name, value in params.items() if name in NAMES}
+    schedule = {key: params[name] for name, key in SCHEDULE.items() if name in params}
+    spec = replace(
+        spec,
+        hyperparameters=replace(spec.hyperparameters, **hyper),
+        schedule=replace(spec.schedule, **schedule),
+    )
+    if "width" in params:
+        spec = replace(spec, model=spec.model.at_width(params["width"]))
+    if "table" in params:
+        spec = replace(spec, parametrization=replace(spec.parametrization, table=params["table"]))
+    return replace(spec, seed=params.get("seed", spec.seed))
+
+
+def run_trial(spec: RunSpec, device: str, trial: Trial) -> RunResult:
+    """A trial of the house's own decoder; `spec` is the run at the base values."""
+    with saving() as stop:
+        return run_to_end(
+            trial_spec(spec, trial.params), trial.directory, device, trial.note, until=trial.until, stop=stop
+        )
