@@ -58,6 +58,7 @@ class Source:
     transfer: TransferFile
     proxy: RunSpec | None
     trials: tuple["Paid", ...] = ()
+    steps: int = 0  # that the study made
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,7 +88,8 @@ def work(config: TransferConfig) -> int:
     own = next(iter(ladders.values()), None)
     advice, unable = _advice(source.proxy, target, own), _foreseen(source, target, own)
     if config.dry_run:
-        print("\n".join([_dry_run(config, ladders, target, advice), *unable, NOTHING_WRITTEN]))
+        tuning = [f"tuning     {words}" for words in _tuning(source, target)]
+        print("\n".join([_dry_run(config, ladders, target, advice), *tuning, *unable, NOTHING_WRITTEN]))
         return OK
     for line in unable:
         print(line, flush=True)
@@ -202,10 +204,11 @@ def _check_target_data(transfer: TransferFile, target: RunSpec) -> None:
 
 def _from_study(config: TransferConfig) -> Source:
     from mutune.certificate.planned import Paid
-    from mutune.search.confirm import confirmed_runs
+    from mutune.search.confirm import FOLDER, confirmed_runs
     from mutune.search.results import check_best, load_study
     from mutune.search.study import finished_trials
     from mutune.search.trial import trial_spec
+    from mutune.training.run import METRICS
 
     study = load_study(Path(config.out) / "sweeps", config.study)
     try:
@@ -241,7 +244,8 @@ def _from_study(config: TransferConfig) -> Source:
     ]
     trials += [Paid(*made) for made in confirmed_runs(study.directory, stored.spec(), study.data_hash)]
     transfer = _transfer_file(config, provenance, proxy.parametrization, base_config(proxy.model), hyper, proxy)
-    return Source(transfer, proxy, tuple(trials))
+    records = [path for part in ("trials", FOLDER) for path in (study.directory / part).glob(f"*/{METRICS}")]
+    return Source(transfer, proxy, tuple(trials), sum(path.read_bytes().count(b"\n") for path in records))
 
 
 def _published(config: TransferConfig) -> Source:
@@ -288,6 +292,16 @@ def _advice(proxy: RunSpec | None, target: RunSpec, ladder: "Ladder | None") -> 
         return advise(proxy, target)
     furthest = places(ladder.rungs).max()
     return advise(proxy, target, {axis: float(furthest[axis]) for axis in ladder.config.chosen_axes})
+
+
+def _tuning(source: Source, target: RunSpec) -> list[str]:
+    """What the study cost beside the target, a line or none."""
+    if source.proxy is None or source.steps == 0:
+        return []
+    flops = source.steps * price(source.proxy).flops / source.proxy.num_steps
+    study = source.transfer.provenance.study
+    share = flops / price(target).flops
+    return [f"study {study} made {source.steps:,} steps: {flops:.3g} FLOPs, {share:.2g} of the target's"]
 
 
 def _foreseen(source: Source, target: RunSpec, ladder: "Ladder | None") -> list[str]:
@@ -342,6 +356,7 @@ def _certify(
     figures = drawn(lambda: draw_transfer(directory, compared)) if judged.assessment else []
     transfer = replace(source.transfer, prediction=judged.prediction).sealed(judged.verdict.verdict)
     data = _data(config, source.proxy, target, transfer, judged, advice, directory)
+    data["notes"] = [*data.get("notes", []), *_tuning(source, target)]
     write_certificate(directory, data)
     write_plan(directory, target.plan(target.tokenizer.num_ids))
     write_yaml(directory / "transfer.yaml", transfer.as_dict(), "for: python -m mutune.train transfer=<this file>")

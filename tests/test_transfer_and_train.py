@@ -151,6 +151,8 @@ def test_a_transfer_leaves_every_file_of_the_contract(house: Path) -> None:
     assert [rung["width"] for rung in certificate["rungs"]] == [16, 32]
     assert all(len(rung["points"]) == 6 for rung in certificate["rungs"])
     assert {path.name for path in (folder / "figures").iterdir()} == {"valley.png", "drift.png", "optima.png"}
+    (tuning,) = (note for note in certificate["notes"] if note.startswith("study proxy made"))
+    assert "made 22 steps" in tuning  # two trials of 20, one of them pruned at the first stop
     assert html.escape(certificate["reasons"][0]) in (folder / "report.html").read_text()
     assert "trials" in (house / "sweeps/proxy/report.html").read_text()
 
