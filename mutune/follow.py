@@ -10,6 +10,7 @@ from mutune.config import SweepConfig
 from mutune.errors import Refusal, require, require_number, shown
 from mutune.folders import differences
 from mutune.parametrization.hyperparameters import NAMES
+from mutune.search.config import SCHEDULE
 from mutune.training.config import RunSpec
 
 if TYPE_CHECKING:
@@ -20,8 +21,11 @@ OWN = ("out", "seed", "device", "dry_run", "overwrite", "study", "follows", "sea
 OCTAVES, DECAY = "octaves", "decay"  # of a space: {octaves: 2} reaches two octaves to either side of the best
 
 
-def follow(config: SweepConfig) -> SweepConfig:
+def follow(config: SweepConfig, words: Sequence[str] = ()) -> SweepConfig:
     """The sweep that `config.follows` asks for, of the study that `config.study` names, as a study of its own.
+
+    Args:
+        words: the command line; what it sets must be the sweep's own.
 
     Raises:
         Refusal: no such study, or one without a proxy of its own; a key that the study decides; a space that cannot be
@@ -32,7 +36,7 @@ def follow(config: SweepConfig) -> SweepConfig:
     from mutune.search.trial import trial_spec
 
     name = str(config.study)
-    _check_own(config, name)
+    _check_own(config, name, words)
     study = load_study(Path(config.out) / "sweeps", name)
     try:
         stored = build(SweepConfig, study.config)
@@ -48,12 +52,14 @@ def follow(config: SweepConfig) -> SweepConfig:
     reads = DECAY_NAMES[1] if best.parametrization.decay == "horizon" else DECAY_NAMES[0]
     if config.follows == "refine" and not config.search.space:
         trials = finished_trials(study.directory, name, stored.search.storage)
-        space = _narrowed(stored, best, [trial for trial, _ in trials])
+        space = _narrowed(name, stored, best, [trial for trial, _ in trials])
     else:
         space = {(reads if key == DECAY else key): data for key, data in config.search.space.items()}
+    seeded = any(word.partition("=")[0] == "seed" for word in words)
     return replace(
         config,
         study=f"{name}-{config.follows}",
+        seed=config.seed if seeded else stored.seed,
         model=best.model,
         data=stored.data,
         tokenizer=stored.tokenizer,
@@ -66,20 +72,31 @@ def follow(config: SweepConfig) -> SweepConfig:
     )
 
 
-def _check_own(config: SweepConfig, name: str) -> None:
-    """Refuse a key of the command line that the followed study decides."""
+def _check_own(config: SweepConfig, name: str, words: Sequence[str]) -> None:
+    """Refuse a key that the followed study decides, on the command line or in the sweep's file."""
+    given = [word.lstrip("+~").partition("=")[0] for word in words]
+    for key in given:
+        if key.partition(".")[0] not in (*OWN, "sweep"):
+            raise Refusal(_is_the_study_s(key, name, config))
     others = [field.name for field in fields(config) if field.name not in OWN]
     said, default = plain(config), plain(SweepConfig())
     changed = differences({key: default[key] for key in others}, {key: said[key] for key in others})
     if changed:
-        raise Refusal(
-            f"{changed[0].partition(':')[0]} is that of study={name}, which +sweep={config.follows} goes on from; "
-            "leave it out, or sweep another study first."
-        )
+        raise Refusal(_is_the_study_s(changed[0].partition(":")[0], name, config))
+
+
+def _is_the_study_s(key: str, name: str, config: SweepConfig) -> str:
+    return (
+        f"{key} is that of study={name}, which +sweep={config.follows} goes on from; leave it out, or sweep another "
+        "study first."
+    )
 
 
 def _placed(name: str, data: Any, best: RunSpec) -> Any:
     """A range with `octaves` as one with bounds; others as they are."""
+    if name in SCHEDULE and isinstance(data, dict) and isinstance(data.get("values"), list):
+        own = getattr(best.schedule, SCHEDULE[name])  # so that the first trial is the study's best
+        return {"values": [*([] if own in data["values"] else [own]), *data["values"]]}
     if not isinstance(data, dict) or OCTAVES not in data:
         return data
     key, octaves = f"search.space.{name}", data[OCTAVES]
@@ -95,7 +112,7 @@ def _placed(name: str, data: Any, best: RunSpec) -> Any:
     return {"low": value * 2.0**-octaves, "high": value * 2.0**octaves}
 
 
-def _narrowed(stored: SweepConfig, best: RunSpec, trials: Sequence[Any]) -> dict[str, Any]:
+def _narrowed(name: str, stored: SweepConfig, best: RunSpec, trials: Sequence[Any]) -> dict[str, Any]:
     """The study's own ranges, each around the best as wide as its curvature asks for, and no wider than before.
 
     Listed values stay with the best one.
@@ -106,9 +123,11 @@ def _narrowed(stored: SweepConfig, best: RunSpec, trials: Sequence[Any]) -> dict
     space = [dimension for dimension in dimensions(stored.search.space) if not dimension.values]
     local = local_model(space, trials)
     if not space or local is None:
+        why = f"has {len(trials)} finished trials, too few to measure how the loss curves"
+        why = "searched no range that could be narrowed" if not space else why
+        why = why if trials else "has a storage that is gone or cannot be read, so that nothing is known of its trials"
         raise Refusal(
-            f"study={stored.study} has {len(trials)} finished trials, too few to measure how the loss curves; give the "
-            "space yourself, for example '+search.space={learning_rate: {octaves: 1}}'."
+            f"study={name} {why}; give the space yourself, for example '+search.space.learning_rate={{octaves: 1}}'."
         )
     return {dimension.name: _around(dimension, best, local.reach(dimension.name)) for dimension in space}
 

@@ -12,7 +12,7 @@ examples:
 """
 
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,13 +30,19 @@ from mutune.training.price import price
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     groups = ("data", "tokenizer", "parametrization", "schedule")
-    return enter("sweep", SweepConfig, work, groups, sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    return enter("sweep", SweepConfig, lambda config: work(config, words), groups, words)
 
 
-def work(config: SweepConfig) -> int:
-    """Check everything, then run the study to its end."""
+def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
+    """Check everything, then run the study to its end.
+
+    Args:
+        words: the command line, for a sweep that follows another study and decides little itself.
+    """
     from mutune.data.prepare import prepare
-    from mutune.search.storage import StorageGone, check_reachable, check_storage
+    from mutune.search.once import fingerprint
+    from mutune.search.storage import StorageGone, check_database, check_storage
     from mutune.search.study import check_space
     from mutune.search.workers import WorkError
     from mutune.training.run import check_data
@@ -49,7 +55,7 @@ def work(config: SweepConfig) -> int:
     if config.follows:
         from mutune.follow import follow
 
-        config = follow(config)
+        config = follow(config, words)
     spec = config.spec()
     space = check_space(spec, config.search)
     require_writable(Path(config.out))
@@ -64,12 +70,13 @@ def work(config: SweepConfig) -> int:
     directory = Path(config.out) / "sweeps" / str(config.study)
     inputs = {"config": config.identity(), "data_hash": corpus.content_hash}
     check_claim(directory, inputs, "study", config.overwrite)
-    check_reachable(config.search.storage)
+    mark = fingerprint(inputs)
+    check_database(directory, directory.name, config.search.storage, mark, config.overwrite)
     with locked(directory, "study"):
         claim(directory, inputs, "study", config.overwrite)
         check_storage(directory, directory.name, config.search.storage)
         try:
-            _search(config, spec, directory, corpus.content_hash)
+            _search(config, spec, directory, corpus.content_hash, mark)
         except (WorkError, StorageGone) as error:
             raise WorkFailed(f"{error}\nThe same command continues the study.") from error
     return OK
@@ -87,8 +94,8 @@ def _status(config: SweepConfig) -> list[str]:
         stored = build(SweepConfig, read_yaml(directory / CONFIG, "study's config")["inputs"]["config"])
     except (KeyError, TypeError, Refusal) as error:
         raise Refusal(f"{directory / CONFIG} is damaged ({error}); restore it from a copy.") from None
-    search = replace(stored.search, n_trials=config.search.n_trials)
-    return status_lines(directory, search, stored.run.num_steps)
+    given = config.search.storage  # that of a database may have a password, which is not kept
+    return status_lines(directory, given if "://" in given else stored.search.storage, stored.run.num_steps)
 
 
 def _check_memory(config: SweepConfig, spec: RunSpec, space: list[Dimension]) -> None:
@@ -106,6 +113,7 @@ def _check_memory(config: SweepConfig, spec: RunSpec, space: list[Dimension]) ->
 def describe(config: SweepConfig, space: list[Dimension]) -> str:
     """What the sweep would do, in words and numbers."""
     from mutune.search.proposals import total_trials
+    from mutune.search.pruning import words
     from mutune.search.workers import default_workers
 
     cost = price(config.spec())
@@ -116,7 +124,7 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
         f"{cost.parameters:,} parameters, table {config.parametrization.table}",
         f"trial      {config.run.num_steps} steps × {config.run.tokens_per_step} tokens = {config.run.tokens:,} "
         f"tokens, {cost.flops:.3g} FLOPs at the base width",
-        f"pruning    {_pruning(config)}",
+        f"pruning    {words(config.search.prunes, config.run.num_steps)}",
         f"search     {total} trials by {config.search.sampler}, {config.search.workers or default_workers()} workers",
         *(f"space      {dimension.name}: {dimension}" for dimension in space),
         _whole(config, total, cost.flops),
@@ -126,36 +134,28 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
 
 def _whole(config: SweepConfig, total: int, flops: int) -> str:
     """What all trials cost together, with what pruning saves where that is known beforehand."""
-    from mutune.search.pruning import share_of_steps
+    from mutune.search.pruning import cost
 
     search, prices = config.search, config.prices
-    leaders = min(search.confirm, total) * search.confirm_seeds
-    runs = total * share_of_steps(search.prunes) + leaders
+    runs, finished = cost(search.prunes, config.run.num_steps, total, search.cohort)
+    again = min(search.confirm, finished) * search.confirm_seeds
+    runs += again
     hours = runs * flops / prices.flops_per_gpu_second / 3600
-    extra = f", {leaders} of them to confirm the leaders" if leaders else ""
+    extra = f", {again} of them to confirm the leaders" if again else ""
     return (
         f"together   as many steps as {runs:.3g} whole runs{extra}: {runs * flops:.3g} FLOPs, {hours:.3g} GPU-hours at "
         f"{prices.flops_per_gpu_second:.3g} FLOP/s, {hours * prices.gpu_hour:,.2f} {prices.currency}"
     )
 
 
-def _pruning(config: SweepConfig) -> str:
-    from mutune.search.pruning import HALVING, stops
-
-    pruner, steps = config.search.prunes, config.run.num_steps
-    if pruner not in HALVING:
-        return f"Optuna's {pruner}, after {', '.join(map(str, stops(pruner, steps)))} steps"
-    after = [f"{share:.2g} go on after {round(at * steps)} steps" for at, share in HALVING[pruner]]
-    return f"{pruner}: {', '.join(after)}" if after else "none: every trial runs to its end"
-
-
-def _search(config: SweepConfig, spec: RunSpec, directory: Path, data_hash: str) -> None:
+def _search(config: SweepConfig, spec: RunSpec, directory: Path, data_hash: str, mark: str) -> None:
     from mutune.reporting.figures import draw_study
     from mutune.reporting.page import study_page
     from mutune.search.config import dimensions
     from mutune.search.confirm import confirm
     from mutune.search.display import confirming, followed
     from mutune.search.economics import economics_lines
+    from mutune.search.proposals import total_trials
     from mutune.search.results import Confirmed, read_best, write_best
     from mutune.search.study import base_values, best_trial, run_study
     from mutune.search.trial import run_trial, trial_spec
@@ -177,17 +177,27 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path, data_hash: str)
                 pool.run,
                 base=base_values(spec),
                 num_steps=spec.num_steps,
+                mark=mark,
                 report=report,
             )
         best = best_trial(trials)
         if best is None:
+            diverged = sum(trial.user_attrs["diverged"] for trial in trials)
             raise WorkFailed(
-                f"all {len(trials)} trials diverged; lower search.space.learning_rate and choose another study=."
+                f"none of {len(trials)} trials came to its end: {diverged} diverged, and the others were pruned; lower "
+                "search.space.learning_rate and choose another study=."
             )
         if leaders := config.search.confirm:
             with confirming(directory.name) as told:
                 confirmed = confirm(
                     directory, spec, trials, leaders, config.search.confirm_seeds, data_hash, pool.run, told
+                )
+            if not confirmed:
+                (directory / "best.yaml").unlink(missing_ok=True)
+                raise WorkFailed(
+                    f"each of the best {leaders} trials diverged by one of {config.search.confirm_seeds} other seeds; "
+                    "lower search.space.learning_rate and choose another study=, or take the best as it is with "
+                    "search.confirm=0."
                 )
     if confirmed:
         best = trials[confirmed[0].trial]
@@ -203,11 +213,17 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path, data_hash: str)
         f"best       trial {best.number}: held-out loss {values.heldout_loss:.4f} nats per token "
         f"({values.heldout_bits_per_byte:.4f} bits per byte)"
     )
+    space = dimensions(config.search.space)
+    if config.search.stop_regret is not None and len(trials) < total_trials(config.search, space):
+        print(
+            f"stopped    after {len(trials)} trials: the best is expected within search.stop_regret="
+            f"{config.search.stop_regret:g} nats of the lowest point near it"
+        )
     for row in confirmed:
         print(f"confirmed  {row}")
     for key, value in best.params.items():
         print(f"           {key} = {value if isinstance(value, (str, int)) else format(value, '.5g')}")
-    for line in economics_lines(dimensions(config.search.space), trials):
+    for line in economics_lines(space, trials):
         print(line)
     print(f"written    {', '.join(map(str, written))}")
     print(f"next       {next_step}")

@@ -12,7 +12,9 @@ import yaml
 from mutune.compose import compose
 from mutune.config import SweepConfig
 from mutune.follow import follow
+from mutune.search.trial import trial_spec
 from tests import doors
+from tests.test_refusals import refuse
 from tests.test_transfer_and_train import TINY_LADDER, TINY_TARGET
 
 FIRST = ["+sweep=smoke", "study=first", "run.num_steps=20", "search.n_trials=8", "search.pruner=none"]
@@ -74,7 +76,7 @@ def test_a_refined_space_lies_within_the_study_s_and_around_its_best(out: Path) 
     [
         (["+sweep=schedule", "study=nothing"], "study=nothing does not exist"),
         (["+sweep=schedule", "study=first", "model.width=64"], "model.width is that of study=first"),
-        (["+sweep=refine", "study=first", "schedule=cosine"], "schedule.kind is that of study=first"),
+        (["+sweep=refine", "study=first", "schedule=cosine"], "schedule is that of study=first"),
         (
             ["+sweep=schedule", "study=first", "search.space.learning_rate.octaves=0"],
             "search.space.learning_rate.octaves=0 must be a finite number above 0",
@@ -133,3 +135,57 @@ def test_leaders_are_confirmed_once(tmp_path: Path) -> None:
     copied = [json.loads(path.read_text()) for path in tmp_path.glob("transfer/first--tiny/ladder/*/result.json")]
     again = [json.loads((path.parent / "result.json").read_text())["value"] for path in stamps]
     assert {row["value"] for row in copied} & set(again)  # the ladder need not make them again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            [
+                "+search.space.schedule_kind={values: [wsd]}",
+                "+search.space.decay_fraction={values: [0.9]}",
+                "+search.space.warmup_fraction={values: [0.2]}",
+            ],
+            "search.space.schedule_kind=wsd with search.space.decay_fraction=0.9",
+        ),
+        (["+search.space.warmup_fraction={values: [1.0]}"], "search.space.warmup_fraction=1.0 cannot be run"),
+        (["+search.space.end_ratio={low: 0.0, high: 1.0}"], "for example search.space.end_ratio={values: [0.0, 0.1]}"),
+        (
+            ["+search.space.seed={values: [0, 1]}", "search.pruner=halving"],
+            "which tells nothing where search.space.seed differs",
+        ),
+        (["search.storage='sqlite:///x.db'"], "search.storage=sqlite:///x.db is unknown"),
+    ],
+)
+def test_spaces_that_no_run_can_have_are_refused(
+    arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in refuse("sweep", ["+sweep=smoke", "search.initial=[]", *arguments], tmp_path / "runs", capsys)
+
+
+def test_a_searched_warm_up_stands_before_steps_that_were_set() -> None:
+    spec = compose("sweep", SweepConfig, ["+sweep=smoke", "schedule.warmup_steps=5"]).spec()
+    assert trial_spec(spec, {"warmup_fraction": 0.5}).schedule.warmup(60) == 30
+    assert trial_spec(spec, {}).schedule.warmup(60) == 5
+
+
+def test_the_first_trial_of_a_schedule_sweep_is_the_study_s_best_whatever_the_lists_hold(tmp_path: Path) -> None:
+    first = ["+sweep=smoke", "study=odd", "run.num_steps=5", "search.n_trials=2", "search.pruner=none", "seed=3"]
+    doors.run("sweep", *first, "schedule.end_ratio=0.03", f"out={tmp_path}")
+    config = follow(compose("sweep", SweepConfig, ["+sweep=schedule", "study=odd", f"out={tmp_path}"]))
+    assert config.search.space["end_ratio"]["values"] == [0.03, 0.0, 0.0085, 0.1]
+    assert config.seed == 3
+    assert config.spec().schedule.end_ratio == 0.03
+
+
+def test_a_smaller_total_finishes_what_has_begun(tmp_path: Path) -> None:
+    arguments = [*FIRST[:2], "search.pruner=halving", "run.num_steps=400", "search.cohort=4", f"out={tmp_path}"]
+    process = doors.start("sweep", *arguments, "search.n_trials=8")
+    pruned = lambda: any(t.state.name == "PRUNED" for t in trials(tmp_path, "first"))  # noqa: E731
+    begun = lambda: len(list(tmp_path.glob("sweeps/first/trials/*/metrics.jsonl"))) == 4  # noqa: E731
+    doors.wait_until(lambda: begun() and pruned(), process)
+    process.kill()
+    process.communicate()
+    doors.run("sweep", *arguments, "search.n_trials=2")
+    states = [t.state.name for t in trials(tmp_path, "first")]
+    assert sorted(states) == ["COMPLETE", "PRUNED", "PRUNED", "PRUNED"]

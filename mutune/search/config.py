@@ -23,6 +23,8 @@ SCHEDULE = {
     "end_ratio": "end_ratio",
     "decay_fraction": "decay_fraction",
 }
+#: In what trials may not differ that are compared on their way: size, schedule, batches.
+UNEVEN = ("width", "seed", *SCHEDULE)
 MAX_TRIALS = 10**6
 EXAMPLES = {"width": 32, "seed": 0, "schedule_kind": "linear", "table": "mup"}
 
@@ -57,8 +59,8 @@ class SearchConfig:
         pruner: which trials of a cohort go on at the full length, while the others stop and cannot win. `halving`: the
             better half at a tenth of the run, and of these at half of it; `wide`: a third at a ninth and at a third,
             for wide spaces; `none`; or Optuna's `median`, `percentile`, `successive_halving` or `hyperband`, asked at
-            every tenth. null is `none` for a grid, and where widths or schedules are searched, which do not compare on
-            the way; else `halving`.
+            every tenth. null is `none` for a grid, and where widths, schedules or seeds are searched, which do not
+            compare on the way; else `halving`.
         n_trials: total number of trials of the study, however often it is started; null for a grid, whose size it is.
         n_startup_trials: random trials before the model of `tpe` or `gp` takes over.
         cohort: trials proposed together, from the results of all earlier cohorts: what makes an interrupted study
@@ -98,7 +100,7 @@ class SearchConfig:
             self.pruner is None or self.pruner in PRUNERS,
             f"search.pruner={self.pruner} is unknown; known pruners: {', '.join(PRUNERS)}.",
         )
-        uneven = next((name for name in ("width", *SCHEDULE) if name in self.space), None)
+        uneven = next((name for name in UNEVEN if name in self.space), None)
         require(
             self.prunes == "none" or uneven is None,
             f"search.pruner={self.prunes} compares trials on the way, which tells nothing where search.space.{uneven} "
@@ -112,9 +114,9 @@ class SearchConfig:
             value = getattr(self, name)
             require_number(f"search.{name}", value, at_least=least, at_most=MAX_TRIALS, example=3 - least, whole=True)
         require(
-            self.storage in FILES or "://" in self.storage,
-            f"search.storage={self.storage} is unknown; take sqlite, journal, or the URL of a database, for example "
-            "search.storage=postgresql+psycopg://user@host/database.",
+            self.storage in FILES or ("://" in self.storage and not self.storage.startswith("sqlite")),
+            f"search.storage={without_password(self.storage)} is unknown; take sqlite, journal, or the URL of a "
+            "database, for example search.storage=postgresql+psycopg://user@host/database.",
         )
         if self.stop_regret is not None:
             require_number("search.stop_regret", self.stop_regret, above=0.0, example=0.001)
@@ -143,13 +145,14 @@ class SearchConfig:
     @property
     def prunes(self) -> str:
         """The pruner."""
-        uneven = "width" in self.space or any(name in self.space for name in SCHEDULE)
+        uneven = any(name in self.space for name in UNEVEN)
         return self.pruner or ("none" if self.sampler == "grid" or uneven else "halving")
 
 
 def without_password(url: str) -> str:
     """A storage's URL as it may be shown and kept."""
-    return re.sub(r"(://[^:/@]*):[^@]*(?=@)", r"\1", url)
+    url = re.sub(r"(://[^:/@]*):[^@]*(?=@)", r"\1", url)
+    return re.sub(r"(?<=[?&])(\w*password)=[^&]*", r"\1=", url)
 
 
 def dimensions(space: dict[str, Any]) -> list[Dimension]:
@@ -225,7 +228,10 @@ def _listed(name: str, key: str, data: dict[str, Any]) -> Dimension:
 
 
 def _interval(name: str, key: str, data: dict[str, Any]) -> Dimension:
-    require(name in NAMES, f"{key} must list its values; for example {key}={{values: [32, 64]}}.")
+    works = "[0.0, 0.1]" if name in SCHEDULE else "[32, 64]"
+    if name in ("table", "schedule_kind"):
+        works = f"[{EXAMPLES[name]}]"
+    require(name in NAMES, f"{key} must list its values; for example {key}={{values: {works}}}.")
     for bound in ("low", "high"):
         require(bound in data, f"{key}.{bound} is missing; for example {key}={{low: 0.001, high: 0.1}}.")
     low, high = (_number(name, f"{key}.{bound}", data[bound]) for bound in ("low", "high"))

@@ -83,7 +83,7 @@ def confirmed_runs(directory: Path, spec: RunSpec, data_hash: str) -> list[tuple
 
 def choose(found: Mapping[int, Sequence[RunResult]], rates: Mapping[int, float]) -> list[Confirmed]:
     """Leaders by their mean loss; among those that a standard error of the difference does not tell from the lowest,
-    the lower learning rate comes first. One of which a run diverged comes last.
+    the lower learning rate comes first. One of which a run diverged is left out.
 
     Args:
         found: trial → its runs by seed, the same count of each. rates: trial → learning rate.
@@ -99,7 +99,7 @@ def choose(found: Mapping[int, Sequence[RunResult]], rates: Mapping[int, float])
     return [
         Confirmed(n, losses[n], means[n], error, _mean_bits(found[n]), n in tied)
         for n in order
-        if math.isfinite(means[n]) or n == order[0]
+        if math.isfinite(means[n])
     ]
 
 

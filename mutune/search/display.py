@@ -7,9 +7,10 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
+from mutune.errors import Refusal
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.progress import ProgressLine, clock
-from mutune.search.results import write_best
+from mutune.search.results import read_best, write_best
 from mutune.search.study import Progress
 from mutune.training.schedule import ScheduleConfig
 
@@ -33,14 +34,24 @@ def followed(
         nonlocal written
         line.update(progress)
         if progress.best is not None and progress.best != written:
+            written = progress.best
+            if _is_confirmed(directory, progress.best.number):
+                return  # what was found by more seeds stands until there is a better trial
             params = progress.best.params
             write_best(directory, progress.name, progress.best, hyperparameters(params), schedule(params))
-            written = progress.best
 
     try:
         yield report
     finally:
         line.close()
+
+
+def _is_confirmed(directory: Path, trial: int) -> bool:
+    """Whether `best.yaml` was chosen from leaders of which this trial is one."""
+    try:
+        return any(row.trial == trial for row in read_best(directory).confirmed)
+    except Refusal:
+        return False
 
 
 @contextmanager

@@ -52,8 +52,6 @@ class Local:
     @property
     def regret(self) -> float:
         """How far the best trial is expected above the lowest point within `BOX` of it, nats per token."""
-        if not self.names:
-            return 0.0
         away = np.where(
             self.curvatures > 0,
             np.clip(-self.slopes / (2 * np.maximum(self.curvatures, 1e-9)), -BOX, BOX),

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 from mutune.compose import build
 from mutune.files import write_json
 from mutune.search.workers import RunAll
-from mutune.training.run import RunResult
+from mutune.training.run import RunResult, discard
 
 RESULT = "result.json"
 
@@ -53,6 +53,7 @@ def run_open(
 
     for run, result in run_some(open_runs, tick):
         write_json(run.directory / RESULT, {"fingerprint": run.fingerprint, **asdict(result)})
+        discard(run.directory)
         done[run.directory] = result
     tick([])
     return [done[run.directory] for run in runs]

@@ -32,12 +32,32 @@ def stops(pruner: str, num_steps: int) -> list[int]:
     return sorted({step for share in shares if 0 < (step := round(share * num_steps)) < num_steps})
 
 
-def share_of_steps(pruner: str) -> float:
-    """Share of all trials' steps that is made; Optuna's pruners do not know it beforehand, and count as 1."""
-    share, alive, before = 0.0, 1.0, 0.0
-    for at, keep in HALVING.get(pruner, ()):
-        share, alive, before = share + alive * (at - before), alive * keep, at
-    return share + alive * (1 - before)
+def cost(pruner: str, num_steps: int, total: int, cohort: int) -> tuple[float, int]:
+    """(whole runs' worth of steps, trials that come to their end) of `total` trials.
+
+    Nothing is known beforehand of what Optuna's pruners stop, so that they count as `none`.
+    """
+    steps, finished = 0, 0
+    for first in range(0, total, cohort):
+        alive, before = min(cohort, total - first), 0
+        for at, share in _halvings(pruner, num_steps):
+            steps, alive, before = steps + alive * (at - before), math.ceil(share * alive - 1e-9), at
+        steps, finished = steps + alive * (num_steps - before), finished + alive
+    return steps / num_steps, finished
+
+
+def _halvings(pruner: str, num_steps: int) -> list[tuple[int, float]]:
+    """(step, share that goes on) of synchronous halving in a run of so many steps."""
+    known = stops(pruner, num_steps) if pruner in HALVING else []
+    return [(step, share) for at, share in HALVING.get(pruner, ()) if (step := round(at * num_steps)) in known]
+
+
+def words(pruner: str, num_steps: int) -> str:
+    """What the pruner does to trials of so many steps."""
+    if pruner not in HALVING:
+        return f"Optuna's {pruner}, after {', '.join(map(str, stops(pruner, num_steps))) or 'no'} steps"
+    after = [f"{share:.2g} go on after {step} steps" for step, share in _halvings(pruner, num_steps)]
+    return f"{pruner}: {', '.join(after) or 'every trial runs to its end'}"
 
 
 def losers(pruner: str, num_steps: int, stop: int, cohorts: Sequence[Sequence[FrozenTrial]]) -> list[int]:
@@ -49,9 +69,9 @@ def losers(pruner: str, num_steps: int, stop: int, cohorts: Sequence[Sequence[Fr
     if pruner in OPTUNA:
         return _asked(OPTUNA[pruner](max(1, round(num_steps / 10)), num_steps), stop, cohorts)
     came, gone = list(cohorts[-1]), []
-    for at, share in ((round(at * num_steps), share) for at, share in HALVING[pruner]):
-        if at not in stops(pruner, num_steps) or at > stop:
-            continue
+    for at, share in _halvings(pruner, num_steps):
+        if at > stop:
+            break
         here = sorted(
             (t for t in came if at in t.intermediate_values), key=lambda t: (t.intermediate_values[at], t.number)
         )
@@ -73,11 +93,10 @@ def _asked(pruner: optuna.pruners.BasePruner, stop: int, cohorts: Sequence[Seque
         for step in sorted({step for trial in cohort for step in trial.intermediate_values}):
             if open_ and step > stop:
                 break
-            said = []
-            for again, trial in asked:
-                if step in trial.intermediate_values:
-                    again.report(trial.intermediate_values[step], step)
-                    said += [trial.number] if again.should_prune() else []
+            here = [(again, trial) for again, trial in asked if step in trial.intermediate_values]
+            for again, trial in here:  # all of them, before the first is asked about
+                again.report(trial.intermediate_values[step], step)
+            said = [trial.number for again, trial in here if again.should_prune()]
         for again, trial in asked if not open_ else []:
             study.tell(again, trial.value if trial.state == TrialState.COMPLETE else None, trial.state)
     return said

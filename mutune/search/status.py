@@ -10,19 +10,21 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mutune.errors import Refusal
 from mutune.folders import LOCK
-from mutune.search.config import SearchConfig
+from mutune.search.confirm import FOLDER
+from mutune.search.once import RESULT
+from mutune.search.results import BEST, read_best
 from mutune.search.storage import read_study
-from mutune.search.study import finished_by_loss
+from mutune.search.study import TOTAL
 from mutune.training.run import METRICS
 
 
-def status_lines(directory: Path, search: SearchConfig, num_steps: int) -> list[str]:
+def status_lines(directory: Path, storage: str, num_steps: int) -> list[str]:
     """The study in words: how many trials are in which state, the best, and how far each open one has come.
 
     Args:
-        search: as the study was begun; its total is that of the command line. num_steps: of a trial.
+        storage: where the study is kept. num_steps: of a trial.
     """
-    study = read_study(directory, directory.name, search.storage)
+    study = read_study(directory, directory.name, storage)
     if study is None:
         raise Refusal(f"study={directory.name} has no storage yet, or it cannot be read; run its sweep again.")
     trials = study.get_trials(deepcopy=False)
@@ -30,12 +32,18 @@ def status_lines(directory: Path, search: SearchConfig, num_steps: int) -> list[
     open_trials = [trial for trial in trials if not trial.state.is_finished()]
     lines = [
         f"study      {directory.name}: {count[TrialState.COMPLETE]} finished, {count[TrialState.PRUNED]} pruned, "
-        f"{len(open_trials)} open, of {search.n_trials or len(trials)}",
+        f"{len(open_trials)} open, of {study.user_attrs.get(TOTAL, len(trials))}",
         f"process    {'running' if _is_held(directory / LOCK) else 'none; the same command continues the study'}",
     ]
-    for best in finished_by_loss(trials)[:1]:
+    if (directory / BEST).is_file():
+        best = read_best(directory)
         values = ", ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in best.params.items())
-        lines.append(f"best       trial {best.number}: held-out loss {best.value:.4f} ({values})")
+        sure = f", mean over {len(best.confirmed[0].losses)} seeds" if best.confirmed else ""
+        lines.append(f"best       trial {best.trial}: held-out loss {best.heldout_loss:.4f}{sure} ({values})")
+    begun = list((directory / FOLDER).glob(f"*/{METRICS}"))
+    if begun:
+        over = sum((path.parent / RESULT).is_file() for path in begun)
+        lines.append(f"confirming {over} runs of its leaders are finished, {len(begun) - over} have begun")
     return [*lines, *(_open_line(directory, trial, num_steps) for trial in open_trials)]
 
 

@@ -28,6 +28,7 @@ from mutune.search.results import BEST
 
 T = TypeVar("T")
 
+MARK = "inputs"  # the user attribute of a study that tells which inputs it is of
 PATIENCE = 120.0  # seconds that a storage may be gone
 CREATION_TRIES = 5  # of tables, which two studies that start at once make for each other
 
@@ -52,8 +53,11 @@ class _Lock:
         self._lock.release()
 
 
-def open_storage(directory: Path, where: str) -> BaseStorage:
-    """The storage `where` of the study in `directory`; files are made where they are missing.
+def open_storage(directory: Path, where: str, *, reads: bool = False) -> BaseStorage:
+    """The storage `where` of the study in `directory`; files and tables are made where they are missing.
+
+    Args:
+        reads: nothing is made or mended: another process may be writing.
 
     Raises:
         Refusal: a database that cannot be reached, or a URL that none has.
@@ -65,13 +69,15 @@ def open_storage(directory: Path, where: str) -> BaseStorage:
         return RDBStorage(f"sqlite:///{path}")
     if where == "journal":
         path = directory / FILES[where]
-        _cut_torn_line(path)
+        if not reads:
+            _cut_torn_line(path)
         return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))  # type: ignore[arg-type]
     for left in reversed(range(CREATION_TRIES)):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                return RDBStorage(where, engine_kwargs={"poolclass": NullPool})  # none outlives a database's restart
+                pool = {"poolclass": NullPool}  # no connection outlives a database's restart
+                return RDBStorage(where, engine_kwargs=pool, skip_table_creation=reads)
         except ImportError:
             raise Refusal(
                 f"search.storage={without_password(where)} needs a driver that is not installed; for example "
@@ -88,15 +94,22 @@ def open_storage(directory: Path, where: str) -> BaseStorage:
     raise AssertionError
 
 
-def open_study(directory: Path, name: str, where: str = "sqlite") -> optuna.Study:
-    """The study's Optuna object, created where it does not exist."""
-    return optuna.create_study(
+def open_study(directory: Path, name: str, where: str = "sqlite", mark: str = "") -> optuna.Study:
+    """The study's Optuna object, created where it does not exist.
+
+    Args:
+        mark: of its inputs, kept with a new study.
+    """
+    study = optuna.create_study(
         storage=open_storage(directory, where),
         study_name=name,
         direction="minimize",
         sampler=optuna.samplers.RandomSampler(seed=0),  # never asked: proposals are made in `proposals`
         load_if_exists=True,
     )
+    if MARK not in study.user_attrs:
+        study.set_user_attr(MARK, mark)
+    return study
 
 
 def read_study(directory: Path, name: str, where: str) -> optuna.Study | None:
@@ -106,7 +119,7 @@ def read_study(directory: Path, name: str, where: str) -> optuna.Study | None:
     try:
         if where == "sqlite":
             return optuna.load_study(storage=f"sqlite:///{directory / FILES[where]}", study_name=name)
-        return optuna.load_study(storage=open_storage(directory, where), study_name=name)
+        return optuna.load_study(storage=open_storage(directory, where, reads=True), study_name=name)
     except Exception:  # of SQLAlchemy, Optuna or JSON, whatever is wrong
         return None
 
@@ -156,14 +169,33 @@ def check_storage(directory: Path, name: str, where: str) -> None:
         raise Refusal(f"{path or without_password(where)} lacks trial {lost[0]}, whose records are there; {cure}.")
 
 
-def check_reachable(where: str) -> None:
-    """Refuse a database that does not answer; files need no check.
+def check_database(directory: Path, name: str, where: str, mark: str, overwrite: bool) -> None:
+    """Refuse a database that does not answer, or whose study of this name is another's; files need no check.
+
+    Args:
+        mark: of the inputs that the study has to be of.
+        overwrite: drop another's study instead.
 
     Raises:
-        Refusal: it does not.
+        Refusal: as said.
     """
-    if where not in FILES:
-        open_storage(Path(), where)
+    if where in FILES:
+        return
+    storage = open_storage(directory, where)
+    if name not in optuna.get_all_study_names(storage):
+        return
+    study = optuna.load_study(study_name=name, storage=storage)
+    mine = study.user_attrs.get(MARK) == mark
+    if mine and (not study.get_trials(deepcopy=False) or (directory / "trials").is_dir()):
+        return
+    if overwrite:
+        optuna.delete_study(study_name=name, storage=storage)
+        return
+    why = f"records are not in {directory}" if mine else "inputs were others"
+    raise Refusal(
+        f"search.storage={without_password(where)} has a study {name} whose {why}; choose another study=NAME, or "
+        "replace it with overwrite=true."
+    )
 
 
 def _known_trials(directory: Path, name: str, where: str) -> set[int]:

@@ -5,6 +5,7 @@ The trials of a cohort run to a stop, wait for each other, and go on or are prun
 when a parent died go on from their checkpoints under the same number with the same parameters.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from mutune.search.workers import RunAll
 from mutune.training.config import RunSpec
 from mutune.training.run import RunResult, discard
 
+TOTAL = "n_trials"  # the user attribute of a study that tells how many it was last asked for
 #: What `parametrization.decay=horizon` does not read and what it does; every other decay has it the other way round.
 DECAY_NAMES = ("weight_decay", "decay_timescale")
 
@@ -64,12 +66,29 @@ def check_space(spec: RunSpec, search: SearchConfig) -> list[Dimension]:
                 f"search that instead, for example search.space.{read}={{low: 0.01, high: 1.0}}."
             )
         for value in dimension.values or (dimension.low, dimension.high):
-            trial_spec(spec, {dimension.name: value})
+            _try(spec, {dimension.name: value})
+    listed = [dimension for dimension in space if dimension.name in SCHEDULE]
+    for values in itertools.product(*(dimension.values for dimension in listed)):
+        _try(spec, dict(zip([dimension.name for dimension in listed], values, strict=True)))
+    if search.stop_regret is not None and all(dimension.values for dimension in space):
+        raise Refusal(
+            f"search.stop_regret={search.stop_regret:g} needs a range in search.space, and all of it are lists; for "
+            "example search.stop_regret=null."
+        )
     if spec.base != base_config(spec.model):
         raise Refusal("the base of a study is its own model; set model.width instead of base.width.")
     total_trials(search, space)
     initial_points(search, space)
     return space
+
+
+def _try(spec: RunSpec, params: dict[str, Any]) -> None:
+    """Refuse values that no run can have together, by the names that the space has for them."""
+    try:
+        trial_spec(spec, params)
+    except Refusal as refusal:
+        values = " with ".join(f"search.space.{name}={value}" for name, value in params.items())
+        raise Refusal(f"{values} cannot be run ({str(refusal).rstrip('.')}); take such values out.") from refusal
 
 
 def base_values(spec: RunSpec) -> dict[str, Any]:
@@ -90,6 +109,7 @@ def run_study(
     *,
     base: dict[str, Any],
     num_steps: int | None = None,
+    mark: str = "",
     report: Callable[[Progress], None],
 ) -> list[FrozenTrial]:
     """Run the study until `n_trials` are finished; continue it where it stands.
@@ -99,6 +119,7 @@ def run_study(
         search: what is searched and how.
         run: runs trials, as `Workers.run` does.
         base: the configured value of everything that can be searched; `seed` seeds the proposals too.
+        mark: of its inputs, kept in the storage.
         num_steps: of a trial; None where trials cannot pause, so that none is pruned.
         report: called at every change and about once a second.
 
@@ -106,11 +127,13 @@ def run_study(
         Every trial of the study, in the order of their numbers.
     """
     space = dimensions(search.space)
-    study = patiently(lambda: open_study(directory, name, search.storage))
+    study = patiently(lambda: open_study(directory, name, search.storage, mark))
     total = total_trials(search, space)
+    patiently(lambda: study.set_user_attr(TOTAL, total))
     while True:
         trials = patiently(lambda: study.get_trials(deepcopy=False))
-        if len([t for t in trials if t.state.is_finished()]) >= total or _is_settled(search, space, trials):
+        over = all(t.state.is_finished() for t in trials)  # what has begun is finished, whatever the total
+        if over and (len(trials) >= total or _is_settled(search, space, trials)):
             report(_progress(study, search, space, []))
             return trials
         patiently(lambda: _add_cohort(study, search, space, base))
@@ -130,8 +153,7 @@ def run_study(
 
 def _is_settled(search: SearchConfig, space: list[Dimension], trials: list[FrozenTrial]) -> bool:
     """Whether, at the end of a cohort, more trials are expected to bring less than `stop_regret`."""
-    at_barrier = len(trials) % search.cohort == 0 and all(t.state.is_finished() for t in trials)
-    if search.stop_regret is None or not at_barrier:
+    if search.stop_regret is None or len(trials) % search.cohort != 0:
         return False
     local = local_model(space, trials)
     return local is not None and local.regret < search.stop_regret
@@ -192,6 +214,7 @@ def _tell(study: optuna.Study, trial: Trial, result: RunResult) -> None:
         told.set_user_attr(key, getattr(result, key))
     if result.finished:
         study.tell(told, result.value, skip_if_finished=True)
+        discard(trial.directory)
     else:
         assert trial.until is not None
         told.report(result.value, trial.until)

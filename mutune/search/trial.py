@@ -55,6 +55,8 @@ def trial_spec(spec: RunSpec, params: dict[str, Any]) -> RunSpec:
     """
     hyper = {name: value for name, value in params.items() if name in NAMES}
     schedule = {key: params[name] for name, key in SCHEDULE.items() if name in params}
+    if "warmup_fraction" in params:
+        schedule["warmup_steps"] = None  # which would stand before it
     spec = replace(
         spec,
         hyperparameters=replace(spec.hyperparameters, **hyper),

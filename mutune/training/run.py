@@ -266,14 +266,11 @@ def run_to_end(
                 raise Stopped(f"stopped after step {step}")
             if step == end:
                 break
-    result = _result(run, records)
-    if result.finished:
-        discard(directory)
-    return result
+    return _result(run, records)
 
 
 def discard(directory: Path) -> None:
-    """Drop the checkpoint of a run that does not go on."""
+    """Drop the checkpoint of a run that does not go on; once its result is kept, where it has one."""
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mutune.search.config import PRUNERS
-from mutune.search.pruning import HALVING, OPTUNA, losers, stops
+from mutune.search.pruning import HALVING, OPTUNA, cost, losers, stops, words
 
 STEPS = 240
 
@@ -83,3 +83,23 @@ def test_the_median_pruner_stops_what_is_worse_than_the_median_of_finished_trial
     over = [trial(i, {24 * k: float(i) for k in range(1, 10)}, TrialState.COMPLETE) for i in range(8)]
     cohort = [trial(8, {24: 0.5}), trial(9, {24: 6.5})]
     assert losers("median", STEPS, 24, [over, cohort]) == [9]
+
+
+@pytest.mark.parametrize("pruner", ["successive_halving", "hyperband"])
+def test_all_have_reported_before_the_first_is_asked_about(pruner: str) -> None:
+    values = [9.0, 6.01, 6.02, 6.03, 6.04, 6.05, 6.06, 6.07]
+    gone = losers(pruner, 30, 3, [reported(values, 3)])
+    assert pruner == "hyperband" or 0 in gone  # the worst; a bracket of Hyperband may not ask yet
+    assert 1 not in gone
+    turned = losers(pruner, 30, 3, [reported(values[::-1], 3)])
+    assert pruner == "hyperband" or sorted(7 - n for n in turned) == sorted(gone)  # whatever their numbers
+
+
+def test_what_a_study_costs_is_counted_as_it_is_pruned() -> None:
+    assert cost("none", STEPS, 10, 8) == (10.0, 10)
+    whole, finished = cost("halving", STEPS, 48, 8)
+    assert (round(whole / 48, 3), finished) == (0.425, 12)
+    assert cost("halving", STEPS, 3, 1) == (3.0, 3)  # nobody to lose against
+    assert cost("halving", 1, 8, 8) == (8.0, 8)  # nowhere to stop
+    assert words("halving", 1) == "halving: every trial runs to its end"
+    assert words("halving", STEPS) == "halving: 0.5 go on after 24 steps, 0.5 go on after 120 steps"

@@ -51,7 +51,9 @@ def played(pruner: str, trials: pd.DataFrame) -> tuple[float, float]:
                     states[i] = TrialState.COMPLETE
                 break
             for i in alive:
-                if not np.isnan(report(rows[i], stop)):
+                if np.isnan(report(rows[i], stop)):
+                    states[i] = TrialState.COMPLETE  # it has diverged by then, and is told so
+                else:
                     reports[i][stop] = report(rows[i], stop)
             now = [_trial(first + i, reports[i], states[i], rows[i]) for i in range(len(rows))]
             gone = losers(pruner, STEPS, stop, [*cohorts, now])

@@ -20,7 +20,8 @@ from optuna.storages.journal._storage import JournalOperation
 from mutune.compose import compose
 from mutune.config import SweepConfig
 from mutune.errors import Refusal
-from mutune.search.storage import CREATE_TRIAL, check_storage, open_storage, open_study
+from mutune.search.config import without_password
+from mutune.search.storage import CREATE_TRIAL, check_storage, open_storage, open_study, read_study
 from tests import doors
 from tests.search.databases import postgresql
 from tests.soak import record
@@ -91,6 +92,32 @@ def test_a_database_that_is_gone_for_a_while_is_waited_for(
     assert trials(tmp_path, url) == calm
 
 
+def test_a_study_of_other_inputs_in_the_same_database_is_refused_or_replaced(
+    database: tuple[Any, str], tmp_path: Path
+) -> None:
+    few = ["+sweep=smoke", "study=shared", "search.n_trials=2", f"search.storage='{database[1]}'"]
+    doors.run("sweep", *few, "run.num_steps=8", f"out={tmp_path / 'a'}")
+    other = [*few, "run.num_steps=5", f"out={tmp_path / 'b'}"]
+    refused = doors.run("sweep", *other, expect=2).stderr
+    assert "has a study shared whose inputs were others; choose another study=NAME" in refused
+    assert not (tmp_path / "b").exists()
+    same = doors.run("sweep", *few, "run.num_steps=8", f"out={tmp_path / 'c'}", expect=2).stderr
+    assert f"whose records are not in {tmp_path / 'c'}" in same
+    doors.run("sweep", *other, "overwrite=true")
+    study = optuna.load_study(study_name="shared", storage=open_storage(tmp_path, database[1]))
+    assert len(study.trials) == 2
+    assert all(max(t.intermediate_values, default=0) <= 5 for t in study.trials)
+
+
+def test_reading_a_journal_that_is_being_written_leaves_it_alone(tmp_path: Path) -> None:
+    open_study(tmp_path, "s", "journal").add_trial(optuna.trial.create_trial(value=1.0))
+    path = tmp_path / "study.journal"
+    torn = path.read_bytes() + b'{"op_code": 6, "wor'  # an append that has not ended yet
+    path.write_bytes(torn)
+    read_study(tmp_path, "s", "journal")
+    assert path.read_bytes() == torn
+
+
 @pytest.mark.parametrize("tail", [b'{"op_code": 6, "worker', b'{"op_code": 2}'])
 def test_a_torn_last_line_of_a_journal_is_cut(tail: bytes, tmp_path: Path) -> None:
     study = open_study(tmp_path, "s", "journal")
@@ -138,6 +165,9 @@ def test_a_password_is_neither_kept_nor_shown() -> None:
     assert config.search.storage == url
     assert "secret" not in str(config.identity())
     assert "//me@host/db" in str(config.identity())
+    assert without_password("postgresql+psycopg://me@host/db?sslmode=require&password=secret&x=1").endswith(
+        "?sslmode=require&password=&x=1"
+    )
 
 
 @pytest.mark.parametrize(
