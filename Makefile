@@ -27,7 +27,7 @@ sweep: $(READY)  ## the main job: search the proxy's hyperparameters (+sweep=pro
 	$(BIN)/python -m mutune.sweep +sweep=proxy
 
 test: $(READY)  ## the quick tests (at most 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not soak" -n 2 --dist worksteal
 
 demo: $(READY)  ## valley, transfer and the small target; redraws the README's figure
 	$(BIN)/python -m mutune.sweep +sweep=valley

@@ -96,7 +96,7 @@ def _placed(name: str, data: Any, best: RunSpec) -> Any:
     """A range with `octaves` as one with bounds; others as they are."""
     if name in SCHEDULE and isinstance(data, dict) and isinstance(data.get("values"), list):
         own = getattr(best.schedule, SCHEDULE[name])  # so that the first trial is the study's best
-        return {"values": [*([] if own in data["values"] else [own]), *data["values"]]}
+        return {"values": [*data["values"], *([] if own in data["values"] else [own])]}
     if not isinstance(data, dict) or OCTAVES not in data:
         return data
     key, octaves = f"search.space.{name}", data[OCTAVES]

@@ -173,7 +173,7 @@ def test_the_first_trial_of_a_schedule_sweep_is_the_study_s_best_whatever_the_li
     first = ["+sweep=smoke", "study=odd", "run.num_steps=5", "search.n_trials=2", "search.pruner=none", "seed=3"]
     doors.run("sweep", *first, "schedule.end_ratio=0.03", f"out={tmp_path}")
     config = follow(compose("sweep", SweepConfig, ["+sweep=schedule", "study=odd", f"out={tmp_path}"]))
-    assert config.search.space["end_ratio"]["values"] == [0.03, 0.0, 0.0085, 0.1]
+    assert config.search.space["end_ratio"]["values"] == [0.0, 0.0085, 0.1, 0.03]
     assert config.seed == 3
     assert config.spec().schedule.end_ratio == 0.03
 

@@ -83,7 +83,8 @@ def losers(pruner: str, num_steps: int, stop: int, cohorts: Sequence[Sequence[Fr
 def _asked(pruner: optuna.pruners.BasePruner, stop: int, cohorts: Sequence[Sequence[FrozenTrial]]) -> list[int]:
     """What Optuna's pruner says at `stop`, the study replayed up to there: it depends on no other process's timing.
 
-    The replay's name is fixed, since Hyperband's brackets are hashes of the study's name.
+    The replay's name is fixed, since Hyperband's brackets are hashes of it. The best is asked about first, since
+    successive halving compares a trial with those that were asked about before it, and lets the first one go on.
     """
     study = optuna.create_study(study_name="pruning", sampler=optuna.samplers.RandomSampler(seed=0), pruner=pruner)
     said: list[int] = []
@@ -96,6 +97,7 @@ def _asked(pruner: optuna.pruners.BasePruner, stop: int, cohorts: Sequence[Seque
             here = [(again, trial) for again, trial in asked if step in trial.intermediate_values]
             for again, trial in here:  # all of them, before the first is asked about
                 again.report(trial.intermediate_values[step], step)
+            here.sort(key=lambda pair: (pair[1].intermediate_values[step], pair[1].number))
             said = [trial.number for again, trial in here if again.should_prune()]
         for again, trial in asked if not open_ else []:
             study.tell(again, trial.value if trial.state == TrialState.COMPLETE else None, trial.state)

@@ -135,13 +135,11 @@ def patiently(action: Callable[[], T]) -> T:
         try:
             return action()
         except (StorageInternalError, DBAPIError) as error:
-            if time.monotonic() - started > PATIENCE:
-                why = _line(error.__cause__ or error)
-                raise StorageGone(f"the study's storage has not answered for {PATIENCE:.0f} s ({why})") from error
+            why = _line(error.__cause__ or error)
+            if "full" in why or time.monotonic() - started > PATIENCE:  # a full disk empties itself for nobody
+                raise StorageGone(f"the study's storage does not answer ({why}); mend that") from error
             if not told:
-                print(
-                    f"storage    does not answer ({_line(error.__cause__ or error)}); waiting for it", file=sys.stderr
-                )
+                print(f"storage    does not answer ({why}); waiting for it", file=sys.stderr)
                 told = True
             time.sleep(1.0)
 

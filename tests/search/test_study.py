@@ -191,10 +191,12 @@ def test_two_sweeps_of_one_study_at_once_are_refused(tmp_path: Path) -> None:
     process = doors.start("sweep", *arguments)
     try:
         doors.wait_until(lambda: mid_step(tmp_path, 0), process)
-        status = doors.run("sweep", "study=kill", "status=true", f"out={tmp_path}").stdout
-        assert "study      kill: " in status
-        assert "process    running" in status
-        assert re.search(r"trial \d +step \d+/900, loss \d\.\d{4}, last record \d+ s ago", status)
+        training = re.compile(r"trial \d +step \d+/900, loss \d\.\d{4}, last record \d+ s ago")
+        status = ""
+        while not training.search(status):  # at some moments all of a cohort wait
+            status = doors.run("sweep", "study=kill", "status=true", f"out={tmp_path}").stdout
+            assert "study      kill: " in status
+            assert "process    running" in status, status
         refused = doors.run("sweep", *arguments, expect=2)
         assert "in use by another mutune process" in refused.stderr
     finally:

@@ -13,7 +13,7 @@ from mutune.data import DataConfig, TokenizerConfig, prepare
 from mutune.errors import Refusal
 from mutune.training import run
 from mutune.training.config import RunSpec
-from mutune.training.run import CHECKPOINTS, METRICS, RunResult, Stopped, check_data, run_to_end
+from mutune.training.run import CHECKPOINTS, METRICS, RunResult, Stopped, check_data, discard, run_to_end
 
 SMOKE = ["+sweep=smoke", "loop.heldout_windows=4", "schedule=constant", "schedule.warmup_fraction=0"]
 
@@ -74,6 +74,8 @@ def test_a_run_that_pauses_ends_as_one_that_does_not(tmp_path: Path) -> None:
     assert tail(paused) == tail(whole)
     seconds = [record["seconds"] for record in records(paused)]
     assert seconds == sorted(seconds)
+    assert (paused / CHECKPOINTS / "20").is_dir()  # until the result is kept
+    discard(paused)
     assert not (paused / CHECKPOINTS).exists()
 
 
