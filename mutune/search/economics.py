@@ -14,9 +14,10 @@ from mutune.search.config import Dimension
 from mutune.search.proposals import distributions
 
 NEAREST = 0.6  # share of the finished trials, the best of them, that the paraboloid is fitted to
+SPARE = 4  # trials more than twice the quantities, and degrees of freedom of the noise at least
 CURVATURE, CURVATURE_SD = 0.05, 0.1  # prior, nats per octave²: a paraboloid of few trials is drawn to it
 SLOPE_SD = 0.2  # prior, nats per octave
-LEAST_NOISE = 0.003  # nats
+NOISE, NOISE_WEIGHT = 0.02, 2.0  # prior of a trial's noise, nats, and how many trials it counts for
 RISE = 0.02  # nats by which the loss has risen where `reach` ends
 LEAST, MOST = 0.5, 4.0  # octaves, of `reach`
 BOX = 1.0  # octaves around the best in which a better point is looked for
@@ -62,15 +63,16 @@ class Local:
 
 
 def local_model(space: Sequence[Dimension], trials: Sequence[FrozenTrial]) -> Local | None:
-    """The paraboloid around the best of the finished trials; None with fewer of them than twice the quantities."""
+    """The paraboloid around the best of the finished trials; None with fewer of them than it has parameters."""
     numeric = [d for d in space if not d.values]
     done = sorted(
         (t for t in trials if t.state == TrialState.COMPLETE and not t.user_attrs["diverged"]),
         key=lambda t: t.value or 0.0,
     )
-    if not numeric or len(done) < max(6, 2 * len(numeric)):
+    least = 2 * len(numeric) + SPARE
+    if not numeric or len(done) < least:
         return None
-    used = done[: max(6, 2 * len(numeric), math.ceil(NEAREST * len(done)))]
+    used = done[: max(least, math.ceil(NEAREST * len(done)))]
     x = np.array([[_place(d, t) for d in numeric] for t in used])
     x -= x[0]
     y = np.array([t.value for t in used], float)
@@ -78,14 +80,15 @@ def local_model(space: Sequence[Dimension], trials: Sequence[FrozenTrial]) -> Lo
     design = np.hstack([np.ones((len(y), 1)), x, x**2])
     mean = np.concatenate([[y.min()], np.zeros(size), np.full(size, CURVATURE)])
     precision = np.concatenate([[1e-4], np.full(size, SLOPE_SD**-2), np.full(size, CURVATURE_SD**-2)])
-    noise, freedom = float(y.std()) + LEAST_NOISE, float(len(y))
+    noise, freedom = float(y.std()) + NOISE, float(len(y))
     for _ in range(30):
         information = design.T @ design / noise**2 + np.diag(precision)
         covariance = np.linalg.inv(information)
         fitted = mean + covariance @ (design.T @ (y - design @ mean)) / noise**2
         held = float(np.diag(covariance) @ precision)  # parameters that the prior decides
-        freedom = max(1.0, len(y) - len(mean) + held)
-        noise = max(LEAST_NOISE, math.sqrt(float(np.sum((y - design @ fitted) ** 2)) / freedom))
+        freedom = max(float(SPARE), len(y) - len(mean) + held)
+        squares = float(np.sum((y - design @ fitted) ** 2)) + NOISE_WEIGHT * NOISE**2
+        noise = math.sqrt(squares / (freedom + NOISE_WEIGHT))
     generator = np.random.default_rng(0)
     tails = np.sqrt(freedom / generator.chisquare(freedom, size=(DRAWS, 1)))
     draws = fitted + tails * (generator.normal(size=(DRAWS, len(mean))) @ np.linalg.cholesky(covariance).T)
