@@ -42,7 +42,7 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
     """
     from mutune.data.prepare import prepare
     from mutune.search.once import fingerprint
-    from mutune.search.storage import StorageGone, check_database, check_storage
+    from mutune.search.storage import StorageGone, check_database, check_storage, drop_foreign
     from mutune.search.study import check_space
     from mutune.search.workers import WorkError
     from mutune.training.run import check_data
@@ -74,9 +74,11 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
     check_database(directory, directory.name, config.search.storage, mark, config.overwrite)
     with locked(directory, "study"):
         claim(directory, inputs, "study", config.overwrite)
+        if config.overwrite:
+            drop_foreign(directory, directory.name, config.search.storage, mark)
         check_storage(directory, directory.name, config.search.storage)
         try:
-            _search(config, spec, directory, corpus.content_hash, mark)
+            _search(config, spec, space, directory, corpus.content_hash, mark)
         except (WorkError, StorageGone) as error:
             raise WorkFailed(f"{error}\nThe same command continues the study.") from error
     return OK
@@ -148,15 +150,15 @@ def _whole(config: SweepConfig, total: int, flops: int) -> str:
     )
 
 
-def _search(config: SweepConfig, spec: RunSpec, directory: Path, data_hash: str, mark: str) -> None:
-    from mutune.reporting.figures import draw_study
-    from mutune.reporting.page import study_page
-    from mutune.search.config import dimensions
+def _search(
+    config: SweepConfig, spec: RunSpec, space: list[Dimension], directory: Path, data_hash: str, mark: str
+) -> None:
+    """Run the study to its end, confirm its leaders, and write its best values."""
     from mutune.search.confirm import confirm
     from mutune.search.display import confirming, followed
     from mutune.search.economics import economics_lines
     from mutune.search.proposals import total_trials
-    from mutune.search.results import Confirmed, read_best, write_best
+    from mutune.search.results import Confirmed, write_best
     from mutune.search.study import base_values, best_trial, run_study
     from mutune.search.trial import run_trial, trial_spec
     from mutune.search.workers import Workers, default_workers
@@ -203,27 +205,37 @@ def _search(config: SweepConfig, spec: RunSpec, directory: Path, data_hash: str,
         best = trials[confirmed[0].trial]
     chosen = trial_spec(spec, best.params)
     write_best(directory, directory.name, best, chosen.hyperparameters, chosen.schedule, confirmed)
+    lines = economics_lines(space, trials)
+    if len(trials) < total_trials(config.search, space):
+        lines.insert(0, f"stopped    after {len(trials)} trials, by search.stop_regret={config.search.stop_regret}")
+    _conclude(config, directory, lines)
+
+
+def _conclude(config: SweepConfig, directory: Path, lines: list[str]) -> None:
+    """Draw the figures and the page of a finished study, and say what it found, where that lies, and what follows.
+
+    Args:
+        lines: what its trials say of the search itself.
+    """
+    from mutune.reporting.figures import draw_study
+    from mutune.reporting.page import study_page
+    from mutune.search.results import read_best
+
+    best = read_best(directory)
     next_step = f"python -m mutune.transfer study={config.study} target=small  (or target=btlm_3b)"
     if "width" in best.params:
         next_step = f"look at {directory / 'figures'}; a transfer wants a study at one width, such as +sweep=proxy"
     written = [directory / "best.yaml", *drawn(lambda: draw_study(directory))]
     written += drawn(lambda: [study_page(directory, next_step)], "report")
-    values = read_best(directory)
     print(
-        f"best       trial {best.number}: held-out loss {values.heldout_loss:.4f} nats per token "
-        f"({values.heldout_bits_per_byte:.4f} bits per byte)"
+        f"best       trial {best.trial}: held-out loss {best.heldout_loss:.4f} nats per token "
+        f"({best.heldout_bits_per_byte:.4f} bits per byte)"
     )
-    space = dimensions(config.search.space)
-    if config.search.stop_regret is not None and len(trials) < total_trials(config.search, space):
-        print(
-            f"stopped    after {len(trials)} trials: the best is expected within search.stop_regret="
-            f"{config.search.stop_regret:g} nats of the lowest point near it"
-        )
-    for row in confirmed:
+    for row in best.confirmed:
         print(f"confirmed  {row}")
     for key, value in best.params.items():
         print(f"           {key} = {value if isinstance(value, (str, int)) else format(value, '.5g')}")
-    for line in economics_lines(space, trials):
+    for line in lines:
         print(line)
     print(f"written    {', '.join(map(str, written))}")
     print(f"next       {next_step}")

@@ -113,6 +113,7 @@ def test_a_study_that_is_settled_ends_by_itself(tmp_path: Path) -> None:
     done = doors.run("sweep", *arguments)
     assert len(trials(tmp_path, "first")) == 8  # the first cohort
     assert "regret     the best trial is expected" in done.stdout
+    assert "stopped    after 8 trials, by search.stop_regret=9.0" in done.stdout
     doors.run("sweep", *arguments)
     assert len(trials(tmp_path, "first")) == 8
 
@@ -181,9 +182,12 @@ def test_the_first_trial_of_a_schedule_sweep_is_the_study_s_best_whatever_the_li
 def test_a_smaller_total_finishes_what_has_begun(tmp_path: Path) -> None:
     arguments = [*FIRST[:2], "search.pruner=halving", "run.num_steps=400", "search.cohort=4", f"out={tmp_path}"]
     process = doors.start("sweep", *arguments, "search.n_trials=8")
-    pruned = lambda: any(t.state.name == "PRUNED" for t in trials(tmp_path, "first"))  # noqa: E731
-    begun = lambda: len(list(tmp_path.glob("sweeps/first/trials/*/metrics.jsonl"))) == 4  # noqa: E731
-    doors.wait_until(lambda: begun() and pruned(), process)
+
+    def pruned() -> bool:
+        begun = list(tmp_path.glob("sweeps/first/trials/*/metrics.jsonl"))
+        return len(begun) == 4 and any(t.state.name == "PRUNED" for t in trials(tmp_path, "first"))
+
+    doors.wait_until(pruned, process)
     process.kill()
     process.communicate()
     doors.run("sweep", *arguments, "search.n_trials=2")

@@ -18,7 +18,7 @@ import optuna
 from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
@@ -37,10 +37,11 @@ class StorageGone(Exception):
     """The storage has not answered for `PATIENCE` seconds."""
 
 
-class _Lock:
+class _Lock(JournalFileOpenLock):
     """A lock that dies with its holder; Optuna's own outlive a kill by half a minute."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
 
     def acquire(self) -> bool:
@@ -71,7 +72,7 @@ def open_storage(directory: Path, where: str, *, reads: bool = False) -> BaseSto
         path = directory / FILES[where]
         if not reads:
             _cut_torn_line(path)
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))  # type: ignore[arg-type]
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))
     for left in reversed(range(CREATION_TRIES)):
         try:
             with warnings.catch_warnings():
@@ -159,6 +160,8 @@ def check_storage(directory: Path, name: str, where: str) -> None:
         raise Refusal(f"{path} is missing beside the study's results; {cure}.")
     try:
         known = _known_trials(directory, name, where)
+    except Refusal:  # of a database that does not answer
+        raise
     except (sqlite3.Error, ValueError) as error:
         raise Refusal(f"{path} cannot be read as a study ({error}); {cure}.") from error
     have = {entry.name for entry in begun.iterdir()} if begun.is_dir() else set()
@@ -172,28 +175,36 @@ def check_database(directory: Path, name: str, where: str, mark: str, overwrite:
 
     Args:
         mark: of the inputs that the study has to be of.
-        overwrite: drop another's study instead.
+        overwrite: whether another's study is to be replaced: `drop_foreign` does so.
 
     Raises:
         Refusal: as said.
     """
+    if (why := _foreign(directory, name, where, mark)) and not overwrite:
+        raise Refusal(
+            f"search.storage={without_password(where)} has a study {name} whose {why}; choose another study=NAME, or "
+            "replace it with overwrite=true."
+        )
+
+
+def drop_foreign(directory: Path, name: str, where: str, mark: str) -> None:
+    """Drop the study of this name from a database where it is another's; the folder's lock must be held."""
+    if _foreign(directory, name, where, mark):
+        optuna.delete_study(study_name=name, storage=open_storage(directory, where))
+
+
+def _foreign(directory: Path, name: str, where: str, mark: str) -> str:
+    """Why a database's study of this name is not that of the folder; an empty string where it is, or there is none."""
     if where in FILES:
-        return
+        return ""
     storage = open_storage(directory, where)
     if name not in optuna.get_all_study_names(storage):
-        return
+        return ""
     study = optuna.load_study(study_name=name, storage=storage)
-    mine = study.user_attrs.get(MARK) == mark
-    if mine and (not study.get_trials(deepcopy=False) or (directory / "trials").is_dir()):
-        return
-    if overwrite:
-        optuna.delete_study(study_name=name, storage=storage)
-        return
-    why = f"records are not in {directory}" if mine else "inputs were others"
-    raise Refusal(
-        f"search.storage={without_password(where)} has a study {name} whose {why}; choose another study=NAME, or "
-        "replace it with overwrite=true."
-    )
+    if study.user_attrs.get(MARK) != mark:
+        return "inputs were others"
+    begun = bool(study.get_trials(deepcopy=False)) and not (directory / "trials").is_dir()
+    return f"records are not in {directory}" if begun else ""
 
 
 def _known_trials(directory: Path, name: str, where: str) -> set[int]:

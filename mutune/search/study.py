@@ -163,7 +163,7 @@ def _folder(directory: Path, number: int) -> Path:
     return directory / "trials" / str(number)
 
 
-def finished_trials(directory: Path, name: str, storage: str = "sqlite") -> list[tuple[FrozenTrial, RunResult]]:
+def finished_trials(directory: Path, name: str, storage: str) -> list[tuple[FrozenTrial, RunResult]]:
     """The study's finished trials with their results, read only; none where the storage is gone or cannot be read: a
     ladder then runs what it could have reused.
     """

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -305,7 +306,8 @@ def _resume(run: Run, directory: Path) -> tuple[int, list[Record]]:
         records = [json.loads(line) for line in lines]
         require([record["step"] for record in records] == list(range(1, found.step + 1)), "a record is missing")
         checkpoint.restore(found, run.model, run.optimizer)
-    except (Refusal, OSError, ValueError, KeyError, TypeError):
+    except (Refusal, OSError, ValueError, KeyError, TypeError) as error:
+        print(f"begun anew {directory}, whose checkpoint is no use ({error})", file=sys.stderr)
         discard(directory)
         return 0, []
     return found.step, records

@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any
 import optuna
 import psutil
 import pytest
-from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._storage import JournalOperation
 
 from mutune.compose import compose
 from mutune.config import SweepConfig
 from mutune.errors import Refusal
+from mutune.folders import locked
 from mutune.search.config import without_password
 from mutune.search.storage import CREATE_TRIAL, check_storage, open_storage, open_study, read_study
 from tests import doors
@@ -109,6 +110,43 @@ def test_a_study_of_other_inputs_in_the_same_database_is_refused_or_replaced(
     assert all(max(t.intermediate_values, default=0) <= 5 for t in study.trials)
 
 
+def test_first_starts_at_once_in_a_fresh_database_make_its_tables_once(database: tuple[Any, str]) -> None:
+    server, url = database
+    server.psql("CREATE DATABASE fresh;")
+    fresh = url.replace("/postgres?", "/fresh?")
+    code = (
+        "import sys; from pathlib import Path; from mutune.search.storage import open_study;"
+        "open_study(Path(), sys.argv[1], sys.argv[2])"
+    )
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, f"s{i}", fresh], stderr=subprocess.PIPE, text=True, cwd=doors.ROOT
+        )
+        for i in range(4)
+    ]
+    for start in starts:
+        _, stderr = start.communicate(timeout=60)
+        assert start.returncode == 0, stderr
+    assert len(optuna.get_all_study_names(open_storage(Path(), fresh))) == 4
+
+
+def test_an_overwrite_that_is_refused_leaves_the_study_in_the_database(
+    database: tuple[Any, str], tmp_path: Path
+) -> None:
+    sweep = ["+sweep=smoke", "study=held", "search.n_trials=2", f"search.storage='{database[1]}'", f"out={tmp_path}"]
+    doors.run("sweep", *sweep, "run.num_steps=8")
+    with locked(tmp_path / "sweeps/held", "study"):
+        refused = doors.run("sweep", *sweep, "run.num_steps=5", "overwrite=true", expect=2).stderr
+    assert "in use by another mutune process" in refused
+    assert "held" in optuna.get_all_study_names(open_storage(tmp_path, database[1]))
+
+
+def test_a_database_that_is_down_is_named_and_not_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "trials/0").mkdir(parents=True)
+    with pytest.raises(Refusal, match=r"^search\.storage=postgresql\+psycopg://me@127\.0\.0\.1:1/db cannot be used"):
+        check_storage(tmp_path, "s", "postgresql+psycopg://me@127.0.0.1:1/db")
+
+
 def test_reading_a_journal_that_is_being_written_leaves_it_alone(tmp_path: Path) -> None:
     open_study(tmp_path, "s", "journal").add_trial(optuna.trial.create_trial(value=1.0))
     path = tmp_path / "study.journal"
@@ -147,8 +185,6 @@ def test_a_journal_that_is_damaged_or_lacks_a_trial_is_refused(tmp_path: Path) -
 
 def test_a_lock_on_a_journal_dies_with_its_holder(tmp_path: Path) -> None:
     storage = open_storage(tmp_path, "journal")
-    backend = storage._backend  # type: ignore[attr-defined]
-    assert isinstance(backend, JournalFileBackend)
     (tmp_path / ".study.journal.lock").touch()  # as a process that was killed leaves it
     started = time.monotonic()
     optuna.create_study(study_name="s", storage=storage)

@@ -90,7 +90,7 @@ def test_a_run_that_is_stopped_saves_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["checkpoint", "records", "another run"])
 def test_a_checkpoint_that_is_no_use_costs_time_and_nothing_else(
-    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole, broken, spec_ = tmp_path / "whole", tmp_path / "broken", spec(12, 0.02)
     expected = run_to_end(spec_, whole, "cpu", {})
@@ -101,7 +101,9 @@ def test_a_checkpoint_that_is_no_use_costs_time_and_nothing_else(
         state.write_bytes(state.read_bytes()[:1000])
     elif damage == "records":
         (broken / METRICS).write_text("".join((broken / METRICS).read_text().splitlines(keepends=True)[:5]))
+    capsys.readouterr()
     assert same(run_to_end(spec_, broken, "cpu", {}), expected)
+    assert f"begun anew {broken}, whose checkpoint is no use (" in capsys.readouterr().err
     assert tail(broken) == tail(whole)
 
 
