@@ -1,10 +1,16 @@
 """Helpers for tests that run the commands as a user does."""
 
+import contextlib
+import importlib
+import io
 import os
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import yaml
@@ -30,7 +36,31 @@ def start(door: str, *arguments: str, cwd: Path | None = None) -> "subprocess.Po
 
 
 def run(door: str, *arguments: str, cwd: Path | None = None, expect: int = 0) -> "subprocess.CompletedProcess[str]":
-    """Run a command to its end and check its exit code."""
+    """Run a command to its end in this process, whose libraries are loaded, and check its exit code.
+
+    Its workers are processes all the same.
+    """
+    import torch
+
+    stdout, stderr = io.StringIO(), io.StringIO()
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    main: Callable[[list[str]], int] = importlib.import_module(f"mutune.{door}").main
+    try:
+        with contextlib.chdir(cwd or ROOT), redirect_stdout(stdout), redirect_stderr(stderr), warnings.catch_warnings():
+            warnings.simplefilter("default")  # as in a process of its own, they end nothing
+            code = main(list(arguments))
+    finally:
+        torch.set_num_threads(threads)
+        signal.signal(signal.SIGTERM, handler)
+    out, err = stdout.getvalue(), stderr.getvalue()
+    assert code == expect, f"exit code {code}\n{out}\n{err}"
+    return subprocess.CompletedProcess([door, *arguments], code, out, err)
+
+
+def run_apart(
+    door: str, *arguments: str, cwd: Path | None = None, expect: int = 0
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end in a process of its own, as a shell does, and check its exit code."""
     process = start(door, *arguments, cwd=cwd)
     stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == expect, f"exit code {process.returncode}\n{stdout}\n{stderr}"

@@ -12,6 +12,7 @@ import yaml
 from mutune.compose import compose
 from mutune.config import SweepConfig
 from mutune.follow import follow
+from mutune.search.storage import read_study
 from mutune.search.trial import trial_spec
 from tests import doors
 from tests.test_refusals import refuse
@@ -36,7 +37,8 @@ def best(out: Path, study: str) -> dict[str, Any]:
 
 
 def trials(out: Path, study: str) -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name=study, storage=f"sqlite:///{out}/sweeps/{study}/study.db").trials
+    found = read_study(out / "sweeps" / study, study, "sqlite")
+    return [] if found is None else found.trials
 
 
 def test_the_schedule_is_tuned_from_the_study_s_best_and_carried_to_the_target(out: Path, tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ def open_storage(directory: Path, where: str, *, reads: bool = False) -> BaseSto
     """
     if where == "sqlite":
         path = directory / FILES[where]
+        if reads:  # connections that stay open would leave their side files behind
+            return RDBStorage(f"sqlite:///{path}", engine_kwargs={"poolclass": NullPool}, skip_table_creation=True)
         with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
         return RDBStorage(f"sqlite:///{path}")
@@ -118,8 +120,6 @@ def read_study(directory: Path, name: str, where: str) -> optuna.Study | None:
     if where in FILES and not (directory / FILES[where]).is_file():
         return None
     try:
-        if where == "sqlite":
-            return optuna.load_study(storage=f"sqlite:///{directory / FILES[where]}", study_name=name)
         return optuna.load_study(storage=open_storage(directory, where, reads=True), study_name=name)
     except Exception:  # of SQLAlchemy, Optuna or JSON, whatever is wrong
         return None

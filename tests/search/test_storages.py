@@ -46,6 +46,13 @@ def trials(out: Path, where: str) -> dict[int, tuple[Any, ...]]:
     }
 
 
+def forget(out: Path, url: str) -> None:
+    """Take the study of another test out of the database."""
+    storage = open_storage(out, url)
+    if "kept" in optuna.get_all_study_names(storage):
+        optuna.delete_study(study_name="kept", storage=storage)
+
+
 def killed(out: Path, where: str, begun: int) -> None:
     """Start the sweep, kill all of it when so many trials have begun to train, and run it again."""
     arguments = [*SWEEP, f"search.storage='{where}'", f"out={out}"]
@@ -72,6 +79,7 @@ def test_a_killed_study_in_a_journal_ends_as_an_undisturbed_one(calm: dict[int, 
 def test_a_killed_study_in_postgresql_ends_as_an_undisturbed_one(
     calm: dict[int, Any], database: tuple[Any, str], tmp_path: Path
 ) -> None:
+    forget(tmp_path, database[1])
     killed(tmp_path, database[1], 6)
     assert trials(tmp_path, database[1]) == calm
 
@@ -80,7 +88,7 @@ def test_a_database_that_is_gone_for_a_while_is_waited_for(
     calm: dict[int, Any], database: tuple[Any, str], tmp_path: Path
 ) -> None:
     server, url = database
-    optuna.delete_study(study_name="kept", storage=open_storage(tmp_path, url))
+    forget(tmp_path, url)
     process = doors.start("sweep", *SWEEP, f"search.storage='{url}'", f"out={tmp_path}")
     doors.wait_until(lambda: len(list(tmp_path.glob("sweeps/kept/trials/*/metrics.jsonl"))) >= 2, process)
     server.stop()
@@ -258,9 +266,7 @@ def test_soak_twenty_kills_on_every_storage(database: tuple[Any, str], tmp_path:
         kind = where.partition("+")[0]
         asked = [*LONG, f"search.sampler={sampler}", "search.workers=3", f"search.storage='{where}'"]
         if kind == "postgresql":
-            storage = open_storage(tmp_path, where)
-            if "kept" in optuna.get_all_study_names(storage):
-                optuna.delete_study(study_name="kept", storage=storage)
+            forget(tmp_path, where)
         counts, generator = dict.fromkeys(("worker", "parent", "all"), 0), random.Random(0)
         out = tmp_path / kind
         while sum(counts.values()) < 20:

@@ -432,9 +432,9 @@ def test_a_family_without_a_place_for_the_embedding_is_told_the_key_that_needs_n
         "family = Family(build, base=32, delta=64, sites={'output': '2'}, roles={'1.weight': 'hidden'})\n"
     )
     asked = ["family=mine:family", "tokenizer=bytes", "dry_run=true", f"out={tmp_path / 'runs'}"]
-    refusal = doors.run("check", *asked, cwd=tmp_path, expect=2).stderr
+    refusal = doors.run_apart("check", *asked, cwd=tmp_path, expect=2).stderr
     assert "take hyperparameters.embedding_multiplier=1 in place of 12.5" in refusal
-    doors.run("check", *asked, "hyperparameters.embedding_multiplier=1", cwd=tmp_path)
+    doors.run_apart("check", *asked, "hyperparameters.embedding_multiplier=1", cwd=tmp_path)
 
 
 def test_btlm_passes_over_width_without_a_word_about_its_unscaled_epsilon() -> None:
