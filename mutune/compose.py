@@ -19,7 +19,11 @@ from mutune.errors import Refusal, shown
 
 T = TypeVar("T")
 
-FREE = "search.space"  # the group whose keys a user chooses
+#: Groups whose keys a user chooses → how one is added.
+FREE = {
+    "search.space": "~search.space.learning_rate '+search.space.learning_rate={values: [0.01, 0.02]}'",
+    "resources": "+resources.timeout_min=60",
+}
 _NAMES = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
 _EXAMPLES = {int: "32", float: "0.01", str: "runs", bool: "true"}
 
@@ -166,11 +170,12 @@ def _sentence(error: Exception, schema: type) -> str:
 def _not_overridden(key: str, cause: BaseException | None, known: Sequence[str]) -> str:
     """The sentence for a key that is not there, or for one that is, set to a group with a key that is not there."""
     missing = str(getattr(cause, "full_key", None) or key)
-    if not missing.startswith(f"{FREE}."):
+    example = next((example for free, example in FREE.items() if missing.startswith(f"{free}.")), None)
+    if example is None:
         return unknown_key(missing, known)
     return (
         f"{missing} is not there yet, so it is added: write +{missing}=... and take out what it replaces, "
-        f"for example ~{FREE}.learning_rate '+{FREE}.learning_rate={{values: [0.01, 0.02]}}'."
+        f"for example {example}."
     )
 
 

@@ -1,6 +1,7 @@
 """One configuration tree per door, composed of the rooms' dataclasses. No torch, no YAML."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from mutune.certificate.config import BudgetConfig, LadderConfig, Overrides, PriceConfig, TargetConfig
 from mutune.compose import plain
@@ -16,6 +17,8 @@ from mutune.training.schedule import ScheduleConfig
 from mutune.verification.places import require_span
 
 FOLLOWS = ("schedule", "refine")
+WHERE = ("out", "workers", "launcher", "jobs", "resources")  # keys of a sweep that say where it runs
+LAUNCHERS = ("local", "slurm", "ray")
 DEVICES = ("auto", "cpu", "cuda")
 PUBLISHED = "published"  # the name under which a transfer finds BTLM-3B-8K's own values
 
@@ -57,6 +60,11 @@ class SweepConfig(DoorConfig):
         run: length and batch of every trial.
         loop: how steps are taken and watched.
         search: which trials are made.
+        workers: single-threaded worker processes of each command; null takes the number of cores. The same command
+            again, on this host or another that shares `out`, joins the study.
+        launcher: `local`, or `slurm` or `ray`: jobs of a cluster run the study, each by this command.
+        jobs: how many.
+        resources: what each job asks of the cluster, as submitit or Ray name it: +resources.slurm_partition=gpu.
         status: say where the study stands, also while another process runs it, and end.
         prices: what compute costs, for the dry run.
     """
@@ -72,6 +80,10 @@ class SweepConfig(DoorConfig):
     run: StageConfig = field(default_factory=StageConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    workers: int | None = None
+    launcher: str = "local"
+    jobs: int = 1
+    resources: dict[str, Any] = field(default_factory=dict)
     status: bool = False
     prices: PriceConfig = field(default_factory=PriceConfig)
 
@@ -85,6 +97,18 @@ class SweepConfig(DoorConfig):
             self.follows in (None, *FOLLOWS),
             f"follows={self.follows} is unknown; known: {', '.join(FOLLOWS)}, for example +sweep=schedule.",
         )
+        if self.workers is not None:
+            require_number("workers", self.workers, at_least=1, example=2, whole=True)
+        require(
+            self.launcher in LAUNCHERS,
+            f"launcher={self.launcher} is unknown; known launchers: {', '.join(LAUNCHERS)}.",
+        )
+        require_number("jobs", self.jobs, at_least=1, at_most=10_000, example=4, whole=True)
+        for key, value, unset in (("jobs", self.jobs, 1), ("resources", self.resources, {})):
+            require(
+                self.launcher != "local" or value == unset,
+                f"{key}={value} is read with launcher=slurm or ray; for example launcher=slurm.",
+            )
 
     def spec(self) -> RunSpec:
         """The run at the base values: the proxy is its own base."""
@@ -104,9 +128,21 @@ class SweepConfig(DoorConfig):
     def identity(self) -> dict[str, object]:
         """What two starts of one study must agree in: all but where, on what and how long it runs."""
         data = plain(self)
-        for key in ("out", "device", "dry_run", "overwrite", "follows", "status", "prices"):
+        for key in (
+            "out",
+            "device",
+            "dry_run",
+            "overwrite",
+            "follows",
+            "status",
+            "prices",
+            "workers",
+            "launcher",
+            "jobs",
+            "resources",
+        ):
             del data[key]
-        for key in ("n_trials", "workers", "confirm", "confirm_seeds", "stop_regret"):
+        for key in ("n_trials", "confirm", "confirm_seeds", "stop_regret"):
             del data["search"][key]
         data["search"]["storage"] = without_password(self.search.storage)
         return data

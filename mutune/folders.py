@@ -36,6 +36,16 @@ def locked(directory: Path, key: str) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def entered(directory: Path) -> Iterator[None]:
+    """Hold a result folder that several processes may work in, for as long as one of them looks or decides; others
+    wait.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / LOCK):
+        yield
+
+
 def check_claim(directory: Path, inputs: Mapping[str, Any], key: str, overwrite: bool) -> None:
     """Refuse a folder that holds anything but results of these inputs, naming every difference; writes nothing.
 

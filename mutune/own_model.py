@@ -415,7 +415,7 @@ def _stored(option: Any) -> Any:
 
 def _identity(search: SearchConfig) -> dict[str, Any]:
     data = plain(search)
-    del data["n_trials"], data["workers"]
+    del data["n_trials"]
     return data
 
 

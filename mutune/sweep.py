@@ -12,16 +12,18 @@ examples:
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mutune.compose import build
 from mutune.config import SweepConfig
 from mutune.door import NOTHING_WRITTEN, OK, WorkFailed, drawn, enter
 from mutune.errors import Refusal
 from mutune.files import read_yaml, require_writable
-from mutune.folders import CONFIG, check_claim, claim, locked
+from mutune.folders import CONFIG, check_claim, claim, entered
 from mutune.search.config import Dimension
 from mutune.training.config import RunSpec
 from mutune.training.price import price
@@ -41,10 +43,13 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
         words: the command line, for a sweep that follows another study and decides little itself.
     """
     from mutune.data.prepare import prepare
+    from mutune.search.claims import check_company, joined, members, turn
+    from mutune.search.launch import Launch, check_launcher, runner
     from mutune.search.once import fingerprint
     from mutune.search.storage import StorageGone, check_database, check_storage, drop_foreign
     from mutune.search.study import check_space
-    from mutune.search.workers import WorkError
+    from mutune.search.trial import run_trial
+    from mutune.search.workers import WorkError, default_workers
     from mutune.training.run import check_data
 
     if not config.study:
@@ -59,11 +64,13 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
     spec = config.spec()
     space = check_space(spec, config.search)
     require_writable(Path(config.out))
+    check_launcher(config.launcher, config.search.storage)
     if config.dry_run:
         print(describe(config, space))
     corpus = prepare(config.data, config.tokenizer)
     check_data(spec, corpus, "run")
-    _check_memory(config, spec, space)
+    if config.launcher == "local":
+        _check_memory(config, spec, space)
     if config.dry_run:
         print(NOTHING_WRITTEN)
         return OK
@@ -72,13 +79,20 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
     check_claim(directory, inputs, "study", config.overwrite)
     mark = fingerprint(inputs)
     check_database(directory, directory.name, config.search.storage, mark, config.overwrite)
-    with locked(directory, "study"):
-        claim(directory, inputs, "study", config.overwrite)
-        if config.overwrite:
-            drop_foreign(directory, directory.name, config.search.storage, mark)
-        check_storage(directory, directory.name, config.search.storage)
+    with ExitStack() as stack:
+        with entered(directory):
+            check_company(config.search.storage, members(directory), config.overwrite)
+            claim(directory, inputs, "study", config.overwrite)
+            if config.overwrite:
+                drop_foreign(directory, directory.name, config.search.storage, mark)
+            with turn(directory):
+                check_storage(directory, directory.name, config.search.storage)
+            stack.enter_context(joined(directory))
         try:
-            _search(config, spec, space, directory, corpus.content_hash, mark)
+            work_one = partial(run_trial, spec, config.device)
+            where = Launch(config.launcher, config.jobs, config.workers or default_workers(), config.resources)
+            with runner(work_one, where, words, directory) as run:
+                _search(config, spec, space, directory, corpus.content_hash, mark, run)
         except (WorkError, StorageGone) as error:
             raise WorkFailed(f"{error}\nThe same command continues the study.") from error
     return OK
@@ -108,8 +122,8 @@ def _check_memory(config: SweepConfig, spec: RunSpec, space: list[Dimension]) ->
     from mutune.training.memory import require_memory
 
     widest = max([spec.model.width, *(value for d in space if d.name == "width" for value in d.values)])
-    at_once = min(total_trials(config.search, space), config.search.workers or default_workers())
-    require_memory([trial_spec(spec, {"width": widest})] * at_once, config.device, "model.width or search.workers")
+    at_once = min(total_trials(config.search, space), config.workers or default_workers())
+    require_memory([trial_spec(spec, {"width": widest})] * at_once, config.device, "model.width or workers")
 
 
 def describe(config: SweepConfig, space: list[Dimension]) -> str:
@@ -127,7 +141,8 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
         f"trial      {config.run.num_steps} steps × {config.run.tokens_per_step} tokens = {config.run.tokens:,} "
         f"tokens, {cost.flops:.3g} FLOPs at the base width",
         f"pruning    {words(config.search.prunes, config.run.num_steps)}",
-        f"search     {total} trials by {config.search.sampler}, {config.search.workers or default_workers()} workers",
+        f"search     {total} trials by {config.search.sampler}, {config.workers or default_workers()} workers"
+        + (f" in each of {config.jobs} jobs of {config.launcher}" if config.launcher != "local" else ""),
         *(f"space      {dimension.name}: {dimension}" for dimension in space),
         _whole(config, total, cost.flops),
     ]
@@ -151,7 +166,13 @@ def _whole(config: SweepConfig, total: int, flops: int) -> str:
 
 
 def _search(
-    config: SweepConfig, spec: RunSpec, space: list[Dimension], directory: Path, data_hash: str, mark: str
+    config: SweepConfig,
+    spec: RunSpec,
+    space: list[Dimension],
+    directory: Path,
+    data_hash: str,
+    mark: str,
+    run: Callable[..., Any],
 ) -> None:
     """Run the study to its end, confirm its leaders, and write its best values."""
     from mutune.search.confirm import confirm
@@ -160,55 +181,52 @@ def _search(
     from mutune.search.proposals import total_trials
     from mutune.search.results import Confirmed, write_best
     from mutune.search.study import base_values, best_trial, run_study
-    from mutune.search.trial import run_trial, trial_spec
-    from mutune.search.workers import Workers, default_workers
+    from mutune.search.trial import trial_spec
+    from mutune.search.workers import default_workers
 
-    workers = config.search.workers or default_workers()
     confirmed: list[Confirmed] = []
-    with Workers(partial(run_trial, spec, config.device), workers) as pool:
-        with followed(
+    with followed(
+        directory,
+        (config.workers or default_workers()) * config.jobs,
+        lambda params: trial_spec(spec, params).hyperparameters,
+        lambda params: trial_spec(spec, params).schedule,
+    ) as report:
+        trials = run_study(
             directory,
-            workers,
-            lambda params: trial_spec(spec, params).hyperparameters,
-            lambda params: trial_spec(spec, params).schedule,
-        ) as report:
-            trials = run_study(
-                directory,
-                str(config.study),
-                config.search,
-                pool.run,
-                base=base_values(spec),
-                num_steps=spec.num_steps,
-                mark=mark,
-                report=report,
-            )
-        best = best_trial(trials)
-        if best is None:
-            diverged = sum(trial.user_attrs["diverged"] for trial in trials)
+            str(config.study),
+            config.search,
+            run,
+            base=base_values(spec),
+            num_steps=spec.num_steps,
+            mark=mark,
+            report=report,
+        )
+    best = best_trial(trials)
+    if best is None:
+        diverged = sum(trial.user_attrs["diverged"] for trial in trials)
+        raise WorkFailed(
+            f"none of {len(trials)} trials came to its end: {diverged} diverged, and the others were pruned; lower "
+            "search.space.learning_rate and choose another study=."
+        )
+    if leaders := config.search.confirm:
+        with confirming(directory.name) as told:
+            confirmed = confirm(directory, spec, trials, leaders, config.search.confirm_seeds, data_hash, run, told)
+        if not confirmed:
+            (directory / "best.yaml").unlink(missing_ok=True)
             raise WorkFailed(
-                f"none of {len(trials)} trials came to its end: {diverged} diverged, and the others were pruned; lower "
-                "search.space.learning_rate and choose another study=."
+                f"each of the best {leaders} trials diverged by one of {config.search.confirm_seeds} other seeds; "
+                "lower search.space.learning_rate and choose another study=, or take the best as it is with "
+                "search.confirm=0."
             )
-        if leaders := config.search.confirm:
-            with confirming(directory.name) as told:
-                confirmed = confirm(
-                    directory, spec, trials, leaders, config.search.confirm_seeds, data_hash, pool.run, told
-                )
-            if not confirmed:
-                (directory / "best.yaml").unlink(missing_ok=True)
-                raise WorkFailed(
-                    f"each of the best {leaders} trials diverged by one of {config.search.confirm_seeds} other seeds; "
-                    "lower search.space.learning_rate and choose another study=, or take the best as it is with "
-                    "search.confirm=0."
-                )
     if confirmed:
         best = trials[confirmed[0].trial]
     chosen = trial_spec(spec, best.params)
-    write_best(directory, directory.name, best, chosen.hyperparameters, chosen.schedule, confirmed)
     lines = economics_lines(space, trials)
     if len(trials) < total_trials(config.search, space):
         lines.insert(0, f"stopped    after {len(trials)} trials, by search.stop_regret={config.search.stop_regret}")
-    _conclude(config, directory, lines)
+    with entered(directory):
+        write_best(directory, directory.name, best, chosen.hyperparameters, chosen.schedule, confirmed)
+        _conclude(config, directory, lines)
 
 
 def _conclude(config: SweepConfig, directory: Path, lines: list[str]) -> None:

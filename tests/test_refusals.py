@@ -142,8 +142,8 @@ SWEEP = [
     (["+sweep=smoke", "seed=2147483648"], "seed=2147483648 must be a whole number at least 0 and at most 2147483647;"),
     (["+sweep=smoke", "hyperparameters.beta1=1.0"], "beta1=1.0 must be a finite number at least 0 and below 1;"),
     (["+sweep=smoke", "model.width=1000001"], "the nearest that do are model.head_size=1 and"),
-    (["+sweep=smoke", "search.workers=2", "model.width=1000000"], "2 runs at once need about"),
-    (["+sweep=smoke", "search.workers=1", "run.batch_sequences=1000000000000"], "and this run needs about"),
+    (["+sweep=smoke", "workers=2", "model.width=1000000"], "2 runs at once need about"),
+    (["+sweep=smoke", "workers=1", "run.batch_sequences=1000000000000"], "and this run needs about"),
     (["seed=["], "the command line cannot be read"),
     (["seed"], "the command line cannot be read"),
 ]

@@ -72,7 +72,6 @@ class SearchConfig:
             the lowest point near it, nats per token; null runs all trials.
         storage: where Optuna keeps the trials: `sqlite` or `journal`, files in the study's folder, or the URL of a
             database, for example postgresql+psycopg://user@host/database.
-        workers: single-threaded worker processes; null takes the number of cores.
         space: name → {low, high, log} or {values: [...]}.
         initial: known-good values, tried first; what they leave out takes the configured base value, or where that
             lies outside its range, the sampler's own. A grid has none.
@@ -87,7 +86,6 @@ class SearchConfig:
     confirm_seeds: int = 2
     stop_regret: float | None = None
     storage: str = "sqlite"
-    workers: int | None = None
     space: dict[str, Any] = field(default_factory=dict)
     initial: list[dict[str, Any]] = field(default_factory=list)
 
@@ -106,7 +104,7 @@ class SearchConfig:
             f"search.pruner={self.prunes} compares trials on the way, which tells nothing where search.space.{uneven} "
             "differs; for example search.pruner=none.",
         )
-        for name, example in (("n_startup_trials", 16), ("cohort", 8), ("n_trials", 32), ("workers", 2)):
+        for name, example in (("n_startup_trials", 16), ("cohort", 8), ("n_trials", 32)):
             value, key = getattr(self, name), f"search.{name}"
             if value is not None or name in ("n_startup_trials", "cohort"):
                 require_number(key, value, at_least=1, at_most=MAX_TRIALS, example=example, whole=True)

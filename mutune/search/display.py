@@ -89,6 +89,8 @@ class SweepProgress:
         parts.append(f"best {best.value:.4f} (trial {best.number})" if best else "best —")
         if progress.running:
             parts.append(f"running {', '.join(map(str, progress.running))}")
+        if progress.others:
+            parts.append(f"with {', '.join(progress.others)}")
         parts.append(f"{clock(self._line.elapsed)} elapsed")
         if progress.done and progress.done < progress.total:
             parts.append(f"about {clock(self._left(progress))} left")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, Protocol, TypeVar
 
 from mutune.compose import build
 from mutune.files import write_json
-from mutune.search.workers import RunAll
+from mutune.search.claims import Claims
+from mutune.search.workers import POLL_SECONDS, RunAll
 from mutune.training.run import RunResult, discard
 
 RESULT = "result.json"
@@ -39,24 +41,33 @@ def fingerprint(*data: Any) -> str:
 def run_open(
     runs: Sequence[AnyRun], run_some: RunAll[AnyRun, RunResult], report: Callable[[int, int, list[str]], None]
 ) -> list[RunResult]:
-    """The results of `runs`, in their order; those of finished ones are read from their folders.
+    """The results of `runs`, in their order; those of finished ones are read from their folders, and those that other
+    processes are at are waited for.
 
     Args:
         run_some: runs those that are not, as `Workers.run` does.
         report: called with (finished, total, names of the running) at every change and about once a second.
     """
-    done = {run.directory: result for run in runs if (result := finished(run)) is not None}
-    open_runs = [run for run in runs if run.directory not in done]
+    done: dict[Path, RunResult] = {}
 
     def tick(running: list[AnyRun]) -> None:
         report(len(done), len(runs), [run.directory.name for run in running])
 
-    for run, result in run_some(open_runs, tick):
-        write_json(run.directory / RESULT, {"fingerprint": run.fingerprint, **asdict(result)})
-        discard(run.directory)
-        done[run.directory] = result
-    tick([])
-    return [done[run.directory] for run in runs]
+    with Claims() as claims:
+        while True:
+            done |= {run.directory: result for run in runs if (result := finished(run)) is not None}
+            open_runs = [run for run in runs if run.directory not in done]
+            tick([])
+            if not open_runs:
+                return [done[run.directory] for run in runs]
+            before = len(done)
+            for run, result in run_some(claims.of(open_runs, lambda run: finished(run) is None), tick):
+                write_json(run.directory / RESULT, {"fingerprint": run.fingerprint, **asdict(result)})
+                discard(run.directory)
+                done[run.directory] = result
+                claims.release(run.directory)
+            if len(done) == before:  # other processes are at the rest
+                time.sleep(POLL_SECONDS)
 
 
 def finished(run: Once) -> RunResult | None:

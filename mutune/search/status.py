@@ -5,11 +5,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
 from mutune.errors import Refusal
-from mutune.folders import LOCK
+from mutune.search.claims import members
 from mutune.search.confirm import FOLDER
 from mutune.search.once import RESULT
 from mutune.search.results import BEST, read_best
@@ -33,7 +32,7 @@ def status_lines(directory: Path, storage: str, num_steps: int) -> list[str]:
     lines = [
         f"study      {directory.name}: {count[TrialState.COMPLETE]} finished, {count[TrialState.PRUNED]} pruned, "
         f"{len(open_trials)} open, of {study.user_attrs.get(TOTAL, len(trials))}",
-        f"process    {'running' if _is_held(directory / LOCK) else 'none; the same command continues the study'}",
+        f"processes  {', '.join(members(directory)) or 'none; the same command continues the study'}",
     ]
     if (directory / BEST).is_file():
         best = read_best(directory)
@@ -74,14 +73,3 @@ def _last(path: Path) -> dict[str, Any] | None:
         except (ValueError, KeyError, TypeError):
             continue
     return None
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether a living process holds the study."""
-    if not lock.exists():
-        return False
-    try:
-        with FileLock(lock, timeout=0):
-            return False
-    except Timeout:
-        return True

@@ -28,6 +28,7 @@ from mutune.search.results import BEST
 
 T = TypeVar("T")
 
+TRIALS = "trials"  # the folder of the trials' records, in the study's
 MARK = "inputs"  # the user attribute of a study that tells which inputs it is of
 PATIENCE = 120.0  # seconds that a storage may be gone
 CREATION_TRIES = 5  # of tables, which two studies that start at once make for each other
@@ -38,15 +39,19 @@ class StorageGone(Exception):
 
 
 class _Lock(JournalFileOpenLock):
-    """A lock that dies with its holder; Optuna's own outlive a kill by half a minute."""
+    """A lock that dies with its holder, where Optuna's own outlive a kill by half a minute. Who gets it finds a journal
+    of whole lines: Optuna cannot read past a torn one, nor write behind it.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
+        self._path = path
         self._lock = FileLock(path.with_name(f".{path.name}.lock"))
 
     def acquire(self) -> bool:
         """Wait for it."""
         self._lock.acquire()
+        _cut_torn_line(self._path)
         return True
 
     def release(self) -> None:
@@ -72,9 +77,11 @@ def open_storage(directory: Path, where: str, *, reads: bool = False) -> BaseSto
         return RDBStorage(f"sqlite:///{path}")
     if where == "journal":
         path = directory / FILES[where]
+        lock = _Lock(path)
         if not reads:
-            _cut_torn_line(path)
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path)))
+            lock.acquire()
+            lock.release()
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
     for left in reversed(range(CREATION_TRIES)):
         try:
             with warnings.catch_warnings():
@@ -151,7 +158,7 @@ def check_storage(directory: Path, name: str, where: str) -> None:
     Raises:
         Refusal: the storage is missing, is damaged, or lacks a trial that has begun.
     """
-    begun = directory / "trials"
+    begun = directory / TRIALS
     path = directory / FILES[where] if where in FILES else None
     if not any(place.exists() for place in (path or begun, begun, directory / BEST)):
         return
@@ -201,10 +208,11 @@ def _foreign(directory: Path, name: str, where: str, mark: str) -> str:
     if name not in optuna.get_all_study_names(storage):
         return ""
     study = optuna.load_study(study_name=name, storage=storage)
-    if study.user_attrs.get(MARK) != mark:
+    begun = bool(study.get_trials(deepcopy=False))
+    known = study.user_attrs.get(MARK)
+    if known != mark and (begun or known is not None):  # one that is being created has neither
         return "inputs were others"
-    begun = bool(study.get_trials(deepcopy=False)) and not (directory / "trials").is_dir()
-    return f"records are not in {directory}" if begun else ""
+    return f"records are not in {directory}" if begun and not (directory / TRIALS).is_dir() else ""
 
 
 def _known_trials(directory: Path, name: str, where: str) -> set[int]:
@@ -248,7 +256,7 @@ CREATE_TRIAL = 4  # of Optuna's `JournalOperation`; a test holds it against Optu
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Cut what a kill or a full disk left of a last record: Optuna cannot read past it, nor write behind it."""
+    """Cut what a kill or a full disk left of a last record."""
     if not path.is_file():
         return
     data = path.read_bytes()

@@ -1,11 +1,14 @@
 """A study: trials proposed in cohorts, run by worker processes, kept in an Optuna storage. It survives kill -9.
 
-Only the parent process touches the storage, under a lock; a trial is in it with all its parameters or not at all.
-The trials of a cohort run to a stop, wait for each other, and go on or are pruned (`pruning`). Trials that were running
-when a parent died go on from their checkpoints under the same number with the same parameters.
+Any number of parent processes, on one host or on many, run it together: each takes the trials that nobody holds
+(`claims`), and only one at a time decides which come next. Only parents touch the storage; a trial is in it with all
+its parameters or not at all. The trials of a cohort run to a stop, wait for each other, and go on or are pruned
+(`pruning`). Trials that were running when a parent died go on from their checkpoints, by whoever takes them, under the
+same number with the same parameters.
 """
 
 import itertools
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,13 +23,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from mutune.errors import Refusal
 from mutune.model.shape import base_config
 from mutune.parametrization.hyperparameters import NAMES
+from mutune.search.claims import Claims, members, turn
 from mutune.search.config import SCHEDULE, Dimension, SearchConfig, dimensions, grid, initial_points
 from mutune.search.economics import local_model
 from mutune.search.proposals import distributions, propose, total_trials
 from mutune.search.pruning import losers, stops
-from mutune.search.storage import open_study, patiently, read_study
+from mutune.search.storage import TRIALS, open_study, patiently, read_study
 from mutune.search.trial import Trial, trial_spec
-from mutune.search.workers import RunAll
+from mutune.search.workers import POLL_SECONDS, RunAll
 from mutune.training.config import RunSpec
 from mutune.training.run import RunResult, discard
 
@@ -37,7 +41,9 @@ DECAY_NAMES = ("weight_decay", "decay_timescale")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a study stands; handed to whoever draws the progress line."""
+    """Where a study stands; handed to whoever draws the progress line. `running` are this process's own trials, and
+    `others` the processes that run it too.
+    """
 
     name: str
     done: int
@@ -46,6 +52,7 @@ class Progress:
     best: FrozenTrial | None
     seconds_left: float
     pruned: int = 0
+    others: tuple[str, ...] = ()
 
 
 def check_space(spec: RunSpec, search: SearchConfig) -> list[Dimension]:
@@ -115,7 +122,7 @@ def run_study(
     """Run the study until `n_trials` are finished; continue it where it stands.
 
     Args:
-        directory: the study's folder; its lock must be held.
+        directory: the study's folder, which is claimed.
         search: what is searched and how.
         run: runs trials, as `Workers.run` does.
         base: the configured value of everything that can be searched; `seed` seeds the proposals too.
@@ -127,28 +134,58 @@ def run_study(
         Every trial of the study, in the order of their numbers.
     """
     space = dimensions(search.space)
-    study = patiently(lambda: open_study(directory, name, search.storage, mark))
-    total = total_trials(search, space)
-    patiently(lambda: study.set_user_attr(TOTAL, total))
-    while True:
-        trials = patiently(lambda: study.get_trials(deepcopy=False))
-        over = all(t.state.is_finished() for t in trials)  # what has begun is finished, whatever the total
-        if over and (len(trials) >= total or _is_settled(search, space, trials)):
-            report(_progress(study, search, space, []))
-            return trials
-        patiently(lambda: _add_cohort(study, search, space, base))
-        for stop in [*(stops(search.prunes, num_steps) if num_steps else []), None]:
-            work = [
-                Trial(t.number, t.params, _folder(directory, t.number), name, stop)
-                for t in patiently(lambda: study.get_trials(deepcopy=False))
-                if not t.state.is_finished() and stop not in t.intermediate_values
-            ]
-            for trial, result in run(
-                work, lambda running: report(_progress(study, search, space, [t.number for t in running]))
-            ):
-                patiently(partial(_tell, study, trial, result))
-            if stop is not None and num_steps is not None:
-                patiently(partial(_prune, study, search, num_steps, stop, directory))
+    total, mine = total_trials(search, space), turn(directory)
+    with mine:
+        study = patiently(lambda: open_study(directory, name, search.storage, mark))
+        patiently(lambda: study.set_user_attr(TOTAL, total))
+        (directory / TRIALS).mkdir(exist_ok=True)
+
+    def told(running: list[int]) -> None:
+        report(_progress(study, search, space, running, tuple(members(directory))))
+
+    with Claims() as claims:
+        while True:
+            with mine:
+                trials = patiently(lambda: study.get_trials(deepcopy=False))
+                over = all(t.state.is_finished() for t in trials)  # what has begun is finished, whatever the total
+                if over and (len(trials) >= total or _is_settled(search, space, trials)):
+                    told([])
+                    return trials
+                known = patiently(lambda: _add_cohort(study, search, space, base))
+            for stop in [*(stops(search.prunes, num_steps) if num_steps else []), None]:
+                _run_to(stop, study, known, directory, run, claims, told)
+                if stop is not None and num_steps is not None:
+                    with mine:
+                        patiently(partial(_prune, study, search, num_steps, stop, directory))
+
+
+def _run_to(
+    stop: int | None,
+    study: optuna.Study,
+    known: int,
+    directory: Path,
+    run: RunAll[Trial, RunResult],
+    claims: Claims,
+    told: Callable[[list[int]], None],
+) -> None:
+    """Run what is open of the first `known` trials up to `stop`, and wait for those that other processes hold."""
+
+    def units() -> list[Trial]:
+        trials = patiently(lambda: study.get_trials(deepcopy=False))[:known]
+        due = [t for t in trials if not t.state.is_finished() and stop not in t.intermediate_values]
+        return [Trial(t.number, t.params, _folder(directory, t.number), study.study_name, stop) for t in due]
+
+    while due := units():
+        done = 0
+        for trial, result in run(
+            claims.of(due, lambda trial: trial in units()), lambda running: told([t.number for t in running])
+        ):
+            patiently(partial(_tell, study, trial, result))
+            claims.release(trial.directory)
+            done += 1
+        if not done:
+            told([])
+            time.sleep(POLL_SECONDS)
 
 
 def _is_settled(search: SearchConfig, space: list[Dimension], trials: list[FrozenTrial]) -> bool:
@@ -160,7 +197,7 @@ def _is_settled(search: SearchConfig, space: list[Dimension], trials: list[Froze
 
 
 def _folder(directory: Path, number: int) -> Path:
-    return directory / "trials" / str(number)
+    return directory / TRIALS / str(number)
 
 
 def finished_trials(directory: Path, name: str, storage: str) -> list[tuple[FrozenTrial, RunResult]]:
@@ -195,14 +232,20 @@ def _add_cohort(
     search: SearchConfig,
     space: list[Dimension],
     base: dict[str, Any],
-) -> None:
-    """Put the trials that the open cohort still lacks into the storage, each in one transaction."""
+) -> int:
+    """Put the trials that the open cohort still lacks into the storage, each in one transaction.
+
+    Returns:
+        How many trials there are then.
+    """
     trials = study.get_trials(deepcopy=False)
     first = len(trials) - len(trials) % search.cohort
     if any(not t.state.is_finished() for t in trials[:first]):
-        return  # an earlier cohort is still open
-    for params in propose(search, space, base, base["seed"], trials[:first])[len(trials) - first :]:
+        return len(trials)  # an earlier cohort is still open
+    added = propose(search, space, base, base["seed"], trials[:first])[len(trials) - first :]
+    for params in added:
         study.add_trial(create_trial(state=TrialState.RUNNING, params=params, distributions=distributions(space)))
+    return len(trials) + len(added)
 
 
 def _tell(study: optuna.Study, trial: Trial, result: RunResult) -> None:
@@ -221,9 +264,12 @@ def _tell(study: optuna.Study, trial: Trial, result: RunResult) -> None:
 
 
 def _prune(study: optuna.Study, search: SearchConfig, num_steps: int, stop: int, directory: Path) -> None:
-    """Stop the trials of the open cohort that do not go on after `stop`."""
+    """Stop the trials of the open cohort that do not go on after `stop`, unless another process has come further."""
     trials = study.get_trials(deepcopy=False)
     cohorts = [trials[i : i + search.cohort] for i in range(0, len(trials), search.cohort)]
+    waiting = [t for t in cohorts[-1] if not t.state.is_finished()]
+    if any(stop not in t.intermediate_values or max(t.intermediate_values) > stop for t in waiting):
+        return
     for number in losers(search.prunes, num_steps, stop, cohorts):
         if not trials[number].state.is_finished():
             study.tell(_live(study, number), state=TrialState.PRUNED, skip_if_finished=True)
@@ -234,13 +280,15 @@ def _live(study: optuna.Study, number: int) -> optuna.trial.Trial:
     return optuna.trial.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
 
 
-def _progress(study: optuna.Study, search: SearchConfig, space: list[Dimension], running: list[int]) -> Progress:
+def _progress(
+    study: optuna.Study, search: SearchConfig, space: list[Dimension], running: list[int], others: tuple[str, ...]
+) -> Progress:
     trials, total = patiently(lambda: study.get_trials(deepcopy=False)), total_trials(search, space)
     finished = [t for t in trials if t.state.is_finished()]
     points = grid(space) if search.sampler == "grid" else [{}] * total
     left = _seconds_left(finished, points) if finished else 0.0
     pruned = sum(t.state == TrialState.PRUNED for t in finished)
-    return Progress(study.study_name, len(finished), total, running, best_trial(trials), left, pruned)
+    return Progress(study.study_name, len(finished), total, running, best_trial(trials), left, pruned, others)
 
 
 def _seconds_left(finished: list[FrozenTrial], points: list[dict[str, Any]]) -> float:

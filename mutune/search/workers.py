@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
@@ -29,7 +29,7 @@ from mutune.parametrization.finding import AuditError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 #: (tasks, tick) → (task, result) of each as it finishes: what `Workers.run` is.
-RunAll: TypeAlias = Callable[[Sequence[Task], Callable[[list[Task]], None]], Iterator[tuple[Task, Result]]]
+RunAll: TypeAlias = Callable[[Iterable[Task], Callable[[list[Task]], None]], Iterator[tuple[Task, Result]]]
 
 #: Workers that may die (out of memory, kill -9) without any task finishing in between, before the work stops.
 MAX_LOSSES = 3
@@ -154,11 +154,12 @@ class Workers(Generic[Task, Result]):
         self._pool.clear()
 
     def run(
-        self, tasks: Sequence[Task], tick: Callable[[list[Task]], None] = lambda running: None
+        self, tasks: Iterable[Task], tick: Callable[[list[Task]], None] = lambda running: None
     ) -> Iterator[tuple[Task, Result]]:
         """Run every task; yield (task, result) as they finish. A task whose worker dies is run again in a new one.
 
         Args:
+            tasks: each is taken when a worker is free for it.
             tick: called about once a second, and after every result, with the tasks now running.
 
         Raises:
@@ -167,16 +168,16 @@ class Workers(Generic[Task, Result]):
         if self._workers == 0:
             yield from _run_here(self._function, tasks, tick)
             return
-        waiting, losses, pool = list(tasks), 0, self._pool
-        while len(pool) < min(self._workers, len(waiting)):
-            pool.append(_start(self._pickled))
-        while waiting or any(worker.task is not None for worker in pool):
-            for worker in pool:
-                if worker.task is None and waiting:
-                    worker.task = waiting.pop(0)
-                    _send(worker)
-            tick([worker.task for worker in pool if worker.task is not None])
+        waiting, again, losses, pool = iter(tasks), list[Task](), 0, self._pool
+        while True:
+            while self._has_room() and (task := again.pop() if again else next(waiting, None)) is not None:
+                worker = self._free()
+                worker.task = task
+                _send(worker)
             busy = [worker for worker in pool if worker.task is not None]
+            if not busy:
+                return
+            tick([worker.task for worker in busy if worker.task is not None])
             ready = wait_for([part for w in busy for part in (w.connection, w.process.sentinel)], POLL_SECONDS)
             for worker in busy:
                 if worker.connection not in ready and worker.process.sentinel not in ready:
@@ -187,8 +188,8 @@ class Workers(Generic[Task, Result]):
                     losses += 1
                     if losses > MAX_LOSSES:
                         raise WorkError(f"worker processes keep dying, the last one in {task}; is memory short?")
-                    waiting.insert(0, task)
-                    pool[pool.index(worker)] = _start(self._pickled)
+                    again.append(task)
+                    pool.remove(worker)
                     continue
                 worker.task, losses = None, 0
                 failure, result = answer
@@ -196,9 +197,20 @@ class Workers(Generic[Task, Result]):
                     raise WorkError(f"{task} failed:\n{failure}") from (failure if isinstance(failure, KNOWN) else None)
                 yield task, result
 
+    def _has_room(self) -> bool:
+        return len(self._pool) < self._workers or any(worker.task is None for worker in self._pool)
+
+    def _free(self) -> _Worker[Task]:
+        """A worker without a task; started, where there is none yet."""
+        for worker in self._pool:
+            if worker.task is None:
+                return worker
+        self._pool.append(_start(self._pickled))
+        return self._pool[-1]
+
 
 def _run_here(
-    function: Callable[[Task], Result], tasks: Sequence[Task], tick: Callable[[list[Task]], None]
+    function: Callable[[Task], Result], tasks: Iterable[Task], tick: Callable[[list[Task]], None]
 ) -> Iterator[tuple[Task, Result]]:
     for task in tasks:
         tick([task])

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from mutune.data.prepare import TokenizedCorpus, prepare
 from mutune.data.windows import Stage, WindowLoader, heldout_windows
@@ -33,6 +34,7 @@ from mutune.training.schedule import multiplier
 from mutune.versions import versions
 
 METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+WRITER = ".writer.lock"  # held by the process that trains: what a killed parent leaves running ends first
 SAVE_SECONDS = 30.0  # between the checkpoints of a trial or of a ladder's run
 SMOOTHED = 0.05  # of a run: over how many steps a paused run's training loss is averaged
 
@@ -242,7 +244,13 @@ def run_to_end(
     Raises:
         Stopped: it was.
     """
-    run = Run(spec, resolve_device(device))
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / WRITER):
+        return _to_end(Run(spec, resolve_device(device)), directory, note, until, stop)
+
+
+def _to_end(run: Run, directory: Path, note: dict[str, Any], until: int | None, stop: Callable[[], bool]) -> RunResult:
+    spec = run.spec
     root, end = directory / CHECKPOINTS, min(until or spec.num_steps, spec.num_steps)
     start, records = _resume(run, directory)
     describe(directory, run, note)

@@ -85,7 +85,7 @@ def test_a_study_and_a_ladder_of_functions_that_live_in_a_function(out: Path, tm
     assert len(result.trials) == 4
     names = {p.name for p in folder(out).iterdir() if not p.name.startswith((".", "study.db-"))}  # SQLite's own
     assert names == {"best.yaml", "config.yaml", "figures", "ladder", "study.db", "trials"}
-    assert {p.name for p in (folder(out) / "trials" / "0").iterdir()} == {
+    assert {p.name for p in (folder(out) / "trials" / "0").iterdir() if not p.name.startswith(".")} == {
         "config.yaml", "metrics.jsonl", "parametrization.csv", "multipliers.csv"
     }  # fmt: skip
     assert len(list((folder(out) / "ladder").iterdir())) == 2 * 5 * 2

@@ -15,19 +15,20 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+from filelock import FileLock
 from optuna.storages.journal._storage import JournalOperation
 
 from mutune.compose import compose
 from mutune.config import SweepConfig
 from mutune.errors import Refusal
-from mutune.folders import locked
+from mutune.search.claims import MEMBERS, members
 from mutune.search.config import without_password
 from mutune.search.storage import CREATE_TRIAL, check_storage, open_storage, open_study, read_study
 from tests import doors
 from tests.search.databases import postgresql
 from tests.soak import record
 
-SWEEP = ["+sweep=smoke", "study=kept", "search.n_trials=8", "search.cohort=4", "search.workers=2", "run.num_steps=120"]
+SWEEP = ["+sweep=smoke", "study=kept", "search.n_trials=8", "search.cohort=4", "workers=2", "run.num_steps=120"]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,39 @@ def test_a_database_that_is_gone_for_a_while_is_waited_for(
     assert trials(tmp_path, url) == calm
 
 
+@pytest.mark.parametrize("where", ["sqlite", "journal", "database"])
+def test_processes_that_run_a_study_together_end_as_one_alone_also_when_one_is_killed(
+    where: str, calm: dict[int, Any], database: tuple[Any, str], tmp_path: Path
+) -> None:
+    where = database[1] if where == "database" else where
+    if "://" in where:
+        forget(tmp_path, where)
+    together = [*SWEEP, "workers=1", f"search.storage='{where}'", f"out={tmp_path}"]
+    processes = [doors.start("sweep", *together) for _ in range(3)]
+    doors.wait_until(lambda: len(list(tmp_path.glob("sweeps/kept/trials/*/metrics.jsonl"))) >= 3, processes[0])
+    os.killpg(processes[0].pid, signal.SIGKILL)
+    for process in processes[1:]:
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+        assert "best       trial " in stdout
+        assert " · with " in stdout + stderr
+    processes[0].communicate()
+    assert trials(tmp_path, where) == calm
+    assert not members(tmp_path / "sweeps/kept")
+    for path in (tmp_path / "sweeps/kept/trials").glob("*/metrics.jsonl"):
+        steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        assert steps == list(range(1, len(steps) + 1)), path  # no two processes wrote it
+
+
+def test_a_file_of_one_host_is_not_joined_from_another(tmp_path: Path) -> None:
+    sweep = ["+sweep=smoke", "study=kept", "search.n_trials=2", "run.num_steps=5", f"out={tmp_path}"]
+    doors.run("sweep", *sweep)
+    with FileLock(tmp_path / "sweeps/kept" / MEMBERS / "elsewhere.1"):
+        refused = doors.run("sweep", *sweep, expect=2).stderr
+    assert "search.storage=sqlite is for one host, and elsewhere.1 is at this study" in refused
+    doors.run("sweep", *sweep)
+
+
 def test_a_study_of_other_inputs_in_the_same_database_is_refused_or_replaced(
     database: tuple[Any, str], tmp_path: Path
 ) -> None:
@@ -143,9 +177,9 @@ def test_an_overwrite_that_is_refused_leaves_the_study_in_the_database(
 ) -> None:
     sweep = ["+sweep=smoke", "study=held", "search.n_trials=2", f"search.storage='{database[1]}'", f"out={tmp_path}"]
     doors.run("sweep", *sweep, "run.num_steps=8")
-    with locked(tmp_path / "sweeps/held", "study"):
+    with FileLock(tmp_path / "sweeps/held" / MEMBERS / "elsewhere.1"):
         refused = doors.run("sweep", *sweep, "run.num_steps=5", "overwrite=true", expect=2).stderr
-    assert "in use by another mutune process" in refused
+    assert "overwrite=true replaces what elsewhere.1 is at" in refused
     assert "held" in optuna.get_all_study_names(open_storage(tmp_path, database[1]))
 
 
@@ -264,7 +298,7 @@ def test_soak_twenty_kills_on_every_storage(database: tuple[Any, str], tmp_path:
     rows = []
     for where, sampler in (("sqlite", "tpe"), ("journal", "random"), (database[1], "qmc")):
         kind = where.partition("+")[0]
-        asked = [*LONG, f"search.sampler={sampler}", "search.workers=3", f"search.storage='{where}'"]
+        asked = [*LONG, f"search.sampler={sampler}", "workers=3", f"search.storage='{where}'"]
         if kind == "postgresql":
             forget(tmp_path, where)
         counts, generator = dict.fromkeys(("worker", "parent", "all"), 0), random.Random(0)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import yaml
 
+from mutune.search.claims import host
 from tests import doors, soak
 
 #: A quick study: TPE takes over after the first cohort, so later parameters depend on earlier losses.
@@ -22,7 +23,7 @@ QUICK = [
     "search.sampler=tpe",
     "search.n_startup_trials=4",
     "search.cohort=4",
-    "search.workers=2",
+    "workers=2",
 ]
 
 
@@ -186,7 +187,7 @@ def test_a_diverged_trial_is_an_observation_and_cannot_win(tmp_path: Path) -> No
     assert yaml.safe_load((tmp_path / "sweeps/kill/best.yaml").read_text())["trial"] == 1
 
 
-def test_two_sweeps_of_one_study_at_once_are_refused(tmp_path: Path) -> None:
+def test_a_running_study_can_be_looked_at_and_not_replaced(tmp_path: Path) -> None:
     arguments = [*QUICK, "search.n_trials=8", "run.num_steps=900", f"out={tmp_path}"]
     process = doors.start("sweep", *arguments)
     try:
@@ -196,12 +197,12 @@ def test_two_sweeps_of_one_study_at_once_are_refused(tmp_path: Path) -> None:
         while not training.search(status):  # at some moments all of a cohort wait
             status = doors.run("sweep", "study=kill", "status=true", f"out={tmp_path}").stdout
             assert "study      kill: " in status
-            assert "process    running" in status, status
-        refused = doors.run("sweep", *arguments, expect=2)
-        assert "in use by another mutune process" in refused.stderr
+            assert f"processes  {host()}.{process.pid}\n" in status, status
+        refused = doors.run("sweep", *arguments, "overwrite=true", expect=2).stderr
+        assert f"overwrite=true replaces what {host()}.{process.pid} is at; wait for it or stop it" in refused
     finally:
         process.kill()
         process.communicate()
     idle = doors.run("sweep", "study=kill", "status=true", f"out={tmp_path}").stdout
-    assert "process    none; the same command continues the study" in idle
+    assert "processes  none; the same command continues the study" in idle
     assert "study=other does not exist" in doors.run("sweep", "study=other", "status=true", expect=2).stderr
