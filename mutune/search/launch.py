@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ Result = TypeVar("Result")
 PACKAGES = {"slurm": "submitit", "ray": "ray"}
 FOLDER = "jobs"
 WHERE = ("workers", "launcher", "jobs", "resources")  # keys of a sweep that say where it runs
+CONCLUDE_SECONDS = 60.0  # for the figures and the page of a finished study
 QUEUE_SECONDS = 30.0  # between two looks at the cluster's queue
 
 
@@ -40,6 +42,9 @@ class Jobs(Protocol):
 
     def stop(self) -> None:
         """End them; they save what they have."""
+
+    def join(self) -> None:
+        """The study is over: let those conclude that would end with this process."""
 
 
 def check_launcher(launcher: str, storage: str) -> None:
@@ -113,6 +118,7 @@ def runner(
     except BaseException:
         jobs.stop()
         raise
+    jobs.join()
 
 
 def _start(where: Launch, count: int, command: Sequence[str], folder: Path) -> Jobs:
@@ -191,6 +197,9 @@ class _Slurm:
             if not self._end(job):
                 job.cancel(check=False)
 
+    def join(self) -> None:
+        """They need nobody."""
+
 
 class _Ray:
     def __init__(self, count: int, command: Sequence[str], where: Launch, folder: Path) -> None:
@@ -198,7 +207,9 @@ class _Ray:
 
         self._ray = ray
         if not ray.is_initialized():
+            handler = signal.getsignal(signal.SIGTERM)
             ray.init(log_to_driver=False)
+            signal.signal(signal.SIGTERM, handler)  # Ray's own aborts
         folder.mkdir(parents=True, exist_ok=True)
         remote = ray.remote(**{"num_cpus": where.workers, "max_retries": 0, **where.resources})(member)
         self._jobs = [
@@ -219,6 +230,9 @@ class _Ray:
         for job in self._jobs:
             self._ray.cancel(job)
         self._ray.wait(self._jobs, num_returns=len(self._jobs), timeout=GRACE_SECONDS)
+
+    def join(self) -> None:
+        self._ray.wait(self._jobs, num_returns=len(self._jobs), timeout=CONCLUDE_SECONDS)
 
 
 def _first_line(error: BaseException) -> str:
