@@ -71,7 +71,7 @@ class SearchConfig:
         stop_regret: end the study, at the end of a cohort, once its best trial is expected to lie less than this above
             the lowest point near it, nats per token; null runs all trials.
         storage: where Optuna keeps the trials: `sqlite` or `journal`, files in the study's folder, or the URL of a
-            database, for example postgresql+psycopg://user@host/database.
+            database, for example postgresql+psycopg://user@host/database, or grpc://host:13000, Optuna's gRPC proxy.
         space: name → {low, high, log} or {values: [...]}.
         initial: known-good values, tried first; what they leave out takes the configured base value, or where that
             lies outside its range, the sampler's own. A grid has none.

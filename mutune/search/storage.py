@@ -1,4 +1,4 @@
-"""Where a study's trials are kept: SQLite or a journal in its folder, or a database that has a URL.
+"""Where a study's trials are kept: SQLite or a journal in its folder, a database that has a URL, or a proxy of one.
 
 What a kill or a full disk leaves is mended where a storage cannot do so itself, and a database that is gone for a while
 is waited for.
@@ -13,11 +13,12 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import optuna
 from filelock import FileLock
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
@@ -30,6 +31,8 @@ T = TypeVar("T")
 
 TRIALS = "trials"  # the folder of the trials' records, in the study's
 MARK = "inputs"  # the user attribute of a study that tells which inputs it is of
+GRPC = "grpc://"
+READY_SECONDS = 10.0  # for a proxy to answer at first
 PATIENCE = 120.0  # seconds that a storage may be gone
 CREATION_TRIES = 5  # of tables, which two studies that start at once make for each other
 
@@ -82,6 +85,8 @@ def open_storage(directory: Path, where: str, *, reads: bool = False) -> BaseSto
             lock.acquire()
             lock.release()
         return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
+    if where.startswith(GRPC):
+        return _proxy(where)
     for left in reversed(range(CREATION_TRIES)):
         try:
             with warnings.catch_warnings():
@@ -102,6 +107,29 @@ def open_storage(directory: Path, where: str, *, reads: bool = False) -> BaseSto
                 "search.storage=postgresql+psycopg://user@host/database, or sqlite."
             ) from None
     raise AssertionError
+
+
+def _proxy(where: str) -> BaseStorage:
+    """Optuna's gRPC proxy of a storage."""
+    try:
+        place = urlsplit(where)
+        if not place.hostname or not place.port:
+            raise ValueError("it has no host and port")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            proxy = GrpcStorageProxy(host=place.hostname, port=place.port)
+        proxy.wait_server_ready(timeout=READY_SECONDS)
+    except ImportError:
+        raise Refusal(
+            f"search.storage={without_password(where)} needs grpcio, which is not installed; for example "
+            "pip install 'mutune[grpc]'."
+        ) from None
+    except (ConnectionError, ValueError) as error:
+        raise Refusal(
+            f"search.storage={without_password(where)} cannot be used ({_line(error)}); for example "
+            f"search.storage={GRPC}host:13000, or sqlite."
+        ) from None
+    return proxy
 
 
 def open_study(directory: Path, name: str, where: str = "sqlite", mark: str = "") -> optuna.Study:
@@ -142,7 +170,9 @@ def patiently(action: Callable[[], T]) -> T:
     while True:
         try:
             return action()
-        except (StorageInternalError, DBAPIError) as error:
+        except Exception as error:
+            if not isinstance(error, (StorageInternalError, DBAPIError)) and not _is_grpc(error):
+                raise
             why = _line(error.__cause__ or error)
             if "full" in why or time.monotonic() - started > PATIENCE:  # a full disk empties itself for nobody
                 raise StorageGone(f"the study's storage does not answer ({why}); mend that") from error
@@ -268,6 +298,11 @@ def _cut_torn_line(path: Path) -> None:
 
 def _is_race(error: Exception) -> bool:
     return any(word in str(error).lower() for word in ("already exists", "unique", "duplicate"))
+
+
+def _is_grpc(error: Exception) -> bool:
+    """Whether a proxy did not answer; its package is loaded only where there is one."""
+    return any(kind.__module__ == "grpc" and kind.__name__ == "RpcError" for kind in type(error).__mro__)
 
 
 def _line(error: BaseException) -> str:

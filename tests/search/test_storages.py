@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -108,6 +109,36 @@ def test_processes_that_run_a_study_together_are_killed_and_it_ends_as_an_undist
     for path in (tmp_path / "sweeps/kept/trials").glob("*/metrics.jsonl"):
         steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
         assert steps == list(range(1, len(steps) + 1)), path  # no two processes wrote it
+
+
+def test_a_study_behind_optuna_s_grpc_proxy_ends_as_any_other_also_when_the_proxy_is_gone_for_a_while(
+    calm: dict[int, Any], tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code = (
+        "import sys, optuna; from optuna.storages import get_storage, run_grpc_proxy_server;"
+        "run_grpc_proxy_server(get_storage(sys.argv[1]), host='127.0.0.1', port=int(sys.argv[2]))"
+    )
+    serve = [sys.executable, "-W", "ignore", "-c", code, f"sqlite:///{tmp_path}/served.db", str(port)]
+    where = f"grpc://127.0.0.1:{port}"
+    server = subprocess.Popen(serve, stderr=subprocess.DEVNULL)
+    process = doors.start("sweep", *SWEEP, f"search.storage='{where}'", f"out={tmp_path}")
+    try:
+        doors.wait_until(lambda: len(list(tmp_path.glob("sweeps/kept/trials/*/metrics.jsonl"))) >= 2, process)
+        server.kill()
+        server.wait()
+        time.sleep(3.0)
+        server = subprocess.Popen(serve, stderr=subprocess.DEVNULL)
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+        assert "storage    does not answer (" in stderr
+        assert trials(tmp_path, where) == calm
+    finally:
+        server.kill()
+        server.wait()
+    refused = doors.run("sweep", *SWEEP, f"search.storage='{where}'", f"out={tmp_path}", expect=2).stderr
+    assert f"search.storage={where} cannot be used (GRPC connection timeout)" in refused
 
 
 def test_a_file_of_one_host_is_not_joined_from_another(tmp_path: Path) -> None:
