@@ -14,9 +14,10 @@ examples:
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mutune.compose import build
 from mutune.config import SweepConfig
@@ -27,6 +28,9 @@ from mutune.folders import CONFIG, check_claim, claim, entered
 from mutune.search.config import Dimension
 from mutune.training.config import RunSpec
 from mutune.training.price import price
+
+if TYPE_CHECKING:
+    from mutune.search.execution import ExecutionPlan
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,13 +47,10 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
         words: the command line, for a sweep that follows another study and decides little itself.
     """
     from mutune.data.prepare import prepare
-    from mutune.search.claims import check_company, joined, members, turn
-    from mutune.search.launch import Launch, check_launcher, runner
-    from mutune.search.once import fingerprint
-    from mutune.search.storage import StorageGone, check_database, check_storage, drop_foreign
+    from mutune.search.execution import plan_execution
+    from mutune.search.launch import check_launcher
+    from mutune.search.proposals import total_trials
     from mutune.search.study import check_space
-    from mutune.search.trial import run_trial
-    from mutune.search.workers import WorkError, default_workers
     from mutune.training.run import check_data
 
     if not config.study:
@@ -70,29 +71,57 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
     corpus = prepare(config.data, config.tokenizer)
     check_data(spec, corpus, "run")
     if config.launcher == "local":
-        _check_memory(config, spec, space)
+        _check_memory(config, spec, space, config.workers or 1)
+    directory = Path(config.out) / "sweeps" / str(config.study)
+    total = total_trials(config.search, space)
+    steps = _whole_runs(config, total) * spec.num_steps
+    plan = plan_execution(spec, directory, config.device, steps, config.workers, total)
+    if config.launcher == "local":
+        _check_memory(config, spec, space, plan.workers)
+    print(plan.line(steps))
     if config.dry_run:
         print(NOTHING_WRITTEN)
         return OK
-    directory = Path(config.out) / "sweeps" / str(config.study)
-    inputs = {"config": config.identity(), "data_hash": corpus.content_hash}
+    return _start(replace(config, workers=plan.workers), plan, space, corpus.content_hash, words)
+
+
+def _start(
+    config: SweepConfig, plan: "ExecutionPlan", space: list[Dimension], data_hash: str, words: Sequence[str]
+) -> int:
+    """Join the study, whose folder this makes where there is none, and run it to its end."""
+    from mutune.search.claims import check_company, joined, members, turn
+    from mutune.search.execution import agreed
+    from mutune.search.launch import Launch, runner
+    from mutune.search.once import fingerprint
+    from mutune.search.storage import StorageGone, check_database, check_storage, drop_foreign
+    from mutune.search.trial import run_trial
+    from mutune.search.workers import WorkError
+
+    directory, storage = Path(config.out) / "sweeps" / str(config.study), config.search.storage
+
+    def settled() -> tuple[SweepConfig, dict[str, Any], str]:
+        whole = replace(config, loop=agreed(directory, config.loop, plan))
+        inputs = {"config": whole.identity(), "data_hash": data_hash}
+        return whole, inputs, fingerprint(inputs)
+
+    whole, inputs, mark = settled()
     check_claim(directory, inputs, "study", config.overwrite)
-    mark = fingerprint(inputs)
-    check_database(directory, directory.name, config.search.storage, mark, config.overwrite)
+    check_database(directory, directory.name, storage, mark, config.overwrite)
     with ExitStack() as stack:
         with entered(directory):
-            check_company(config.search.storage, members(directory), config.overwrite)
+            whole, inputs, mark = settled()  # by now another process may have begun the study
+            check_company(storage, members(directory), config.overwrite)
             claim(directory, inputs, "study", config.overwrite)
             if config.overwrite:
-                drop_foreign(directory, directory.name, config.search.storage, mark)
+                drop_foreign(directory, directory.name, storage, mark)
             with turn(directory):
-                check_storage(directory, directory.name, config.search.storage)
+                check_storage(directory, directory.name, storage)
             stack.enter_context(joined(directory))
+        spec = whole.spec()
         try:
-            work_one = partial(run_trial, spec, config.device)
-            where = Launch(config.launcher, config.jobs, config.workers or default_workers(), config.resources)
-            with runner(work_one, where, words, directory) as run:
-                _search(config, spec, space, directory, corpus.content_hash, mark, run)
+            where = Launch(config.launcher, config.jobs, plan.workers, config.resources)
+            with runner(partial(run_trial, spec, config.device), where, words, directory) as run:
+                _search(whole, spec, space, directory, data_hash, mark, run)
         except (WorkError, StorageGone) as error:
             raise WorkFailed(f"{error}\nThe same command continues the study.") from error
     return OK
@@ -114,15 +143,14 @@ def _status(config: SweepConfig) -> list[str]:
     return status_lines(directory, given if "://" in given else stored.search.storage, stored.run.num_steps)
 
 
-def _check_memory(config: SweepConfig, spec: RunSpec, space: list[Dimension]) -> None:
+def _check_memory(config: SweepConfig, spec: RunSpec, space: list[Dimension], workers: int) -> None:
     """Refuse a sweep whose largest trials do not fit side by side."""
     from mutune.search.proposals import total_trials
     from mutune.search.trial import trial_spec
-    from mutune.search.workers import default_workers
     from mutune.training.memory import require_memory
 
     widest = max([spec.model.width, *(value for d in space if d.name == "width" for value in d.values)])
-    at_once = min(total_trials(config.search, space), config.workers or default_workers())
+    at_once = min(total_trials(config.search, space), workers)
     require_memory([trial_spec(spec, {"width": widest})] * at_once, config.device, "model.width or workers")
 
 
@@ -130,7 +158,6 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
     """What the sweep would do, in words and numbers."""
     from mutune.search.proposals import total_trials
     from mutune.search.pruning import words
-    from mutune.search.workers import default_workers
 
     cost = price(config.spec())
     total = total_trials(config.search, space)
@@ -141,8 +168,8 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
         f"trial      {config.run.num_steps} steps × {config.run.tokens_per_step} tokens = {config.run.tokens:,} "
         f"tokens, {cost.flops:.3g} FLOPs at the base width",
         f"pruning    {words(config.search.prunes, config.run.num_steps)}",
-        f"search     {total} trials by {config.search.sampler}, {config.workers or default_workers()} workers"
-        + (f" in each of {config.jobs} jobs of {config.launcher}" if config.launcher != "local" else ""),
+        f"search     {total} trials by {config.search.sampler}"
+        + (f", in {config.jobs} jobs of {config.launcher}" if config.launcher != "local" else ""),
         *(f"space      {dimension.name}: {dimension}" for dimension in space),
         _whole(config, total, cost.flops),
     ]
@@ -151,18 +178,30 @@ def describe(config: SweepConfig, space: list[Dimension]) -> str:
 
 def _whole(config: SweepConfig, total: int, flops: int) -> str:
     """What all trials cost together, with what pruning saves where that is known beforehand."""
-    from mutune.search.pruning import cost
-
-    search, prices = config.search, config.prices
-    runs, finished = cost(search.prunes, config.run.num_steps, total, search.cohort)
-    again = min(search.confirm, finished) * search.confirm_seeds
-    runs += again
+    prices, again = config.prices, _confirming(config, total)
+    runs = _whole_runs(config, total)
     hours = runs * flops / prices.flops_per_gpu_second / 3600
     extra = f", {again} of them to confirm the leaders" if again else ""
     return (
         f"together   as many steps as {runs:.3g} whole runs{extra}: {runs * flops:.3g} FLOPs, {hours:.3g} GPU-hours at "
         f"{prices.flops_per_gpu_second:.3g} FLOP/s, {hours * prices.gpu_hour:,.2f} {prices.currency}"
     )
+
+
+def _whole_runs(config: SweepConfig, total: int) -> float:
+    """Whole runs' worth of steps of a study of `total` trials."""
+    from mutune.search.pruning import cost
+
+    return cost(config.search.prunes, config.run.num_steps, total, config.search.cohort)[0] + _confirming(config, total)
+
+
+def _confirming(config: SweepConfig, total: int) -> int:
+    """Runs that confirm the leaders."""
+    from mutune.search.pruning import cost
+
+    search = config.search
+    finished = cost(search.prunes, config.run.num_steps, total, search.cohort)[1]
+    return min(search.confirm, finished) * search.confirm_seeds
 
 
 def _search(

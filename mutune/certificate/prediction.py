@@ -30,7 +30,7 @@ LEVEL = 0.9
 LEAST_ERROR = 1e-4  # nats; seeds that agree by chance do not make a loss exact
 RISE = 3.0  # standard errors by which the widest rung may lie above the narrowest
 #: Of the loop, what a held-out loss hangs on.
-LOOP = ("clip_norm", "heldout_windows")
+LOOP = ("clip_norm", "heldout_windows", "dtype")
 
 
 def predict_target(proxy: RunSpec, target: RunSpec, assessment: Assessment) -> Prediction:
@@ -121,7 +121,8 @@ def unmodelled(proxy: RunSpec, target: RunSpec) -> list[str]:
         found += _differing(part, plain(getattr(proxy, part)), plain(getattr(target, part)))
     if proxy.stages != target.stages:
         found.append(f"its stages ({_stages(proxy)} → {_stages(target)})")
-    return found + [f"loop.{name}" for name in LOOP if getattr(proxy.loop, name) != getattr(target.loop, name)]
+    ours, theirs = proxy.loop.settled(), target.loop.settled()
+    return found + [f"loop.{name}" for name in LOOP if getattr(ours, name) != getattr(theirs, name)]
 
 
 @dataclass(frozen=True)

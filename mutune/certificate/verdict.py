@@ -112,6 +112,7 @@ def difference_table(
         ("decay share", _decay(proxy), _decay(target)),
         ("end ratio", _end_ratio(proxy), _end_ratio(target)),
         ("clip norm", proxy.loop.clip_norm, target.loop.clip_norm),
+        ("dtype", str(proxy.loop.settled().dtype), str(target.loop.settled().dtype)),
     ]
     return [_difference(axis, a, b, measured) for axis, a, b in pairs if a != b]
 

@@ -25,17 +25,20 @@ class Decoder(nn.Module):
         shape: its shape.
         vocab_size: V, never padded.
         multipliers: site → value, as in a plan's `multipliers` table.
+        attention: `sdpa`, torch's fused kernel, or `explicit`, which is written out.
 
     Parameters are left as torch creates them; `mutune.training.initialise` gives them the plan's values.
     """
 
-    def __init__(self, shape: ModelConfig, vocab_size: int, multipliers: Mapping[str, float]) -> None:
+    def __init__(
+        self, shape: ModelConfig, vocab_size: int, multipliers: Mapping[str, float], attention: str = "sdpa"
+    ) -> None:
         super().__init__()
         self.shape = shape
         self.embedding_multiplier = Multiplier("embedding", multipliers["embedding"])
         self.wte = nn.Embedding(vocab_size, shape.width)
         self.wpe = nn.Embedding(shape.max_positions, shape.width) if shape.positions == "learned" else None
-        self.h = nn.ModuleList(Block(shape, multipliers) for _ in range(shape.depth))
+        self.h = nn.ModuleList(Block(shape, multipliers, attention) for _ in range(shape.depth))
         self.ln_f = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
         self.output_multiplier = Multiplier("output", multipliers["output"])
         self.lm_head = None if shape.tied else nn.Linear(shape.width, vocab_size, bias=False)
@@ -79,10 +82,10 @@ class Decoder(nn.Module):
 class Block(nn.Module):
     """x + attn(ln_1 x), then x + mlp(ln_2 x)."""
 
-    def __init__(self, shape: ModelConfig, multipliers: Mapping[str, float]) -> None:
+    def __init__(self, shape: ModelConfig, multipliers: Mapping[str, float], attention: str) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
-        self.attn = Attention(shape, multipliers["attention_logits"])
+        self.attn = Attention(shape, multipliers["attention_logits"], attention)
         self.ln_2 = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
         self.mlp = FeedForward(shape)
         self.attn_multiplier = Multiplier("residual.attn", multipliers["residual.attn"])
@@ -97,8 +100,9 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """softmax((multiplier · q) kᵀ + bias) v, with one fused projection Q‖K‖V."""
 
-    def __init__(self, shape: ModelConfig, logit_multiplier: float) -> None:
+    def __init__(self, shape: ModelConfig, logit_multiplier: float, attention: str) -> None:
         super().__init__()
+        self.fused = attention == "sdpa"
         self.heads = shape.heads
         self.logit_multiplier = Multiplier("attention_logits", logit_multiplier)
         self.c_attn = nn.Linear(shape.width, 3 * shape.width)
@@ -109,10 +113,12 @@ class Attention(nn.Module):
         q_BHTK, k_BHTK, v_BHTK = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(x_BTD).chunk(3, dim=-1)
         )
-        bias_1HTT = bias_HTT[None]  # four dimensions: with three, torch's CPU kernel falls back to a slower path
-        out_BHTK = F.scaled_dot_product_attention(
-            self.logit_multiplier(q_BHTK), k_BHTK, v_BHTK, attn_mask=bias_1HTT, scale=1.0
-        )
+        q_BHTK = self.logit_multiplier(q_BHTK)
+        if self.fused:
+            bias_1HTT = bias_HTT[None]  # four dimensions: with three, torch's CPU kernel falls back to a slower path
+            out_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=bias_1HTT, scale=1.0)
+        else:
+            out_BHTK = (q_BHTK @ k_BHTK.transpose(-2, -1) + bias_HTT).softmax(-1) @ v_BHTK
         return self.c_proj(out_BHTK.transpose(1, 2).flatten(-2))
 
 

@@ -1,7 +1,7 @@
 """What a run is, as plain data: stages, and everything that decides its losses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.errors import require, require_number
@@ -12,6 +12,7 @@ from mutune.parametrization.rules import ParametrizationConfig
 from mutune.training.schedule import ScheduleConfig
 
 MAX_SEED = 2**31 - 1
+DTYPES, ATTENTIONS = ("float32", "bfloat16"), ("sdpa", "explicit")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class LoopConfig:
         eval_every: steps between evaluations; 0 evaluates at the end of each stage only.
         audit_every: steps between audits of the live run against its plan; 0 audits at the start and on resume only.
         divergence_factor: a training loss above this many times ln(vocabulary) after warm-up ends the run.
+        dtype: `float32`, or `bfloat16` for products of matrices, with float32 weights; null is what a sweep measures to
+            pay, elsewhere float32.
+        attention: `sdpa`, torch's fused kernel, or `explicit`; null is what a sweep measures to pay, elsewhere sdpa.
+        compile: whether the model is compiled; null is what a sweep measures to pay, elsewhere false.
     """
 
     clip_norm: float = 1.0
@@ -66,8 +71,16 @@ class LoopConfig:
     eval_every: int = 0
     audit_every: int = 100
     divergence_factor: float = 2.0
+    dtype: str | None = None
+    attention: str | None = None
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
+        for name, known in (("dtype", DTYPES), ("attention", ATTENTIONS)):
+            value = getattr(self, name)
+            require(
+                value is None or value in known, f"loop.{name}={value} is unknown; known: {', '.join(known)}, or null."
+            )
         require_number("loop.clip_norm", self.clip_norm, above=0.0, example=1.0)
         require_number("loop.heldout_windows", self.heldout_windows, at_least=1, example=128, whole=True)
         require_number("loop.eval_every", self.eval_every, at_least=0, example=50, whole=True)
@@ -75,6 +88,15 @@ class LoopConfig:
         require_number("loop.divergence_factor", self.divergence_factor, above=1.0, example=2.0)
         if self.micro_sequences is not None:
             require_number("loop.micro_sequences", self.micro_sequences, at_least=1, example=4, whole=True)
+
+    def settled(self) -> "LoopConfig":
+        """With what is left open as it is where nothing was measured."""
+        return replace(
+            self,
+            dtype=self.dtype or DTYPES[0],
+            attention=self.attention or ATTENTIONS[0],
+            compile=bool(self.compile),
+        )
 
 
 @dataclass(frozen=True)

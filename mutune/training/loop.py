@@ -12,6 +12,8 @@ from mutune.model.decoder import Decoder
 from mutune.parametrization.apply import set_rates
 
 Record = dict[str, Any]
+#: (ids (B, T), targets (B, T)) → mean loss in nats per token.
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ def train(
     batch: Callable[[int], np.ndarray],
     rate: Callable[[int], float],
     *,
+    loss: Loss | None = None,
     start_step: int,
     num_steps: int,
     peak_lr: float,
@@ -42,6 +45,7 @@ def train(
     Args:
         batch: global step → token ids (B, T+1).
         rate: step → rate / peak rate.
+        loss: computes the model's mean loss; None is `model.loss`.
         peak_lr: the base peak rate; only reported, as `lr`.
         clip_norm: bound on the global gradient norm.
         micro_sequences: sequences per forward pass; the rest is gradient accumulation.
@@ -57,10 +61,10 @@ def train(
         factor = rate(step)
         set_rates(optimizer, factor)
         ids_BT = torch.from_numpy(batch(step)).to(device)
-        loss = _backward(model, ids_BT, micro_sequences)
+        value = _backward(loss or model.loss, ids_BT, micro_sequences)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm, foreach=True).item()
-        diverged = not (math.isfinite(loss) and math.isfinite(grad_norm)) or (
-            step >= warmup_steps and loss > loss_bound
+        diverged = not (math.isfinite(value) and math.isfinite(grad_norm)) or (
+            step >= warmup_steps and value > loss_bound
         )
         if not diverged:
             optimizer.step()
@@ -68,7 +72,7 @@ def train(
         yield {
             "step": step + 1,
             "tokens": ids_BT[:, 1:].numel(),
-            "loss": loss,
+            "loss": value,
             "lr": peak_lr * factor,
             "grad_norm": grad_norm,
             "diverged": diverged,
@@ -77,24 +81,28 @@ def train(
             return
 
 
-def _backward(model: Decoder, ids_BT: torch.Tensor, micro_sequences: int) -> float:
+def _backward(loss: Loss, ids_BT: torch.Tensor, micro_sequences: int) -> float:
     """Accumulate the gradient of the batch's mean loss; return that loss."""
     total = 0.0
     for part_BT in ids_BT.split(micro_sequences):
-        loss = model.loss(part_BT[:, :-1], part_BT[:, 1:]) * (len(part_BT) / len(ids_BT))
-        loss.backward()
-        total += loss.item()
+        part = loss(part_BT[:, :-1], part_BT[:, 1:]) * (len(part_BT) / len(ids_BT))
+        part.backward()
+        total += part.item()
     return total
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, heldout: Heldout) -> Record:
-    """Held-out loss in nats per token and in bits per byte of the predicted tokens."""
+def evaluate(model: Decoder, heldout: Heldout, loss: Loss | None = None) -> Record:
+    """Held-out loss in nats per token and in bits per byte of the predicted tokens.
+
+    Args:
+        loss: computes the model's mean loss; None is `model.loss`.
+    """
     device = next(model.parameters()).device
-    total = 0.0
+    total, loss = 0.0, loss or model.loss
     for start in range(0, len(heldout.windows), heldout.chunk):
         ids_BT = torch.from_numpy(heldout.windows[start : start + heldout.chunk]).to(device)
-        total += model.loss(ids_BT[:, :-1], ids_BT[:, 1:]).item() * ids_BT[:, 1:].numel()
+        total += loss(ids_BT[:, :-1], ids_BT[:, 1:]).item() * ids_BT[:, 1:].numel()
     targets = heldout.windows[:, 1:]
     num_bytes = int(heldout.token_bytes[targets].sum())
     return {"heldout_loss": total / targets.size, "heldout_bits_per_byte": total / num_bytes / math.log(2)}

@@ -19,10 +19,15 @@ def require_memory(specs: Sequence[RunSpec], device: str, smaller: str) -> None:
         smaller: what to make smaller where they do not fit, for the message.
     """
     where, need = resolve_device(device), sum(price(spec).bytes for spec in specs)
-    have = torch.cuda.mem_get_info()[0] if where.type == "cuda" else psutil.virtual_memory().available
+    have = free_memory(where)
     at_once = f"{len(specs)} runs at once need" if len(specs) > 1 else "this run needs"
     require(
         need <= have,
         f"device={where} has {have / 2**30:.1f} GiB free and {at_once} about {need / 2**30:.1f} GiB on it; choose a "
         f"smaller {smaller}.",
     )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on `device`."""
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)

@@ -29,6 +29,7 @@ from mutune.parametrization.opinion import second_opinion
 from mutune.parametrization.plan import Plan
 from mutune.training import checkpoint
 from mutune.training.config import RunSpec, StageConfig, stage_ends
+from mutune.training.execution import loss_functions
 from mutune.training.loop import Heldout, Record, evaluate, train
 from mutune.training.schedule import multiplier
 from mutune.versions import versions
@@ -90,7 +91,9 @@ class Run:
         self.corpus = prepare(spec.data, spec.tokenizer)
         self.plan = spec.plan(self.corpus.vocab_size)
         sites = {site: row.value for site, row in self.plan.multipliers.items()}
-        self.model = Decoder(spec.model, self.corpus.vocab_size, sites).to(device)
+        loop = spec.loop.settled()
+        self.model = Decoder(spec.model, self.corpus.vocab_size, sites, str(loop.attention)).to(device)
+        self.loss, self.heldout_loss = loss_functions(self.model, loop)
         initialise(self.model, self.plan, spec.seed)
         self.optimizer = make_optimizer(self.model, self.plan, betas=self._betas)
         self.loader = window_loader(spec, self.corpus)
@@ -108,21 +111,9 @@ class Run:
         """
         spec, started = self.spec, time.monotonic()
         ends = [end for end, _ in stage_ends(spec.stages)]
-        rate = multiplier(spec.schedule, spec.num_steps, stage_ends(spec.stages))
+        rate = self._rate()
         self._audit_start(start_step)
-        for record in train(
-            self.model,
-            self.optimizer,
-            self.loader.batch,
-            rate,
-            start_step=start_step,
-            num_steps=spec.num_steps,
-            peak_lr=spec.hyperparameters.learning_rate,
-            clip_norm=spec.loop.clip_norm,
-            micro_sequences=spec.loop.micro_sequences or max(s.batch_sequences for s in spec.stages),
-            loss_bound=spec.loop.divergence_factor * math.log(self.corpus.vocab_size),
-            warmup_steps=spec.schedule.warmup(spec.num_steps),
-        ):
+        for record in self.steps(start_step):
             step = record["step"]
             stage = spec.stages[bisect.bisect_left(ends, step)]
             record["tokens"] = tokens_after(spec.stages, step)
@@ -131,13 +122,34 @@ class Run:
                 audit(self.model, self.optimizer, self.plan, factor=rate(step - 1), betas=self._betas)
             every = spec.loop.eval_every
             if not record["diverged"] and (step in ends or (every and step % every == 0)):
-                measured = evaluate(self.model, self._heldout(stage.context_length))
+                measured = evaluate(self.model, self._heldout(stage.context_length), self.heldout_loss)
                 record["diverged"] = not math.isfinite(measured["heldout_loss"])  # the update itself broke the weights
                 record |= {} if record["diverged"] else measured
             record["seconds"] = round(time.monotonic() - started, 4)
             yield record
             if record["diverged"]:
                 return
+
+    def steps(self, start_step: int = 0) -> Iterator[Record]:
+        """The loop alone, from `start_step`: nothing is audited or evaluated."""
+        spec = self.spec
+        return train(
+            self.model,
+            self.optimizer,
+            self.loader.batch,
+            self._rate(),
+            loss=self.loss,
+            start_step=start_step,
+            num_steps=spec.num_steps,
+            peak_lr=spec.hyperparameters.learning_rate,
+            clip_norm=spec.loop.clip_norm,
+            micro_sequences=spec.loop.micro_sequences or max(s.batch_sequences for s in spec.stages),
+            loss_bound=spec.loop.divergence_factor * math.log(self.corpus.vocab_size),
+            warmup_steps=spec.schedule.warmup(spec.num_steps),
+        )
+
+    def _rate(self) -> Callable[[int], float]:
+        return multiplier(self.spec.schedule, self.spec.num_steps, stage_ends(self.spec.stages))
 
     @property
     def _betas(self) -> tuple[float, float]:

@@ -1,0 +1,136 @@
+"""How a study's runs are computed, and how many at once: chosen by a short measurement, and kept within the study."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mutune.compose import build
+from mutune.errors import Refusal
+from mutune.files import read_yaml
+from mutune.folders import CONFIG
+from mutune.progress import clock
+from mutune.search.workers import default_workers
+from mutune.training.config import LoopConfig, RunSpec
+from mutune.training.execution import SLOW, TIMED, WARM_UP, Timing, time_steps, ways
+from mutune.training.memory import free_memory
+from mutune.training.price import price
+from mutune.training.run import Run, resolve_device
+
+OPEN = ("dtype", "attention", "compile")  # keys of `loop` that a study leaves to the measurement where they are null
+GAIN = {"dtype": 1.25, "attention": 1.1}  # how many times as fast a way has to be as the plain one
+COMPILE_WORTH = 1200.0  # worker-seconds of a study, from which on compiling is tried
+COMPILE_GAIN = 2.0  # how many times its cost compiling has to save
+TOKENS = 1024  # of a step that is measured on a CPU
+GPU_CONTEXT = 0.6 * 2**30  # bytes that a process takes on a GPU besides its tensors
+
+
+@dataclass(frozen=True)
+class ExecutionPlan:
+    """How a study runs.
+
+    Attributes:
+        loop: with nothing left open. workers: processes at once, of one thread each.
+        seconds: of a step, per worker; None where it was not measured. measured: how, in words.
+    """
+
+    loop: LoopConfig
+    workers: int
+    seconds: float | None = None
+    measured: str = ""
+
+    def line(self, steps: float) -> str:
+        """The plan in words. steps: of the whole study."""
+        compiled = "compiled" if self.loop.compile else "not compiled"
+        how = f"{self.workers} workers of one thread, {self.loop.dtype}, {self.loop.attention} attention, {compiled}"
+        if self.seconds is None:
+            return f"plan       {how}"
+        each, busy = self.seconds, self.seconds * steps
+        return (
+            f"plan       {how}: {1e3 * each:,.3g} ms a step, about {clock(busy / self.workers)} on free cores, "
+            f"{busy / 3600:.3g} worker-hours ({self.measured})"
+        )
+
+
+def plan_execution(
+    spec: RunSpec, directory: Path, device: str, steps: float, workers: int | None, at_once: int
+) -> ExecutionPlan:
+    """How the runs of a study are computed: as it is kept in `directory`, else as `spec.loop` says, and where that
+    leaves something open, as a few steps of each way show.
+
+    Args:
+        steps: of the whole study, at the shape of `spec`.
+        workers: at once; None for as many as pay.
+        at_once: runs there can be at once.
+    """
+    where = resolve_device(device)
+    loop = kept(directory, spec.loop)
+    if not _open(loop):
+        return ExecutionPlan(loop, workers or min(_workers(spec, None, where), at_once))
+    best, measured = _measure(replace(spec, loop=loop), where, steps)
+    return ExecutionPlan(best.loop, workers or min(_workers(spec, best, where), at_once), best.seconds, measured)
+
+
+def kept(directory: Path, loop: LoopConfig) -> LoopConfig:
+    """`loop` with what it leaves open as the study in `directory` has it, where there is one."""
+    try:
+        stored = build(LoopConfig, read_yaml(directory / CONFIG, "study's config")["inputs"]["config"]["loop"])
+    except (Refusal, KeyError, TypeError):
+        return loop
+    return replace(loop, **{key: getattr(stored, key) for key in _open(loop)})
+
+
+def agreed(directory: Path, asked: LoopConfig, plan: ExecutionPlan) -> LoopConfig:
+    """The study's way of computing, whose folder is held: that of another process where it was the first."""
+    loop = kept(directory, asked)
+    return plan.loop if _open(loop) else loop
+
+
+def _open(loop: LoopConfig) -> list[str]:
+    return [key for key in OPEN if getattr(loop, key) is None]
+
+
+def _measure(spec: RunSpec, device: torch.device, steps: float) -> tuple[Timing, str]:
+    """The way of computing that pays, per whole step, and how the others compared."""
+    stage = spec.stages[0]
+    few = max(1, TOKENS // stage.context_length) if device.type == "cpu" else stage.batch_sequences
+    enough = max(stage.num_steps, WARM_UP + TIMED + 1)
+    small = replace(stage, batch_sequences=min(stage.batch_sequences, few), num_steps=enough)
+    scale = stage.batch_sequences / small.batch_sequences
+
+    def timed(loop: LoopConfig, give_up: float = math.inf) -> Timing:
+        run = partial(replace, spec, stages=(small,))
+        timing = time_steps(loop, lambda way: Run(run(loop=way), device).steps(), device, give_up / scale)
+        return replace(timing, seconds=timing.seconds * scale)
+
+    plain_way, *others = ways(spec.loop, device)
+    best = plain = timed(plain_way)
+    if plain.seconds > SLOW * scale and not spec.loop.compile:
+        return plain, "measured; so long a step was timed in no other way"
+    found = [plain, *(timed(way, give_up=2 * plain.seconds) for way in others)]
+    for other in found[1:]:
+        needed = max((GAIN[key] for key in GAIN if getattr(other.loop, key) != getattr(plain.loop, key)), default=1.0)
+        if plain.seconds > needed * other.seconds and other.seconds < best.seconds:
+            best = other
+    if spec.loop.compile or (spec.loop.compile is None and best.seconds * steps > COMPILE_WORTH):
+        attention = spec.loop.attention or ("explicit" if device.type == "cpu" else "sdpa")  # which compiling fuses
+        compiled = timed(replace(best.loop, attention=attention, compile=True))
+        found.append(compiled)
+        if spec.loop.compile or (best.seconds - compiled.seconds) * steps > COMPILE_GAIN * compiled.compiling:
+            best = compiled
+    slower = [f"{_name(t.loop)} {1e3 * t.seconds:,.3g} ms" for t in found if t is not best]
+    return best, f"measured; {', '.join(slower)}" if slower else "measured"
+
+
+def _name(loop: LoopConfig) -> str:
+    return " ".join([str(loop.dtype), str(loop.attention), *(["compiled"] if loop.compile else [])])
+
+
+def _workers(spec: RunSpec, timing: Timing | None, device: torch.device) -> int:
+    """One process a core; on a GPU as many as keep it busy; in any case as many as fit into the memory."""
+    if device.type == "cuda" and timing is not None:
+        fit = torch.cuda.mem_get_info(device)[0] // (timing.memory + GPU_CONTEXT)
+        return max(1, int(min(round(1 / max(timing.busy, 1e-3)), fit, default_workers())))
+    return max(1, min(default_workers(), free_memory(device) // price(spec).bytes)) if device.type == "cpu" else 1

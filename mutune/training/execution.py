@@ -1,0 +1,148 @@
+"""How a step is computed: in which number format, by which attention, compiled or not; and how long it takes so.
+
+None of it changes what is trained, but rounding does follow it: a study keeps to one way, and so does its ladder.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mutune.model.decoder import Decoder
+from mutune.parametrization.multiplier import Multiplier
+from mutune.training.config import LoopConfig
+from mutune.training.loop import Loss
+
+WARM_UP, TIMED = 4, 4  # steps
+SLOW = 2.0  # seconds of a step, from which on it is timed once
+
+
+class TracedMultiplier(Multiplier):
+    """A `Multiplier` whose number is a tensor, so that code compiled for one model serves all of its shape."""
+
+    def __init__(self, site: str, value: float, device: torch.device) -> None:
+        super().__init__(site, value)
+        self.factor: Tensor
+        self.register_buffer("factor", torch.tensor(value, device=device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x · value, of any shape."""
+        return x * self.factor.to(x.dtype)
+
+
+def loss_functions(model: Decoder, loop: LoopConfig) -> tuple[Loss, Loss]:
+    """The model's `loss` as `loop` wants it computed, for training and for evaluation, which is not compiled.
+
+    Weights and optimizer stay float32. With `compile`, every `Multiplier` of the model becomes a `TracedMultiplier`.
+    """
+    loop = loop.settled()
+    device = next(model.parameters()).device
+    low = loop.dtype == "bfloat16"
+    if loop.compile:
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, Multiplier):
+                    setattr(parent, name, TracedMultiplier(child.site, child.value, device))
+
+    def loss(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            return model.loss(ids_BT, targets_BT)
+
+    return (torch.compile(loss) if loop.compile else loss), loss
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one way of computing costs.
+
+    Attributes:
+        loop: the way. seconds: of a step. compiling: seconds before its steps are as fast as that.
+        busy: share of the time in which a GPU computes; 1 on a CPU.
+        memory: bytes that a GPU holds at most; 0 on a CPU.
+    """
+
+    loop: LoopConfig
+    seconds: float
+    compiling: float
+    busy: float = 1.0
+    memory: int = 0
+
+
+def time_steps(
+    loop: LoopConfig,
+    steps: Callable[[LoopConfig], Iterator[Any]],
+    device: torch.device,
+    give_up: float = math.inf,
+) -> Timing:
+    """Time a way of computing.
+
+    Args:
+        steps: makes a step at every `next`.
+        give_up: seconds of a step, from which on nobody wants to know exactly.
+    """
+    if device.type == "cuda":
+        return _time_on_gpu(loop, steps(loop), device)
+    with single_threaded():
+        begun, made = time.process_time(), steps(loop)
+        last = _clocked(made)
+        for _ in range(3 if loop.compile else 1 if last < SLOW else 0):
+            last = _clocked(made)
+        compiling = time.process_time() - begun
+        if last > min(give_up, SLOW):
+            return Timing(loop, last, compiling)
+        return Timing(loop, fmean(_clocked(made) for _ in range(TIMED)), compiling)
+
+
+def _clocked(made: Iterator[Any]) -> float:
+    """CPU seconds of one step."""
+    started = time.process_time()
+    next(made)
+    return time.process_time() - started
+
+
+def _time_on_gpu(loop: LoopConfig, made: Iterator[Any], device: torch.device) -> Timing:
+    torch.cuda.reset_peak_memory_stats(device)
+    begun = time.monotonic()
+    for _ in range(WARM_UP):
+        next(made)
+    torch.cuda.synchronize(device)
+    started = time.monotonic()
+    for _ in range(TIMED):
+        next(made)
+    torch.cuda.synchronize(device)
+    seconds = (time.monotonic() - started) / TIMED
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        next(made)
+        torch.cuda.synchronize(device)
+    computing = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+    memory = torch.cuda.max_memory_allocated(device)
+    return Timing(loop, seconds, started - begun, min(1.0, computing / seconds), memory)
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """With one thread, as in a worker."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def ways(loop: LoopConfig, device: torch.device) -> list[LoopConfig]:
+    """The ways of computing that `loop` leaves open, not compiled. Attention by hand is only for CPUs, whose fused
+    kernel is slow in bfloat16.
+    """
+    dtypes = [loop.dtype] if loop.dtype else ["float32", "bfloat16"]
+    by_hand = ["sdpa", "explicit"] if device.type == "cpu" else ["sdpa"]
+    attentions = [loop.attention] if loop.attention else by_hand
+    return [
+        replace(loop, dtype=dtype, attention=attention, compile=False) for dtype in dtypes for attention in attentions
+    ]

@@ -1,0 +1,115 @@
+"""How a study computes: what is measured to pay is chosen, and kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mutune.compose import compose
+from mutune.config import SweepConfig
+from mutune.search import execution
+from mutune.search.execution import ExecutionPlan, agreed, kept, plan_execution
+from mutune.training.config import LoopConfig
+from mutune.training.execution import Timing
+from tests import doors
+
+OPEN = ["loop.dtype=null", "loop.attention=null", "loop.compile=null"]
+SWEEP = ["+sweep=smoke", "study=way", "search.n_trials=1", "run.num_steps=5"]
+WAYS = ("float32 sdpa", "float32 explicit", "bfloat16 sdpa", "bfloat16 explicit")
+
+
+def timer(seconds: dict[str, float], compiling: float = 20.0) -> Callable[..., Timing]:
+    """What `time_steps` would measure: way → seconds of a step."""
+
+    def time_steps(loop: LoopConfig, *_: Any) -> Timing:
+        name = f"{loop.dtype} {loop.attention}{' compiled' if loop.compile else ''}"
+        return Timing(loop, seconds[name], compiling)
+
+    return time_steps
+
+
+def chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: dict[str, float], steps: float, *words: str
+) -> str:
+    monkeypatch.setattr(execution, "time_steps", timer(seconds))
+    spec = compose("sweep", SweepConfig, [*SWEEP, *OPEN, *words]).spec()
+    plan = plan_execution(spec, tmp_path / "none", "cpu", steps, None, 8)
+    assert isinstance(plan.loop.compile, bool)
+    return f"{plan.loop.dtype} {plan.loop.attention}{' compiled' if plan.loop.compile else ''}"
+
+
+@pytest.mark.parametrize(
+    ("relative", "expected"),
+    [
+        ((1.0, 1.0, 1.0, 1.0), "float32 sdpa"),
+        ((1.0, 0.95, 2.0, 0.85), "float32 sdpa"),  # no gain is worth another rounding
+        ((1.0, 0.85, 2.0, 0.82), "float32 explicit"),
+        ((1.0, 0.85, 2.0, 0.5), "bfloat16 explicit"),
+        ((1.0, 1.2, 0.6, 0.7), "bfloat16 sdpa"),
+    ],
+)
+def test_a_way_that_pays_is_chosen(
+    relative: tuple[float, ...], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seconds = {way: 0.02 * share for way, share in zip(WAYS, relative, strict=True)}
+    assert chosen(monkeypatch, tmp_path, seconds, 1000) == expected
+
+
+@pytest.mark.parametrize(
+    ("compiled", "steps", "expected"),
+    [
+        (0.01, 10_000, "float32 sdpa"),  # too short a study to try it
+        (0.01, 100_000, "float32 explicit compiled"),
+        (0.0198, 100_000, "float32 sdpa"),  # saves 20 s, and costs as much
+    ],
+)
+def test_compiling_is_tried_where_a_study_is_long_and_has_to_save_twice_its_cost(
+    compiled: float, steps: float, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seconds = {**dict.fromkeys(WAYS, 0.02), "float32 explicit compiled": compiled}
+    assert chosen(monkeypatch, tmp_path, seconds, steps) == expected
+
+
+def test_what_is_said_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seconds = {**dict.fromkeys(WAYS, 0.02), "bfloat16 explicit compiled": 0.5}
+    words = ["loop.dtype=bfloat16", "loop.attention=explicit", "loop.compile=true"]
+    assert chosen(monkeypatch, tmp_path, seconds, 10, *words) == "bfloat16 explicit compiled"
+
+
+def test_a_study_keeps_to_its_way_and_another_is_refused(tmp_path: Path) -> None:
+    first = doors.run("sweep", *SWEEP, *OPEN, f"out={tmp_path}").stdout
+    assert " ms a step, about 0:" in first
+    assert "(measured; " in first
+    folder = tmp_path / "sweeps/way"
+    way = yaml.safe_load((folder / "config.yaml").read_text())["inputs"]["config"]["loop"]
+    assert {key: way[key] for key in ("dtype", "compile")} == {"dtype": "float32", "compile": False}
+    again = doors.run("sweep", *SWEEP, *OPEN, f"out={tmp_path}").stdout
+    assert "plan       1 workers of one thread, float32, " in again
+    assert "measured" not in again
+    refused = doors.run("sweep", *SWEEP, "loop.dtype=bfloat16", f"out={tmp_path}", expect=2).stderr
+    assert "config.loop.dtype: float32 → bfloat16" in refused
+
+
+def test_the_first_process_decides_for_those_that_start_at_once(tmp_path: Path) -> None:
+    mine = ExecutionPlan(LoopConfig(dtype="bfloat16", attention="sdpa", compile=False), 1)
+    assert agreed(tmp_path, LoopConfig(), mine) == mine.loop
+    theirs: dict[str, Any] = {"dtype": "float32", "attention": "explicit", "compile": False}
+    config = {"inputs": {"config": {"loop": theirs}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert agreed(tmp_path, LoopConfig(), mine) == LoopConfig(**theirs)
+    asked = LoopConfig(dtype="bfloat16")  # what is asked for stands, and is refused elsewhere
+    assert kept(tmp_path, asked) == LoopConfig(**{**theirs, "dtype": "bfloat16"})
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("loop.dtype=float16", "loop.dtype=float16 is unknown; known: float32, bfloat16, or null."),
+        ("loop.attention=flash", "loop.attention=flash is unknown; known: sdpa, explicit, or null."),
+        ("loop.compile=yes please", "loop.compile="),
+    ],
+)
+def test_a_way_that_does_not_exist_is_refused(word: str, sentence: str, tmp_path: Path) -> None:
+    assert sentence in doors.run("sweep", *SWEEP, word, f"out={tmp_path}", expect=2).stderr
