@@ -3,7 +3,9 @@
 None of it changes what is trained, but rounding does follow it: a study keeps to one way, and so does its ladder.
 """
 
+import ctypes
 import math
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ from mutune.training.config import LoopConfig
 from mutune.training.loop import Loss
 
 WARM_UP, TIMED = 4, 4  # steps
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+MMAP_LIMIT = 32 * 2**20  # bytes of a tensor up to which glibc keeps it by itself
 SLOW = 2.0  # seconds of a step, from which on it is timed once
 
 
@@ -123,6 +127,16 @@ def _time_on_gpu(loop: LoopConfig, made: Iterator[Any], device: torch.device) ->
     computing = sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
     memory = torch.cuda.max_memory_allocated(device)
     return Timing(loop, seconds, started - begun, min(1.0, computing / seconds), memory)
+
+
+def keep_memory(largest: int) -> None:
+    """Let glibc keep what is freed where tensors of `largest` bytes come and go: beyond its own limit it asks the
+    kernel for each anew, page by page. Elsewhere nothing is done.
+    """
+    if largest > MMAP_LIMIT and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from mutune.parametrization.opinion import second_opinion
 from mutune.parametrization.plan import Plan
 from mutune.training import checkpoint
 from mutune.training.config import RunSpec, StageConfig, stage_ends
-from mutune.training.execution import loss_functions
+from mutune.training.execution import keep_memory, loss_functions
 from mutune.training.loop import Heldout, Record, evaluate, train
 from mutune.training.schedule import multiplier
 from mutune.versions import versions
@@ -92,6 +92,8 @@ class Run:
         self.plan = spec.plan(self.corpus.vocab_size)
         sites = {site: row.value for site, row in self.plan.multipliers.items()}
         loop = spec.loop.settled()
+        if device.type == "cpu":
+            keep_memory(4 * self.corpus.vocab_size * max(self._micro_sequences * s.context_length for s in spec.stages))
         self.model = Decoder(spec.model, self.corpus.vocab_size, sites, str(loop.attention)).to(device)
         self.loss, self.heldout_loss = loss_functions(self.model, loop)
         initialise(self.model, self.plan, spec.seed)
@@ -143,10 +145,14 @@ class Run:
             num_steps=spec.num_steps,
             peak_lr=spec.hyperparameters.learning_rate,
             clip_norm=spec.loop.clip_norm,
-            micro_sequences=spec.loop.micro_sequences or max(s.batch_sequences for s in spec.stages),
+            micro_sequences=self._micro_sequences,
             loss_bound=spec.loop.divergence_factor * math.log(self.corpus.vocab_size),
             warmup_steps=spec.schedule.warmup(spec.num_steps),
         )
+
+    @property
+    def _micro_sequences(self) -> int:
+        return self.spec.loop.micro_sequences or max(stage.batch_sequences for stage in self.spec.stages)
 
     def _rate(self) -> Callable[[int], float]:
         return multiplier(self.spec.schedule, self.spec.num_steps, stage_ends(self.spec.stages))

@@ -1,0 +1,142 @@
+"""What a search costs, part by part, beside the recipe that others publish. Ratios of one run, never a test of
+seconds.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import optuna
+import pytest
+
+from mutune.search.storage import open_storage
+from tests import doors
+from tests.soak import record
+
+TRIALS, STEPS = 16, 160
+SEARCH = [
+    *("+sweep=proxy", "model.width=64", f"run.num_steps={STEPS}", "run.batch_sequences=8", "loop.heldout_windows=8"),
+    *("search.sampler=random", f"search.n_trials={TRIALS}", "search.confirm=0", "workers=2"),
+]
+PLAIN = ["loop.dtype=float32", "loop.attention=sdpa", "loop.compile=false"]
+ONE = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+from mutune.compose import compose
+from mutune.config import SweepConfig
+from mutune.search.trial import Trial, run_trial
+words, params, folder = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+import torch
+torch.set_num_threads(1)
+result = run_trial(compose("sweep", SweepConfig, words).spec(), "cpu", Trial(0, params, Path(folder), "one"))
+print(json.dumps([result.value, result.diverged]))
+"""
+
+
+def cpu_seconds() -> float:
+    """Of all processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def searched(out: Path, *words: str) -> tuple[float, float, list[dict[str, Any]]]:
+    """CPU seconds of a whole sweep, its best loss, and the parameters of its trials."""
+    before = cpu_seconds()
+    doors.run_apart("sweep", *SEARCH, *words, f"out={out}")
+    spent = cpu_seconds() - before
+    study = optuna.load_study(study_name="proxy", storage=open_storage(out / "sweeps/proxy", "sqlite"))
+    return spent, study.best_value, [trial.params for trial in study.trials]
+
+
+def one_by_one(out: Path, params: list[dict[str, Any]], *words: str) -> tuple[float, float]:
+    """CPU seconds and the best loss of a process for each trial."""
+    before, losses = cpu_seconds(), []
+    for number, values in enumerate(params):
+        command = [sys.executable, "-c", ONE, json.dumps([*SEARCH, *PLAIN, *words]), json.dumps(values)]
+        done = subprocess.run(
+            [*command, str(out / str(number))], cwd=doors.ROOT, capture_output=True, text=True, check=True
+        )
+        value, diverged = json.loads(done.stdout)
+        losses += [] if diverged else [value]
+    return cpu_seconds() - before, min(losses)
+
+
+@pytest.mark.soak
+def test_soak_the_cost_of_a_search(tmp_path: Path) -> None:
+    found: dict[str, tuple[float, float]] = {}
+    spent, best, params = searched(tmp_path / "none", *PLAIN, "search.pruner=none")
+    found["mutune: workers that stay, no pruning"] = spent, best
+    found["+ pruning: halving (the default)"] = searched(tmp_path / "halving", *PLAIN)[:2]
+    found["+ pruning: wide"] = searched(tmp_path / "wide", *PLAIN, "search.pruner=wide")[:2]
+    compiled = ["loop.dtype=float32", "loop.attention=explicit", "loop.compile=true"]
+    found["+ halving, compiled: first time"] = searched(tmp_path / "cold", *compiled)[:2]
+    found["+ halving, compiled: again, code kept on disk"] = searched(tmp_path / "warm", *compiled)[:2]
+    found["+ halving, bfloat16"] = searched(
+        tmp_path / "bf16", "loop.dtype=bfloat16", "loop.attention=explicit", "loop.compile=false"
+    )[:2]
+    found["recipe: a process a trial, sequence by sequence, evaluated at every step"] = one_by_one(
+        tmp_path / "recipe", params, "loop.micro_sequences=1", "loop.eval_every=1"
+    )
+    found["recipe, evaluated at the end only"] = one_by_one(tmp_path / "rarely", params, "loop.micro_sequences=1")
+    found["careful: a process a trial, whole batches, evaluated at the end"] = one_by_one(tmp_path / "careful", params)
+    recipe, careful = (next(v[0] for k, v in found.items() if k.startswith(word)) for word in ("recipe:", "careful:"))
+    record(
+        "search_cost",
+        f"{TRIALS} random trials of a proxy (d=64, {STEPS} steps of 1,024 tokens): all CPU seconds, imports too",
+        [
+            {
+                "search": name,
+                "CPU s": f"{seconds:.0f}",
+                "the recipe costs so many times": f"{recipe / seconds:.2f}",
+                "the careful variant": f"{careful / seconds:.2f}",
+                "best loss": f"{loss:.4f}",
+            }
+            for name, (seconds, loss) in found.items()
+        ],
+    )
+    for name, (_, loss) in found.items():
+        if name not in ("+ halving, bfloat16", "+ pruning: wide"):
+            assert loss == pytest.approx(best, abs=1e-3), name
+
+
+@pytest.mark.soak
+def test_soak_two_workers_and_the_engine(tmp_path: Path) -> None:
+    walls: dict[int, list[float]] = {1: [], 2: []}
+    engine = []
+    for round_ in range(3):
+        for workers in walls:
+            out = tmp_path / f"{round_}-{workers}"
+            words = [*SEARCH, *PLAIN, "search.n_trials=8", "search.pruner=none", f"workers={workers}", f"out={out}"]
+            started, before = time.monotonic(), time.process_time()
+            doors.run("sweep", *words)
+            spent = time.process_time() - before  # of the parent, figures too
+            stamps = [path.stat().st_mtime for path in out.glob("sweeps/proxy/trials/*/metrics.jsonl")]
+            begun = min(path.stat().st_mtime for path in out.glob("sweeps/proxy/trials/*/config.yaml"))
+            seconds = [
+                json.loads(path.read_text().splitlines()[-1])["seconds"]
+                for path in out.glob("sweeps/proxy/trials/*/metrics.jsonl")
+            ]
+            walls[workers].append(max(stamps) - begun)
+            engine.append((1 - sum(seconds) / workers / (max(stamps) - begun), spent, time.monotonic() - started))
+    help_ = []
+    for _ in range(5):
+        started = time.monotonic()
+        doors.run_apart("sweep", "--help")
+        help_.append(time.monotonic() - started)
+    ratios = [one / two for one, two in zip(walls[1], walls[2], strict=True)]
+    idle = [share for share, _, _ in engine]
+    rows = [
+        {"what": "wall time of eight trials, one worker over two", "median": f"{median(ratios):.2f}",
+         "lowest to highest": f"{min(ratios):.2f} to {max(ratios):.2f}"},
+        {"what": "share of that time in which a worker does not train", "median": f"{median(idle):.3f}",
+         "lowest to highest": f"{min(idle):.3f} to {max(idle):.3f}"},
+        {"what": "--help, s", "median": f"{median(help_):.2f}",
+         "lowest to highest": f"{min(help_):.2f} to {max(help_):.2f}"},
+    ]  # fmt: skip
+    record("engine", "Two workers, the engine's own share, and --help", rows)

@@ -1,0 +1,195 @@
+"""How fast a step is, beside other people's models of the same size. Ratios of one run, never a test of seconds."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from mutune.compose import compose
+from mutune.config import SweepConfig
+from mutune.training.execution import single_threaded
+from mutune.training.price import price
+from mutune.training.run import Run
+from tests.doors import ROOT
+from tests.soak import record
+
+DEPTH, CONTEXT, HEAD = 4, 128, 16
+SEQUENCES = {64: 8, 128: 8, 256: 4}
+ROUNDS, STEPS = 5, 8
+Step = Callable[[], Any]
+
+
+def ours(width: int, **loop: Any) -> Step:
+    config = compose(
+        "sweep",
+        SweepConfig,
+        [
+            *("+sweep=proxy", f"model.width={width}", f"run.batch_sequences={SEQUENCES[width]}"),
+            *("run.num_steps=100000", "hyperparameters.learning_rate=0.001"),
+            *(f"loop.{key}={str(value).lower()}" for key, value in loop.items()),
+        ],
+    )
+    steps = Run(config.spec(), torch.device("cpu")).steps()
+    return lambda: next(steps)
+
+
+def theirs(kind: str, width: int, vocab_size: int, *, compiled: bool = False, low: bool = False) -> Step:
+    """A step of a Hugging Face model as its users write it: the loss of `labels`, clipping, torch's AdamW."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    heads = width // HEAD
+    model: Any
+    if kind == "GPT-2":
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=vocab_size, n_positions=CONTEXT, n_embd=width, n_layer=DEPTH, n_head=heads)
+        )
+    else:
+        ffn = 8 * width // 3
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocab_size,
+                hidden_size=width,
+                intermediate_size=ffn,
+                num_hidden_layers=DEPTH,
+                num_attention_heads=heads,
+                max_position_embeddings=CONTEXT,
+                tie_word_embeddings=True,
+            )
+        )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    forward = torch.compile(model) if compiled else model
+    ids = torch.randint(vocab_size, (64, SEQUENCES[width], CONTEXT), generator=torch.Generator().manual_seed(0))
+    count = iter(range(10**9))
+
+    def step() -> None:
+        batch = ids[next(count) % len(ids)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = forward(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    return step
+
+
+def timed(steps: dict[str, Step]) -> dict[str, list[float]]:
+    """Milliseconds of CPU time per step of each round, all of them turn by turn."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    with single_threaded():
+        for step in steps.values():
+            for _ in range(4):
+                step()
+        for _ in range(ROUNDS):
+            for name, step in steps.items():
+                started = time.process_time()
+                for _ in range(STEPS):
+                    step()
+                found[name].append((time.process_time() - started) / STEPS * 1e3)
+    return found
+
+
+def gemm_peak() -> float:
+    """FLOP/s of a large product of matrices on one thread, the best of some."""
+    with single_threaded():
+        matrix, best = torch.randn(1024, 1024), 0.0
+        for _ in range(10):
+            started = time.process_time()
+            matrix @ matrix
+            best = max(best, 2 * 1024**3 / (time.process_time() - started))
+    return best
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore")
+def test_soak_a_step_beside_hugging_face() -> None:
+    rows = []
+    for width in SEQUENCES:
+        spec = compose("sweep", SweepConfig, ["+sweep=proxy", f"model.width={width}"]).spec()
+        vocab = spec.tokenizer.num_ids
+        torch._dynamo.reset()
+        steps = {
+            "mutune": ours(width),
+            "mutune compiled": ours(width, compile=True, attention="explicit"),
+            "mutune bf16": ours(width, dtype="bfloat16", attention="explicit"),
+            **{kind: theirs(kind, width, vocab) for kind in ("GPT-2", "Llama")},
+            **{f"{kind} compiled": theirs(kind, width, vocab, compiled=True) for kind in ("GPT-2", "Llama")},
+            **{f"{kind} bf16": theirs(kind, width, vocab, low=True) for kind in ("GPT-2", "Llama")},
+        }
+        found = timed(steps)
+        flops = price(spec).flops / spec.num_steps / spec.stages[0].batch_sequences * SEQUENCES[width]
+        peak = gemm_peak()
+        best = min(median(times) for name, times in found.items() if name.startswith("mutune"))
+        for name, times in found.items():
+            ms = median(times)
+            rows.append(
+                {
+                    "d": width,
+                    "step": name,
+                    "ms (lowest to highest round)": f"{ms:.1f} ({min(times):.1f} to {max(times):.1f})",
+                    "times as long as mutune's best": f"{ms / best:.2f}",
+                    "share of the GEMM peak": f"{flops / (ms / 1e3) / peak:.2f}" if name.startswith("mutune") else "",
+                }
+            )
+    record(
+        "step_speed",
+        f"A training step ({DEPTH} layers, head {HEAD}, context {CONTEXT}, BPE-1024; 1,024 tokens, 512 at d=256), one "
+        f"thread, CPU time, turn by turn; peak {peak / 1e9:.0f} GFLOP/s",
+        rows,
+    )
+
+
+LARGE = """
+import json, resource, sys, time, torch
+from mutune.training import execution
+if sys.argv[1] == "off":
+    execution.MMAP_LIMIT = 2**62
+from tests.training.test_speed import large
+step = large()
+step(); step()
+started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    step()
+faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(json.dumps([(time.process_time() - started) / 8 * 1e3, faults / 8]))
+"""
+
+
+def large() -> Step:
+    """A step of 512 tokens with GPT-2's vocabulary, whose logits are 100 MB."""
+    torch.set_num_threads(1)
+    words = ["+sweep=proxy", "model.width=64", "tokenizer=gpt2", "run.num_steps=100000"]
+    steps = Run(compose("sweep", SweepConfig, words).spec(), torch.device("cpu")).steps()
+    return lambda: next(steps)
+
+
+@pytest.mark.soak
+def test_soak_memory_that_is_kept() -> None:
+    found: dict[str, list[list[float]]] = {"off": [], "on": []}
+    for _ in range(3):
+        for kept, times in found.items():
+            done = subprocess.run(
+                [sys.executable, "-W", "ignore", "-c", LARGE, kept],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            times.append(json.loads(done.stdout))
+    rows = [
+        {
+            "glibc's threshold": "raised" if kept == "on" else "as it is",
+            "ms a step": f"{median(ms for ms, _ in times):.0f}",
+            "lowest to highest": f"{min(ms for ms, _ in times):.0f} to {max(ms for ms, _ in times):.0f}",
+            "page faults a step": f"{median(faults for _, faults in times):,.0f}",
+        }
+        for kept, times in found.items()
+    ]
+    record("memory", "A step with GPT-2's 50,257 tokens (d=64, 512 tokens, one thread, CPU time), turn by turn", rows)
