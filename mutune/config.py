@@ -19,6 +19,7 @@ from mutune.verification.places import require_span
 FOLLOWS = ("schedule", "refine")
 WHERE = ("out", "workers", "launcher", "jobs", "resources")  # keys of a sweep that say where it runs
 LAUNCHERS = ("local", "slurm", "ray")
+MAX_RATE, MAX_WIDTH = 1e12, 1e12
 DEVICES = ("auto", "cpu", "cuda")
 PUBLISHED = "published"  # the name under which a transfer finds BTLM-3B-8K's own values
 
@@ -204,8 +205,10 @@ class TransferConfig(BudgetConfig, DoorConfig):
                 f"{key}={getattr(self, key)} limits the ladder of a study, and there is none here; leave it out, or "
                 "take a study, for example study=proxy.",
             )
+        if (rate := self.hyperparameters.learning_rate) is not None:
+            require_number("hyperparameters.learning_rate", rate, above=0, at_most=MAX_RATE, example=0.01)
         if self.target_width is not None:
-            require_number("target_width", self.target_width, above=0, example=256)
+            require_number("target_width", self.target_width, above=0, at_most=MAX_WIDTH, example=256)
             require(
                 (self.runs or self.optima) is not None,
                 f"target_width={self.target_width:g} is read with runs= or optima=; a study's target has its own "

@@ -117,7 +117,7 @@ def _from_table(config: TransferConfig) -> int:
         if "://" in source:
             from mutune.search.foreign import read_foreign
 
-            tables = to_tables(read_foreign(source, config.runs_study), f"runs={source}")
+            tables = to_tables(read_foreign(source, config.runs_study), f"runs={source}", independent=True)
         else:
             tables = read_tables(source)
         data = from_runs(tables, asked, source)

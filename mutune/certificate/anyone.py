@@ -40,7 +40,12 @@ class Asked:
 def from_runs(tables: dict[str, Table], asked: Asked, source: str) -> dict[str, Any]:
     """The certificate of the table of runs; of several parametrizations, that of the best-transferring, compared."""
     largest = {axis: max(float(table.points[axis].max()) for table in tables.values()) for axis in AXES}
-    assessments = {name: _assess(table, asked, largest, source) for name, table in tables.items()}
+    used = {name: table for name, table in tables.items() if len(table.points) > 0}
+    left_out = [note for table in tables.values() for note in table.dropped]
+    require(
+        bool(used), f"runs={source} has no width with three finished rates ({'; '.join(left_out)}); add rates to them."
+    )
+    assessments = {name: _assess(table, asked, largest) for name, table in used.items()}
     rows = compare(assessments)
     best = rows[0]["table"]
     assessment = assessments[best]
@@ -48,9 +53,9 @@ def from_runs(tables: dict[str, Table], asked: Asked, source: str) -> dict[str, 
     price = assessment.price(None, asked.prices)
     target = {axis: assessment.target[axis] for axis in assessment.axes}
     data = certificate(target, 2.0**assessment.log2_rate, best or None, verdict, [], assessment, price)
-    notes = [note for table in tables.values() for note in table.dropped]
-    data["notes"] = [f"left out: {note}" for note in notes]
-    if len(tables) > 1:
+    data["notes"] = [f"left out: {note}" for note in left_out]
+    if len(used) > 1:
+        data["notes"].insert(0, f"the verdict is that of table {best}, which transfers best of {len(used)}")
         data |= comparison(rows)
     return data
 
@@ -62,13 +67,9 @@ def runs_hash(data: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _assess(table: Table, asked: Asked, largest: dict[str, float], source: str) -> Assessment:
+def _assess(table: Table, asked: Asked, largest: dict[str, float]) -> Assessment:
     """A table's; `largest` of every axis among all tables, which are asked about the same target."""
     points = table.points
-    require(
-        len(points) > 0,
-        f"runs={source} has no width with three finished rates ({'; '.join(table.dropped)}); add rates, or seeds.",
-    )
     base = points[list(AXES)].sort_values(list(AXES)).iloc[0].to_dict()
     target = largest | {"width": asked.target_width or 2 * largest["width"]}
     return assess(points, {str(k): float(v) for k, v in base.items()}, target, asked.learning_rate, axes=table.axes)
@@ -84,7 +85,7 @@ def from_optima(optima: dict[float, float], asked: Asked, source: str) -> dict[s
     fit = Fit(1.0, rates, covariance, 30.0, 0.0, none, none, none, none, 0.0, 0.0)
     valleys = Valleys(rungs, (None,) * len(widths), rates, (fit,), np.ones(1))
     target = dict.fromkeys(AXES, 1.0) | {"width": asked.target_width or 2 * float(widths.max())}
-    log2_rate = float(np.log2(asked.learning_rate)) if asked.learning_rate else float(rates[0])
+    log2_rate = float(rates[0] if asked.learning_rate is None else np.log2(asked.learning_rate))
     drift = extrapolate(valleys, 0, target)
     points = pd.DataFrame({"seed": [], "loss": [], **{axis: [] for axis in AXES}})
     assessment = Assessment(points, ("width",), target, 0, log2_rate, None, valleys, drift, None)

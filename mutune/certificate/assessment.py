@@ -3,16 +3,17 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from mutune.certificate.config import PriceConfig
-from mutune.certificate.drift import Drift, Slope, extrapolate
+from mutune.certificate.drift import MAX_DOUBLINGS, Drift, Slope, extrapolate
 from mutune.certificate.points import AXES, doublings
 from mutune.certificate.regret import Regret, loss_per_doubling, price_of, regret
-from mutune.certificate.valleys import Valleys, fit_valleys
+from mutune.certificate.valleys import Valleys, chance_of_none, fit_valleys
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,16 @@ class Assessment:
         rungs = self.valleys.rungs
         return {a: float(rungs[a].iloc[self.nearest(a)]) for a in AXES if self.measured(a) > 1}
 
+    @cached_property
+    def chance_of_none(self) -> float:
+        """`valleys.chance_of_none` of the runs; 0 without any."""
+        return chance_of_none(self.points) if len(self.points) else 0.0
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the target is as close to the ladder as what is said of it was calibrated."""
+        return all(self.beyond(axis) <= MAX_DOUBLINGS for axis in AXES)
+
     def price(self, flops_per_token: float | None, prices: PriceConfig) -> dict[str, Any]:
         """What wins the transferred rate's regret back, and where the exchange rate is from."""
         if self.regret is None or "tokens" not in self.axes:
@@ -125,7 +136,7 @@ def assess(
     valleys = fit_valleys(points)
     rungs = valleys.rungs
     row = int(np.flatnonzero((rungs[list(AXES)] == [base[axis] for axis in AXES]).all(axis=1))[0])
-    log2_rate = math.log2(learning_rate) if learning_rate else float(valleys.optima[row])
+    log2_rate = math.log2(learning_rate) if learning_rate is not None else float(valleys.optima[row])
     drift = extrapolate(valleys, row, target, slopes)
     nearest = int(np.abs(doublings(rungs, dict(target))).sum(axis=1).argmin())
     cost = regret(valleys, drift, nearest, log2_rate) if drift else None

@@ -13,7 +13,7 @@ from mutune.certificate.assessment import Assessment
 from mutune.certificate.config import Prediction
 from mutune.certificate.laws import law_words
 from mutune.certificate.points import AXES
-from mutune.certificate.verdict import FAR_OCTAVES, MAX_DOUBLINGS, Difference, Verdict
+from mutune.certificate.verdict import FAR_OCTAVES, Difference, Verdict
 from mutune.files import write_json, write_text
 
 
@@ -45,7 +45,7 @@ def certificate(
         "table": table,
         "rungs": [_rung(assessment, i) for i in range(len(assessment.valleys.rungs))] if assessment else [],
         "drift": _drift(known) if known else None,
-        "regret": _regret(known, price or {}) if known and _calibrated(known) else None,
+        "regret": _regret(known, price or {}) if known and known.is_calibrated else None,
         "differences": [asdict(difference) for difference in differences],
         "advice": [asdict(each) for each in advice],
     }
@@ -168,10 +168,6 @@ def _drift(assessment: Assessment) -> dict[str, Any]:
         "interval": [low, high],
         "chance_beyond_an_octave": drift.chance(abs(assessment.distance) > FAR_OCTAVES),
     }
-
-
-def _calibrated(assessment: Assessment) -> bool:
-    return all(assessment.beyond(axis) <= MAX_DOUBLINGS for axis in AXES)
 
 
 def _regret(assessment: Assessment, price: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def _row(table: str, assessment: Assessment, widest: tuple[float, ...] | None) -
     if (drift := assessment.drift) and (cost := assessment.regret):
         low, middle, high = drift.quantiles(assessment.distance)
         row |= {"distance": middle, "low": low, "high": high}
+    if drift and cost and assessment.is_calibrated:
         row |= {"regret": cost.transferred, "regret_low": cost.low, "regret_high": cost.high}
     return row
 
@@ -58,10 +59,9 @@ def in_words(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         words = "no drift measured"
         if row["distance"] is not None:
-            words = (
-                f"{row['distance']:+.2f} octaves ({row['low']:+.2f} to {row['high']:+.2f}), regret {row['regret']:.4f} "
-                f"({row['regret_low']:.4f} to {row['regret_high']:.4f})"
-            )
+            words = f"{row['distance']:+.2f} octaves ({row['low']:+.2f} to {row['high']:+.2f})"
+        if row["regret"] is not None:
+            words += f", regret {row['regret']:.4f} ({row['regret_low']:.4f} to {row['regret_high']:.4f})"
         if row["loss"] is not None:
             words += (
                 f"; at width {row['width']:g} it trains to {row['loss']:.4f} ± {row['loss_error']:.4f} at its own best "
@@ -71,6 +71,8 @@ def in_words(rows: list[dict[str, Any]]) -> list[str]:
     if measured := [row for row in rows if row["regret"] is not None]:
         near = [row["table"] for row in measured[1:] if row["regret_low"] <= measured[0]["regret_high"]]
         lines.append(f"transfers best, by expected regret: {measured[0]['table']}{_tie(near)}")
+    else:
+        lines.append("which transfers best is not said: the target is too far from what was measured")
     if rows[0]["loss"] is None:
         return [*lines, "which trains best is not said: the tables have no width in common"]
     best = min(rows, key=lambda row: float(row["loss"]))

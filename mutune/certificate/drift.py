@@ -23,6 +23,8 @@ BENDS = {0.0: 0.25, 0.5: 0.35, 1.5: 0.4}  # in units of the next: prior weight
 BEND, BEND_OF_SLOPE = 0.02, 0.35  # per doubling²: of itself, and for each octave of slope
 DRAWS = 4000
 EDGE = 0.25  # octaves within which an optimum at the grid's edge is taken to lie beyond it
+EFFECTIVE = 200.0  # draws at least that the bounds leave; where they contradict the rest, they are taken less sharply
+MAX_DOUBLINGS = 2.0  # of an axis from the ladder to the target: as far as the intervals were calibrated
 MIN_RUNGS = 1  # with an optimum inside their rates
 
 
@@ -177,11 +179,21 @@ def _draw(parts: list[_Part], model: _Model, valleys: Valleys, base: int) -> Dri
     moves = np.einsum("di,dij->dj", normal, roots[which])
     draws = np.array([part.mean for part in parts])[which] + tails[:, None] * moves
     form = np.array([part.form for part in parts])[which]
-    logs = np.zeros(DRAWS)
-    for i, edge in enumerate(valleys.edges):
-        if edge is not None:
-            side = 1.0 if edge == "low" else -1.0
-            logs += stats.norm.logcdf(side * (valleys.bounds[i] - draws[:, i]) / EDGE)
-    weights = np.exp(logs - logs.max())
     R = model.R
-    return Drift(base, draws[:, :R], draws[:, R], draws[:, R + 1 :], form, weights / weights.sum())
+    weights = _bounded(draws[:, :R], valleys)
+    return Drift(base, draws[:, :R], draws[:, R], draws[:, R + 1 :], form, weights)
+
+
+def _bounded(optima: np.ndarray, valleys: Valleys) -> np.ndarray:
+    """(draws,) weights by the optima that lie at an edge of their rates or beyond it; they sum to 1."""
+    edges = [i for i, edge in enumerate(valleys.edges) if edge is not None]
+    sides = np.array([1.0 if valleys.edges[i] == "low" else -1.0 for i in edges])
+    past = sides * (valleys.bounds[edges] - optima[:, edges])
+    tolerance = EDGE
+    while True:
+        logs = stats.norm.logcdf(past / tolerance).sum(axis=1)
+        weights = np.exp(logs - logs.max())
+        weights /= weights.sum()
+        if 1 / np.sum(weights**2) >= EFFECTIVE:
+            return weights
+        tolerance *= 2

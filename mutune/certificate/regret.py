@@ -9,7 +9,7 @@ from mutune.certificate.config import PriceConfig
 from mutune.certificate.drift import Drift
 from mutune.certificate.valleys import Valleys
 
-FAR = 4.0  # octaves around the transferred rate among which the recommended one is looked for
+FAR = 4.0  # octaves around the transferred rate, at least, among which the recommended one is looked for
 CLOSE = 0.01
 #: What one per cent of loss is worth in tokens where no tokens ladder says it: 1.25 times as many, reported for models
 #: of 215M-1.07B parameters.
@@ -50,7 +50,9 @@ def regret(valleys: Valleys, drift: Drift, rung: int, log2_rate: float) -> Regre
     def expected(offset: float) -> float:
         return float(drift.weights @ _penalties(valleys, drift, rung, log2_rate + offset))
 
-    found = minimize_scalar(expected, bounds=(-FAR, FAR), method="bounded", options={"xatol": CLOSE})
+    low, _, high = drift.quantiles(drift.target - log2_rate)
+    bounds = min(-FAR, low - 1), max(FAR, high + 1)
+    found = minimize_scalar(expected, bounds=bounds, method="bounded", options={"xatol": CLOSE})
     best = min(0.0, float(found.x), key=expected)
     at_rate = _penalties(valleys, drift, rung, log2_rate)
     low, _, high = drift.quantiles(at_rate)

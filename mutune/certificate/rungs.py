@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mutune.certificate.config import AXIS_KEYS, BudgetConfig, LadderConfig
-from mutune.certificate.drift import SCATTER, SLOPE
+from mutune.certificate.drift import MAX_DOUBLINGS, SCATTER, SLOPE
 from mutune.certificate.points import AXES, doublings
 from mutune.errors import Refusal, require
 from mutune.training.config import RunSpec, total_tokens
@@ -137,10 +137,17 @@ def _twice(proxy: RunSpec, axis: str) -> list[RunSpec]:
 def _chosen(
     rungs: list[RunSpec], steps: dict[str, list[list[RunSpec]]], target: RunSpec, share: Callable[[RunSpec], float]
 ) -> list[RunSpec]:
-    """`rungs` and, one after another, the next step of an axis that narrows the target's optimum most for its cost."""
-    queues = [list(queue) for directions in steps.values() for queue in directions]
+    """`rungs`; then of every axis what comes within reach of the target, where that can be paid for; then, one after
+    another, the next step of an axis that narrows the target's optimum most for its cost.
+    """
     left = FIRST_SHARE - sum(share(spec) for spec in rungs)
-    goal = place(target)
+    goal, queues = place(target), []
+    for axis, directions in steps.items():
+        needed = _within_reach(axis, directions[0], rungs[0], goal) if directions else []
+        if sum(map(share, needed)) > left:
+            needed = []
+        rungs, left = [*rungs, *needed], left - sum(map(share, needed))
+        queues += [queue[len(needed) :] if queue is directions[0] else list(queue) for queue in directions]
     while queues := [queue for queue in queues if queue]:
         now = _variance(rungs, goal)
         gains = [1 - _variance([*rungs, queue[0]], goal) / now for queue in queues]
@@ -154,6 +161,18 @@ def _chosen(
         left -= share(queues[best][0])
         rungs = [*rungs, queues[best].pop(0)]
     return rungs
+
+
+def _within_reach(axis: str, queue: list[RunSpec], nearest: RunSpec, goal: dict[str, float]) -> list[RunSpec]:
+    """The first of `queue` up to the one from which the target is no further than verdicts are calibrated; none where
+    it is not further from `nearest`, or no rung comes so far.
+    """
+
+    def is_far(spec: RunSpec) -> bool:
+        return abs(math.log2(goal[axis] / place(spec)[axis])) > MAX_DOUBLINGS + 1e-6
+
+    near = [i for i, spec in enumerate(queue) if not is_far(spec)]
+    return queue[: near[0] + 1] if near and is_far(nearest) else []
 
 
 def _variance(rungs: list[RunSpec], goal: dict[str, float]) -> float:

@@ -1,7 +1,8 @@
 """Anyone's sweep: finished runs from a CSV file, as a ladder's points. No torch, no model."""
 
+import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,12 @@ from mutune.errors import Refusal, require
 #: Column of a file → what it is here; `lr` is how most people call it.
 NAMES = {"lr": "learning_rate", "learning_rate": "learning_rate", "val_loss": "loss"}
 REQUIRED = ("width", "learning_rate", "loss")
+OPTIMA = "for example a file with the columns width,optimum"
+MAX_FIELDS = 200  # of a row that is longer than its header
 EXAMPLE = "for example a file with the columns width,lr,loss,seed"
-TRUE = {"true", "1", "yes"}
+DIVERGED = {"true": True, "yes": True, "false": False, "no": False, "": False}
+MAX_RUNGS = 50  # that are fitted together in a few seconds
+MOST = 1e12  # of a loss, in whatever unit
 
 
 @dataclass(frozen=True)
@@ -44,18 +49,27 @@ def read_tables(path: str) -> dict[str, Table]:
     return to_tables(_read(path), f"runs={path}")
 
 
-def to_tables(frame: pd.DataFrame, key: str) -> dict[str, Table]:
-    """As `read_tables`, from a frame; `key` names it in a refusal."""
+def to_tables(frame: pd.DataFrame, key: str, *, independent: bool = False) -> dict[str, Table]:
+    """As `read_tables`, from a frame.
+
+    Args:
+        key: names it in a refusal.
+        independent: whether rows that agree in everything but the loss are runs of their own, not copies.
+    """
     frame = frame.rename(columns=lambda name: str(name).strip().lower())
     if "table" not in frame.columns:
-        return {"": to_table(frame, key)}
+        return {"": to_table(frame, key, independent=independent)}
     tables = frame["table"].fillna("").astype(str).str.strip()
     require(bool((tables != "").all()), f"{key} has rows without a table; fill the column, or leave it out.")
-    return {name: to_table(frame[tables == name].reset_index(drop=True), key) for name in sorted(set(tables))}
+    found = {}
+    for name in sorted(set(tables)):
+        table = to_table(frame[tables == name].reset_index(drop=True), key, independent=independent)
+        found[name] = replace(table, dropped=tuple(f"table {name}, {why}" for why in table.dropped))
+    return found
 
 
-def to_table(frame: pd.DataFrame, key: str) -> Table:
-    """Points from any frame with the columns of `REQUIRED` and perhaps others; `key` names it in a refusal."""
+def to_table(frame: pd.DataFrame, key: str, *, independent: bool = False) -> Table:
+    """Points from any frame with the columns of `REQUIRED` and perhaps others; arguments as for `to_tables`."""
     frame = frame.rename(columns=lambda name: NAMES.get(str(name).strip().lower(), str(name).strip().lower()))
     missing = [name for name in REQUIRED if name not in frame.columns]
     require(not missing, f"{key} has no column {' and '.join(_shown(m) for m in missing)}; {EXAMPLE}.")
@@ -70,23 +84,51 @@ def to_table(frame: pd.DataFrame, key: str) -> Table:
     words = frame["loss"].notna() & losses.isna() & ~frame["loss"].astype(str).str.lower().str.contains("nan|inf|div")
     if words.any():
         raise Refusal(f"{key} has the loss {frame['loss'][words].iloc[0]!r}, which is no number; {EXAMPLE}.")
-    told = frame["diverged"].astype(str).str.lower().isin(TRUE) if "diverged" in frame.columns else False
+    huge = losses.abs() > MOST
+    if huge.any():
+        raise Refusal(
+            f"{key} has the loss {losses[huge].iloc[0]:g}, which is none; where a run diverged, leave it empty."
+        )
+    told = _diverged(frame["diverged"], key) if "diverged" in frame.columns else False
     points = frame.assign(loss=losses, diverged=losses.isna() | told)
     points.loc[points.diverged, "loss"] = math.nan
     for axis in AXES:
         if axis not in axes:
             points[axis] = 1.0
     points = points[list(COLUMNS)].reset_index(drop=True)
-    _check_repeats(points, key)
-    return _usable(points, axes, key)
+    if points.groupby([*AXES, "seed"]).size().max() == 1:  # every run has a seed of its own, which compares nothing
+        points, independent = points.assign(seed=0), True
+    if not independent:
+        _check_repeats(points, key)
+    _check_copies(points, key)
+    table = _usable(points, axes, key)
+    count = len(table.points[list(AXES)].drop_duplicates())
+    require(
+        count <= MAX_RUNGS,
+        f"{key} has {count} rungs, and {MAX_RUNGS} can be fitted together; leave rows out, for example widths that lie "
+        "close to others.",
+    )
+    return table
+
+
+def _diverged(column: pd.Series, key: str) -> pd.Series:
+    """Truth values, however they are written."""
+    words, numbers = column.fillna("").astype(str).str.strip().str.lower(), pd.to_numeric(column, errors="coerce")
+    known = words.map(DIVERGED)
+    odd = known.isna() & numbers.isna()
+    if odd.any():
+        raise Refusal(f"{key} has diverged={column[odd].iloc[0]}, which is not understood; for example true or false.")
+    return known.where(known.notna(), numbers != 0).astype(bool)
 
 
 def read_optima(path: str) -> dict[float, float]:
     """`optima=<path>`: width → best learning rate."""
-    key, example = f"optima={path}", "for example a file with the columns width,optimum"
+    key, example = f"optima={path}", OPTIMA
     frame = _read(path, "optima").rename(columns=lambda name: str(name).strip().lower())
     missing = [name for name in ("width", "optimum") if name not in frame.columns]
     require(not missing, f"{key} has no column {' and '.join(missing)}; {example}.")
+    odd = sorted({"width", "optimum"} & {*frame.columns[frame.columns.duplicated()]})
+    require(not odd, f"{key} has the column {' and '.join(odd)} twice; {example}.")
     widths, rates = (_positive(frame[name], name, key) for name in ("width", "optimum"))
     require(not widths.duplicated().any(), f"{key} gives width {widths[widths.duplicated()].min():g} twice; {example}.")
     require(
@@ -96,13 +138,34 @@ def read_optima(path: str) -> dict[float, float]:
 
 
 def _read(path: str, key: str = "runs") -> pd.DataFrame:
+    example = EXAMPLE if key == "runs" else OPTIMA
     try:
-        return pd.read_csv(Path(path), skipinitialspace=True)
+        text = Path(path).read_text(encoding="utf-8-sig")
+        head = text.partition("\n")[0]
+        separator = next((mark for mark in (",", ";", "\t") if mark in head), ",")
+        decimal = "," if separator == ";" else "."
+        frame = pd.read_csv(io.StringIO(text), sep=separator, decimal=decimal, skipinitialspace=True)
+        if not isinstance(frame.index, pd.RangeIndex):  # a field more than the header has
+            frame = pd.read_csv(
+                io.StringIO(text), sep=separator, decimal=decimal, skipinitialspace=True, names=range(MAX_FIELDS)
+            )
+            names = frame.iloc[0].dropna().astype(str).tolist()
+            more = frame.iloc[1:, len(names) :].notna().any(axis=1)
+            if more.any():
+                raise Refusal(
+                    f"{key}={path} has more fields than its header in row {int(np.argmax(more)) + 1} of the data; "
+                    f"{example}."
+                )
+            frame = pd.read_csv(
+                io.StringIO(text), sep=separator, decimal=decimal, skipinitialspace=True, index_col=False,
+                usecols=range(len(names)),
+            )  # fmt: skip
+        return frame
     except FileNotFoundError:
-        raise Refusal(f"{key}={path} does not exist; {EXAMPLE}.") from None
+        raise Refusal(f"{key}={path} does not exist; {example}.") from None
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise Refusal(
-            f"{key}={path} cannot be read as CSV ({str(error).strip().splitlines()[0]}); {EXAMPLE}."
+            f"{key}={path} cannot be read as CSV ({str(error).strip().splitlines()[0]}); {example}."
         ) from None
 
 
@@ -112,8 +175,25 @@ def _positive(column: pd.Series, name: str, key: str) -> pd.Series:
     shown = _shown(name)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
-        raise Refusal(f"{key}: {shown} must be a number above 0, not {column.iloc[row]} (row {row + 1} of the data).")
+        raise Refusal(
+            f"{key}: {shown} must be a number above 0, not {column.iloc[row]} (row {row + 1} of the data); for example "
+            f"{0.01 if name in ('learning_rate', 'optimum') else 64}."
+        )
     return numbers.astype(float)
+
+
+def _check_copies(points: pd.DataFrame, key: str) -> None:
+    """Refuse a seed whose losses are those of another, one for one."""
+    for rung, group in points[~points.diverged].groupby(list(AXES)):
+        runs = {seed: frozenset(zip(g.learning_rate, g.loss, strict=True)) for seed, g in group.groupby("seed")}
+        seen: set[frozenset[tuple[float, float]]] = set()
+        for losses in runs.values():
+            require(
+                losses not in seen or len(losses) < 3 or len({loss for _, loss in losses}) < 3,
+                f"{key} has seeds whose losses at width {rung[0]:g} are all the same, so that one is a copy; leave it "
+                "out.",
+            )
+            seen.add(losses)
 
 
 def _check_repeats(points: pd.DataFrame, key: str) -> None:

@@ -15,12 +15,12 @@ the residuals say so; the form is trusted less, the higher a point lies. A diver
 valley does not go on falling there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from scipy import special
+from scipy import special, stats
 from scipy.optimize import brentq
 
 from mutune.certificate.points import AXES, rung_index, rung_table
@@ -29,6 +29,7 @@ from mutune.certificate.points import AXES, rung_index, rung_table
 SMOOTHNESS = {0.1: 0.15, 0.7: 0.15, 2.0: 0.3, 5.0: 0.4}  # s, octaves: prior weight
 LOG_STEEPNESS = (float(np.log(1.5)), 0.7)  # ρ at 1.5 octaves from the optimum: mean, sd
 LOG_STRAIGHTENING = (float(np.log(0.1)), 1.0)  # log λ: mean, sd
+BEYOND = 2.0  # octaves past the tried rates that an optimum may well lie
 OWN = 0.5  # sd of a rung's own log A and ρ around the shared ones
 FREEDOM = 4.0  # of Student's t
 TEMPER = 0.25  # power of the evidence for a smoothness: all are approximations
@@ -36,6 +37,7 @@ INFORMATION = 0.85  # of a residual, between Gaussian (1) and Student's t (0.71)
 MISFIT, MISFIT_WEIGHT = 0.03, 6.0  # sd of the form's error as a share of the height; how many points that counts for
 UNSEEN, UNSEEN_WEIGHT = 0.1, 1.0  # noise where hardly a rate was repeated, as a share of the heights; its weight
 GROWTHS, GROWTH = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0), 0.4  # γ tried; its sd
+CLIP = 3.0  # times as far above the lowest loss as the median is
 REACH = 3.0  # octaves over which noise grows
 STEPS = 60
 
@@ -70,6 +72,16 @@ class Fit:
         """Loss above the optimum's at `offset` octaves from it, nats per token."""
         bend = np.exp(0.5 * self.steepness[rung] * np.tanh(offset / self.smoothness))
         return np.asarray(self.curvature[rung] * offset**2 * bend / (1 + self.straightening * np.abs(offset)))
+
+    def scaled(self, factor: float) -> "Fit":
+        """With losses in another unit."""
+        return replace(
+            self,
+            noise=factor * self.noise,
+            levels=factor * self.levels,
+            level_errors=factor * self.level_errors,
+            curvature=factor * self.curvature,
+        )
 
 
 @dataclass(frozen=True)
@@ -139,11 +151,41 @@ def fit_valleys(points: pd.DataFrame) -> Valleys:
         ValueError: a rung without three finished rates, or a finished run without a finite loss.
     """
     rungs = rung_table(points)
-    data = _Data.of(points, rungs)
+    losses = points.loss[~points.diverged.to_numpy(bool)]
+    scale = float(losses.max() - losses.min()) or 1.0  # no constant below is in nats
+    data = _Data.of(points.assign(loss=points.loss / scale), rungs)
     fits = tuple(_Joint(data, smoothness).fit() for smoothness in SMOOTHNESS)
+    fits = tuple(fit.scaled(scale) for fit in fits)
     scores = TEMPER * np.array([fit.evidence for fit in fits]) + np.log(list(SMOOTHNESS.values()))
     weights = np.exp(scores - scores.max())
     return Valleys(rungs, data.edges, data.bounds, fits, weights / weights.sum())
+
+
+def chance_of_none(points: pd.DataFrame) -> float:
+    """The chance that losses which do not depend on the rate would look as if they did: an F test over all rungs.
+
+    Rungs with repeated seeds set the rates' means against what seeds leave unexplained; others a parabola in the log2
+    rate, losses far above the median clipped, against what it leaves. 0 where nothing is left to test by.
+    """
+    explained, left = np.zeros(2), np.zeros(2)  # sum of squares, degrees of freedom
+    for _, rung in points[~points.diverged.to_numpy(bool)].groupby(list(AXES)):
+        rate, loss = np.log2(rung.learning_rate.to_numpy(float)), rung.loss.to_numpy(float)
+        lowest = loss.min()
+        loss = np.minimum(loss, lowest + CLIP * (np.median(loss) - lowest))
+        levels = np.eye(rung.seed.nunique())[pd.factorize(rung.seed)[0]]
+        names = np.unique(rate, return_inverse=True)[1]
+        rates = np.eye(names.max() + 1)[names]
+        if np.linalg.matrix_rank(np.hstack([levels, rates])) >= len(loss):
+            rates = np.vander(rate - rate.mean(), 3)
+        whole, own = np.hstack([levels, rates]), np.linalg.matrix_rank(levels)
+        rank = np.linalg.matrix_rank(whole)
+        plain = float(np.sum((loss - levels @ np.linalg.lstsq(levels, loss)[0]) ** 2))
+        rest = float(np.sum((loss - whole @ np.linalg.lstsq(whole, loss)[0]) ** 2))
+        explained += plain - rest, rank - own
+        left += rest, len(loss) - rank
+    if not (explained[1] and left[1] and left[0] > 0):
+        return 0.0
+    return float(stats.f.sf(explained[0] / explained[1] * left[1] / left[0], explained[1], left[1]))
 
 
 @dataclass(frozen=True)
@@ -154,6 +196,7 @@ class _Data:
         rate, loss, height: (n,); height is the loss above its rung's lowest, whatever the seed's level.
         rung, level: (n,) which. starts: where each level's runs begin. level_rung: each level's rung.
         start: (R,) first guess of the optima; curvature: first guess of A.
+        middle, reach: (R,) of the tried rates, and how far they reach to either side of it, octaves.
         noise: sd of what rung, rate and seed do not explain, on `noise_freedom` degrees of freedom; 0 on none.
     """
 
@@ -167,6 +210,8 @@ class _Data:
     edges: tuple[str | None, ...]
     bounds: np.ndarray
     start: np.ndarray
+    middle: np.ndarray
+    reach: np.ndarray
     curvature: float
     noise: float
     noise_freedom: int
@@ -200,6 +245,8 @@ class _Data:
             edges=tuple(look.edge for look in looks),
             bounds=np.array([look.bound for look in looks]),
             start=np.array([look.optimum for look in looks]),
+            middle=np.array([(rate[rung == i].max() + rate[rung == i].min()) / 2 for i in range(len(rungs))]),
+            reach=np.array([np.ptp(rate[rung == i]) / 2 for i in range(len(rungs))]),
             curvature=float(np.median(curvatures)) if curvatures else fallback,
             noise=_scale(residuals, freedom),
             noise_freedom=freedom if freedom >= 4 else 0,
@@ -249,7 +296,7 @@ def _repeats(rate: np.ndarray, loss: np.ndarray, rung: np.ndarray, level: np.nda
         _, which_seed = np.unique(level[mine], return_inverse=True)
         columns = len(x) + which_seed.max()
         left = int(mine.sum()) - columns
-        if which_seed.max() == 0 or left <= 0:
+        if left <= 0:
             continue
         design = np.zeros((mine.sum(), columns))
         design[np.arange(mine.sum()), which_rate] = 1
@@ -281,6 +328,7 @@ class _Joint:
         share = np.tanh(1.5 / smoothness)  # of ρ that is seen 1.5 octaves from the optimum
         size = 3 * self.R + 3
         self.prior, deviation = np.zeros(size), np.full(size, np.inf)
+        self.prior[: self.R], deviation[: self.R] = data.middle, data.reach + BEYOND
         self.prior[self.R + 1], deviation[self.R + 1] = LOG_STEEPNESS[0] / share, LOG_STEEPNESS[1] / share
         self.prior[self.R + 2], deviation[self.R + 2] = LOG_STRAIGHTENING
         deviation[self.own_a], deviation[self.own_rho] = OWN, OWN / share

@@ -13,6 +13,7 @@ import pandas as pd
 
 from mutune.certificate.assessment import Assessment
 from mutune.certificate.config import TransferFile
+from mutune.certificate.drift import MAX_DOUBLINGS
 from mutune.certificate.points import AXES
 from mutune.certificate.settle import deciding_rung, settling_rung
 from mutune.certificate.valleys import Valleys
@@ -27,7 +28,7 @@ GO_RISK = 0.07  # the chance that it lies further than that, with which GO may b
 CARE_RISK = 0.25  # the same for GO WITH CARE
 NO_GO_OCTAVES, NO_GO_CHANCE = 0.75, 0.85  # NO-GO: it is expected beyond the first, and beyond GO_OCTAVES so surely
 CLEAR = 0.5  # of GO's risk and distance, and of NO-GO's doubt: within it a ladder stops early
-MAX_DOUBLINGS = 2.0  # of an axis from the ladder to the target: as far as the intervals were calibrated
+FLAT_CHANCE = 0.01  # that noise alone looks like the valleys, from which on there are none to speak of
 MIN_RUNGS = 3  # values of the width with an optimum inside their rates, where the target's lies beyond them
 MAX_RATIO = 4.0  # target over proxy, or the inverse, on an axis that the ladder did not measure
 FFN = "feed-forward width over width"
@@ -128,11 +129,11 @@ def verdict_of(case: Case) -> str:
     """The verdict of a ladder, without its sentences.
 
     Its two questions are how far the optimum at the target is expected from the transferred rate, and how likely it
-    is further than `FAR_OCTAVES`. Too far, as far towards the target as was measured and calibrated, is NO-GO whatever
-    else holds; then what was not measured makes NOT CERTIFIED.
+    is further than `FAR_OCTAVES`. Where there are no valleys to speak of, nothing is said. Too far, as far towards the
+    target as was measured and calibrated, is NO-GO whatever else holds; then what was not measured makes NOT CERTIFIED.
     """
     drift = case.assessment.drift
-    if drift is None:
+    if drift is None or _flat(case):
         return "NOT CERTIFIED"
     chance, centre = _far(case.assessment)
     if chance > NO_GO_CHANCE and abs(centre) > NO_GO_OCTAVES:
@@ -167,10 +168,13 @@ def judge(case: Case) -> Verdict:
 
 
 def _far(assessment: Assessment) -> tuple[float, float]:
-    """The chance of more than `GO_OCTAVES`, and the octaves expected, as far towards the target as was measured."""
+    """The chance of more than `GO_OCTAVES` to one side, and the octaves expected, as far towards the target as was
+    measured. What may lie anywhere is not known to be far.
+    """
     reached = assessment.within(MAX_DOUBLINGS)
     assert reached.drift is not None
-    return reached.drift.chance(abs(reached.distance) > GO_OCTAVES), reached.drift.quantiles(reached.distance)[1]
+    centre = reached.drift.quantiles(reached.distance)[1]
+    return reached.drift.chance(math.copysign(1.0, centre) * reached.distance > GO_OCTAVES), centre
 
 
 def foreseen(differences: list[Difference], rungs: pd.DataFrame, target: dict[str, float], table: str) -> list[str]:
@@ -287,8 +291,9 @@ def _axis(axis: str) -> Rule:
             case.assessment.target[axis],
             case.assessment.target[axis] > case.assessment.valleys.rungs[axis].max(),
         )
-        need = target / 2**MAX_DOUBLINGS if larger else target * 2**MAX_DOUBLINGS
-        return f"a rung with {axis} {math.ceil(need):,}"
+        need = math.ceil(target / 2**MAX_DOUBLINGS if larger else target * 2**MAX_DOUBLINGS)
+        times = need / case.assessment.valleys.rungs[axis].iloc[case.assessment.base]
+        return f"a rung with {axis} {need:,}" + (f", {times:.3g} times the base's" if axis != "width" else "")
 
     return Rule(axis, reason, cure)
 
@@ -315,12 +320,32 @@ def _edges(case: Case) -> str:
     return f"the optimum is at the edge of the tried rates, or beyond it, at {' and '.join(found)}" if found else ""
 
 
+def _flat(case: Case) -> str:
+    chance = case.assessment.chance_of_none
+    if chance <= FLAT_CHANCE:
+        return ""
+    return (
+        "beside their noise, the losses hardly depend on the rate: such a dependence would come about by chance "
+        f"{_percent(chance)} of the time"
+    )
+
+
 def _rungs(case: Case) -> str:
     assessment = case.assessment
+    rungs, valleys = assessment.valleys.rungs["width"], assessment.valleys
     count, needed = assessment.measured("width"), MIN_RUNGS if assessment.beyond("width") > 0 else 2
-    if count >= needed or assessment.target["width"] == assessment.valleys.rungs["width"].iloc[assessment.base]:
+    if count >= needed or assessment.target["width"] == rungs.iloc[assessment.base]:
         return ""
+    inside = rungs[[edge is None for edge in valleys.edges]].nunique()
+    if inside >= needed:
+        return f"{inside} widths have an optimum inside the tried rates, but other axes change with them: {count} alone"
     return f"{count} width{' has' if count == 1 else 's have'} an optimum inside the tried rates, of {needed} needed"
+
+
+def _more_widths(case: Case) -> str:
+    rungs = case.assessment.valleys.rungs
+    others = [axis for axis in AXES[1:] if rungs[axis].nunique() > 1]
+    return f"more widths{' at the same ' + ' and '.join(others) if others else ''}"
 
 
 def _wide(case: Case) -> str:
@@ -344,8 +369,10 @@ def _next_rung(case: Case) -> str:
         axes = [axis for axis in AXES if axis in unmeasured or case.assessment.valleys.rungs[axis].nunique() > 1]
         return f"a ladder that varies it: 'ladder=[{','.join(axes)}]'"
 
+    of_width = [rule for rule in NOT_CERTIFIED if rule.name in ("width", "rungs", "interval")]
+
     def settled(assessment: Assessment) -> bool:
-        return not _wide(replace(case, assessment=assessment))
+        return not any(rule.reason(replace(case, assessment=assessment)) for rule in of_width)
 
     return settling_rung(case.assessment, settled) if case.assessment.drift else ""
 
@@ -365,7 +392,8 @@ NOT_CERTIFIED = (
     _differs("schedule", "the best rate belongs to its schedule; sweep with the target's"),
     _beyond("decay share", "the best rate belongs to its schedule; sweep with the target's schedule.decay_fraction"),
     Rule("edge", _edges, lambda case: "rates beyond the edge at those rungs", lasting=False),
-    Rule("rungs", _rungs, lambda case: "more widths", lasting=False),
+    Rule("flat", _flat, lambda case: "rates further apart, or more seeds", lasting=False),
+    Rule("rungs", _rungs, _more_widths, lasting=False),
     Rule("interval", _wide, _next_rung, lasting=False),
 )
 

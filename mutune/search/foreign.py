@@ -15,7 +15,8 @@ def read_foreign(url: str, name: str | None = None) -> pd.DataFrame:
     """The finished trials of the study at `url` (`sqlite:///study.db`); `name` says which where there are several.
 
     One row each: its parameters and numeric user attributes by name, and `loss`. A failed trial, or one that told a
-    value that is not finite, has no loss; a pruned one is left out.
+    value that is not finite, has no loss. A pruned one is left out, and so is one that failed before it had all its
+    parameters.
 
     Raises:
         Refusal: no database, no such study, or one that maximises or has several objectives.
@@ -48,7 +49,10 @@ def read_foreign(url: str, name: str | None = None) -> pd.DataFrame:
     require(len(study.directions) == 1, f"runs={url}: the study has several objectives; use one that minimises a loss.")
     minimises = study.direction == optuna.study.StudyDirection.MINIMIZE
     require(minimises, f"runs={url}: the study maximises; use one that minimises a loss.")
-    rows = [_row(trial) for trial in study.get_trials(deepcopy=False) if trial.state in (COMPLETE, FAIL)]
+    trials = study.get_trials(deepcopy=False)
+    complete = [set(t.params) for t in trials if t.state == COMPLETE]
+    known = set.intersection(*complete) if complete else set()
+    rows = [_row(t) for t in trials if t.state == COMPLETE or (t.state == FAIL and known <= set(t.params))]
     require(bool(rows), f"runs={url}: the study has no finished trial; run it first.")
     return pd.DataFrame(rows)
 

@@ -162,6 +162,17 @@ REFUSED = [
     (lines([*GRID, ("wide", 1, 3.0)]), "width must be a number above 0, not wide (row 16 of the data)"),
     (lines([*GRID, (32, "nan", 3.0)]), "lr must be a number above 0, not nan"),
     (lines([*GRID, (32, 1, "good")]), "has the loss 'good', which is no number"),
+    (lines([*GRID, (32, 1, 1e300)]), "has the loss 1e+300, which is none; where a run diverged, leave it empty"),
+    (lines([(*row, "maybe") for row in GRID], f"{HEAD},diverged"), "has diverged=maybe, which is not understood"),
+    (lines([(*row, 7) for row in GRID]), "has more fields than its header in row 1 of the data"),
+    (
+        lines([(*row, seed) for row in GRID for seed in (0, 1)], f"{HEAD},seed"),
+        "has seeds whose losses at width 32 are all the same, so that one is a copy; leave it out",
+    ),
+    (
+        lines([(width, x, 3 + (x - 0.01) ** 2) for width in range(60, 120) for x in (0.005, 0.01, 0.02)]),
+        "has 60 rungs, and 50 can be fitted together; leave rows out",
+    ),
     (
         lines([(32, 0.01, 3.0)]),
         "has no width with three finished rates (width 32 has 1 finished rate, of three needed)",
@@ -193,6 +204,9 @@ def test_a_file_that_does_not_serve_gets_one_sentence(
         (["runs=a.csv", "runs_study=b"], "runs_study=b is read with an Optuna study"),
         (["target_width=256"], "target_width=256 is read with runs= or optima="),
         (["runs=a.csv", "target_width=0"], "target_width=0"),
+        (["runs=a.csv", "target_width=1e300"], "target_width=1e+300"),
+        (["runs=a.csv", "hyperparameters.learning_rate=-1"], "hyperparameters.learning_rate=-1"),
+        (["runs=a.csv", "hyperparameters.learning_rate=0"], "hyperparameters.learning_rate=0"),
         (["optima=nowhere.csv"], "optima=nowhere.csv does not exist"),
     ],
 )
@@ -229,6 +243,81 @@ def test_widths_in_any_order_columns_in_any_order_and_thin_widths_beside_are_fin
     data = certificate(out, f"runs={tmp_path / 'odd.csv'}", "target_width=256")
     assert data["verdict"] == "GO"
     assert data["notes"] == ["left out: width 256 has 1 finished rate, of three needed"]
+
+
+@pytest.mark.parametrize(
+    ("text", "decimal"),
+    [
+        (lines([(*row, "") for row in GRID], HEAD), "."),  # a comma at the end of each row
+        (lines(GRID, HEAD).replace(",", ";"), "."),
+        (lines(GRID, HEAD).replace(",", ";").replace(".", ","), ","),
+        (lines(GRID, HEAD).replace(",", "\t"), "."),
+        ("\ufeff" + lines(GRID, HEAD), "."),
+    ],
+    ids=["trailing comma", "semicolons", "decimal commas", "tabs", "byte order mark"],
+)
+def test_a_spreadsheet_s_way_of_writing_is_read(text: str, decimal: str, tmp_path: Path, out: Path) -> None:
+    (tmp_path / "plain.csv").write_text(lines(GRID, HEAD))
+    (tmp_path / "sheet.csv").write_text(text)
+    plain = certificate(out / "plain", f"runs={tmp_path / 'plain.csv'}")
+    assert certificate(out / "sheet", f"runs={tmp_path / 'sheet.csv'}")["rungs"] == plain["rungs"]
+
+
+@pytest.mark.parametrize("words", [("1.0", "0.0"), ("True", "False"), ("yes", "no"), ("1", "")])
+def test_a_divergence_is_understood_however_it_is_written(words: tuple[str, str], tmp_path: Path, out: Path) -> None:
+    rows = [(*row, words[1]) for row in GRID] + [(32, 0.5, 1.0, words[0])]  # its loss, the lowest, does not count
+    (tmp_path / "told.csv").write_text(lines(rows, f"{HEAD},diverged"))
+    data = certificate(out, f"runs={tmp_path / 'told.csv'}", "target_width=256")
+    assert data["verdict"] == "GO"
+    assert [point["diverged"] for point in data["rungs"][0]["points"]].count(True) == 1
+
+
+def test_runs_that_each_have_a_seed_of_their_own_are_judged_without_seeds(tmp_path: Path, out: Path) -> None:
+    points = make_ladder(Family(seeds=3), 5).points[["width", "learning_rate", "loss"]]
+    data = certificate(out, f"runs={write(tmp_path / 'search.csv', points.assign(seed=range(len(points))))}")
+    assert data["verdict"] in ("GO", "GO WITH CARE")
+
+
+def test_an_optuna_study_that_repeats_a_point_has_runs_of_its_own_and_a_trial_without_values_is_none(
+    tmp_path: Path, out: Path
+) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(storage=url, study_name="theirs")
+    study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)  # before it suggested anything
+    for row in make_ladder(Family(seeds=2), 5).points.to_dict("records"):
+        kinds: dict[str, optuna.distributions.BaseDistribution] = {
+            "width": optuna.distributions.IntDistribution(row["width"], row["width"]),
+            "lr": optuna.distributions.FloatDistribution(row["learning_rate"], row["learning_rate"]),
+        }
+        study.tell(study.ask(kinds), row["loss"])
+    assert certificate(out, f"runs={url}")["verdict"] in ("GO", "GO WITH CARE")
+
+
+def test_a_table_that_diverged_is_left_out_and_said_so(tmp_path: Path, out: Path) -> None:
+    rows = [(*row, "mup") for row in GRID] + [(width, rate, "nan", "sp") for width, rate, _ in GRID]
+    (tmp_path / "two.csv").write_text(lines(rows, f"{HEAD},table"))
+    data = certificate(out, f"runs={tmp_path / 'two.csv'}", "target_width=256")
+    assert data["table"] == "mup"
+    assert "left out: table sp, width 32 has 0 finished rates, of three needed" in data["notes"]
+
+
+def test_widths_that_change_with_the_tokens_are_not_called_missing(tmp_path: Path, out: Path) -> None:
+    rows = [(width, rate, loss, width * width) for width, rate, loss in GRID]
+    (tmp_path / "joint.csv").write_text(lines(rows, f"{HEAD},tokens"))
+    data = certificate(out, f"runs={tmp_path / 'joint.csv'}", "target_width=256")
+    assert any("other axes change with them" in reason for reason in data["reasons"])
+    assert any(cure.startswith("more widths at the same tokens") for cure in data["settle"])
+
+
+def test_the_verdict_of_several_tables_says_whose_it_is(out: Path) -> None:
+    data = certificate(out, f"runs={STORED / 'bytes.csv'}", "target_width=512")
+    assert data["notes"][0] == "the verdict is that of table mup, which transfers best of 2"
+
+
+def test_a_comparison_at_a_target_too_far_away_ranks_nothing(out: Path) -> None:
+    data = certificate(out, f"runs={STORED / 'bytes.csv'}", "target_width=65536")
+    assert all(row["regret"] is None for row in data["comparison"])
+    assert any("which transfers best is not said" in line for line in data["comparison_words"])
 
 
 def test_ten_thousand_rows_are_judged(tmp_path: Path, out: Path) -> None:

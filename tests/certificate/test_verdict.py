@@ -10,6 +10,7 @@ import pytest
 from mutune.certificate.assessment import assess
 from mutune.certificate.certificate import certificate, markdown
 from mutune.certificate.config import VERDICTS
+from mutune.certificate.drift import MAX_DOUBLINGS
 from mutune.certificate.laws import law_slopes
 from mutune.certificate.rungs import place
 from mutune.certificate.verdict import (
@@ -17,7 +18,6 @@ from mutune.certificate.verdict import (
     FAR_OCTAVES,
     GO_OCTAVES,
     GO_RISK,
-    MAX_DOUBLINGS,
     NO_GO_CHANCE,
     NO_GO_OCTAVES,
     NOT_CERTIFIED,
