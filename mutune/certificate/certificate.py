@@ -1,6 +1,7 @@
 """The certificate: `certificate.json` for programs, `certificate.md` for people."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -59,7 +60,7 @@ def write_certificate(directory: Path, data: dict[str, Any]) -> None:
 
 def markdown(data: dict[str, Any]) -> str:
     """The certificate in words and tables."""
-    table = f", table `{data['table']}`" if data["table"] else ""
+    table = f", table `{_plain(data['table'])}`" if data["table"] else ""
     lines = [f"# {data['verdict']}", "", f"Target {_target(data['target'])}{table}, "]
     lines[-1] += f"base learning rate {data['learning_rate']:.5g}."
     lines += ["", "## Reasons", "", *(f"- {reason}" for reason in data["reasons"])]
@@ -70,9 +71,9 @@ def markdown(data: dict[str, Any]) -> str:
     if data["rungs"]:
         lines += _ladder(data["rungs"])
     if data.get("notes"):
-        lines += ["", *(f"- {note}" for note in data["notes"])]
+        lines += ["", *(f"- {_plain(note)}" for note in data["notes"])]
     if data.get("comparison_words"):
-        lines += ["", "## Tables compared", "", *(f"- {line}" for line in data["comparison_words"])]
+        lines += ["", "## Tables compared", "", *(f"- {_plain(line)}" for line in data["comparison_words"])]
     if data["drift"]:
         lines += _at_the_target(data)
     if data.get("laws"):
@@ -236,6 +237,11 @@ def _difference_row(difference: dict[str, Any]) -> str:
     return (
         "| " + " | ".join(cell(difference[key]) for key in ("axis", "proxy", "target", "ratio", "measured_to")) + " |"
     )
+
+
+def _plain(words: str) -> str:
+    """Somebody's words, which mean nothing to Markdown."""
+    return re.sub(r"([|<>`])", r"\\\1", words)
 
 
 def _whole(value: float) -> float | int:

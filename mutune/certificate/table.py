@@ -113,7 +113,8 @@ def to_table(frame: pd.DataFrame, key: str, *, independent: bool = False) -> Tab
 
 def _diverged(column: pd.Series, key: str) -> pd.Series:
     """Truth values, however they are written."""
-    words, numbers = column.fillna("").astype(str).str.strip().str.lower(), pd.to_numeric(column, errors="coerce")
+    words = column.astype("string").fillna("").str.strip().str.lower()
+    numbers = pd.to_numeric(column, errors="coerce")
     known = words.map(DIVERGED)
     odd = known.isna() & numbers.isna()
     if odd.any():

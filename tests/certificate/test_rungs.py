@@ -91,6 +91,14 @@ def test_a_larger_budget_reaches_further_and_a_small_one_names_one_that_would_do
     assert len(planned(limits=BudgetConfig(works)).rungs) > 1
 
 
+def test_a_budget_that_pays_for_it_reaches_as_near_the_target_as_a_verdict_asks() -> None:
+    far = replace(SMALL, stages=(StageConfig(128, 16, 240 * 16),))  # tokens 64 times the proxy's
+    reached = max(place(spec)["tokens"] for spec in planned(far, limits=BudgetConfig(budget_fraction=3.0)).rungs)
+    assert place(far)["tokens"] / reached == 4  # two doublings
+    short = max(place(spec)["tokens"] for spec in planned(far, limits=BudgetConfig(budget_fraction=0.03)).rungs)
+    assert short < reached
+
+
 def test_minutes_count_by_what_the_study_s_trials_took() -> None:
     def rungs(seconds: float) -> int:
         config = BudgetConfig(budget_minutes=4.0)
