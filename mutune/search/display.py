@@ -11,7 +11,10 @@ from mutune.errors import Refusal
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.progress import ProgressLine, clock
 from mutune.search.results import read_best, write_best
+from mutune.search.storage import TRIALS
 from mutune.search.study import Progress
+from mutune.search.trial import last_record
+from mutune.training.run import METRICS
 from mutune.training.schedule import ScheduleConfig
 
 
@@ -27,7 +30,7 @@ def followed(
     Args:
         hyperparameters: a trial's parameters → all base hyperparameters that it ran with; schedule: its schedule.
     """
-    line = SweepProgress(workers)
+    line = SweepProgress(workers, directory / TRIALS)
     written: FrozenTrial | None = None
 
     def report(progress: Progress) -> None:
@@ -74,10 +77,11 @@ class SweepProgress:
 
     Args:
         workers: how many run at once.
+        trials: the folder of the trials' records.
     """
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    def __init__(self, workers: int, trials: Path) -> None:
+        self.workers, self._trials = workers, trials
         self._line = ProgressLine()
         self._seen = 0
 
@@ -88,7 +92,7 @@ class SweepProgress:
         parts = [f"{progress.name} {progress.done}/{progress.total} trials{pruned}"]
         parts.append(f"best {best.value:.4f} (trial {best.number})" if best else "best —")
         if progress.running:
-            parts.append(f"running {', '.join(map(str, progress.running))}")
+            parts.append(f"running {', '.join(map(self._state, progress.running))}")
         if progress.others:
             parts.append(f"with {', '.join(progress.others)}")
         parts.append(f"{clock(self._line.elapsed)} elapsed")
@@ -100,6 +104,11 @@ class SweepProgress:
     def close(self) -> None:
         """End the line."""
         self._line.close()
+
+    def _state(self, number: int) -> str:
+        """A running trial and how far it has come."""
+        last = last_record(self._trials / str(number) / METRICS)
+        return f"{number} (step {last['step']:,})" if last else str(number)
 
     def _left(self, progress: Progress) -> float:
         return progress.seconds_left / max(self.workers, 1)

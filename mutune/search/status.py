@@ -1,9 +1,7 @@
 """Where a study stands, read from its files and its storage while another process runs it."""
 
-import json
 import time
 from pathlib import Path
-from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
@@ -12,8 +10,9 @@ from mutune.search.claims import members
 from mutune.search.confirm import FOLDER
 from mutune.search.once import RESULT
 from mutune.search.results import BEST, read_best
-from mutune.search.storage import read_study
+from mutune.search.storage import TRIALS, read_study
 from mutune.search.study import TOTAL
+from mutune.search.trial import last_record
 from mutune.training.run import METRICS
 
 
@@ -47,8 +46,8 @@ def status_lines(directory: Path, storage: str, num_steps: int) -> list[str]:
 
 
 def _open_line(directory: Path, trial: FrozenTrial, num_steps: int) -> str:
-    path = directory / "trials" / str(trial.number) / METRICS
-    last = _last(path)
+    path = directory / TRIALS / str(trial.number) / METRICS
+    last = last_record(path)
     if last is None:
         return f"trial {trial.number:<4} waits to begin"
     if last["step"] in trial.intermediate_values:
@@ -58,18 +57,3 @@ def _open_line(directory: Path, trial: FrozenTrial, num_steps: int) -> str:
         f"trial {trial.number:<4} step {last['step']:,}/{num_steps:,}, loss {last['loss']:.4f}, "
         f"last record {age:.0f} s ago"
     )
-
-
-def _last(path: Path) -> dict[str, Any] | None:
-    """The last whole record; None where there is none."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-            return {"step": int(record["step"]), "loss": float(record["loss"])}
-        except (ValueError, KeyError, TypeError):
-            continue
-    return None

@@ -1,5 +1,6 @@
 """What a worker of a study runs. Optuna and its databases are not needed for that, nor loaded."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from mutune.search.config import SCHEDULE
 from mutune.search.workers import saving
 from mutune.training.config import RunSpec
 from mutune.training.run import RunResult, run_to_end
+
+TAIL = 4096  # bytes of a file of records in which the last one lies
 
 
 @dataclass(frozen=True)
@@ -75,3 +78,20 @@ def run_trial(spec: RunSpec, device: str, trial: Trial) -> RunResult:
         return run_to_end(
             trial_spec(spec, trial.params), trial.directory, device, trial.note, until=trial.until, stop=stop
         )
+
+
+def last_record(path: Path) -> dict[str, Any] | None:
+    """The step and loss of a run's last whole record; None where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+            return {"step": int(record["step"]), "loss": float(record["loss"])}
+        except (ValueError, KeyError, TypeError):
+            continue
+    return None

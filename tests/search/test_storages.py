@@ -62,15 +62,16 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Any, ...]]
     return trials(out, "sqlite")
 
 
+@pytest.mark.parametrize("seconds", [5.0, pytest.param(30.0, marks=pytest.mark.soak)])
 def test_a_database_that_is_gone_for_a_while_is_waited_for(
-    calm: dict[int, Any], database: tuple[Any, str], tmp_path: Path
+    seconds: float, calm: dict[int, Any], database: tuple[Any, str], tmp_path: Path
 ) -> None:
     server, url = database
     forget(tmp_path, url)
     process = doors.start("sweep", *SWEEP, f"search.storage='{url}'", f"out={tmp_path}")
     doors.wait_until(lambda: len(list(tmp_path.glob("sweeps/kept/trials/*/metrics.jsonl"))) >= 2, process)
     server.stop()
-    time.sleep(5.0)
+    time.sleep(seconds)
     assert process.poll() is None
     server.start()
     _, stderr = process.communicate(timeout=300)
