@@ -44,7 +44,8 @@ class ExecutionPlan:
     def line(self, steps: float) -> str:
         """The plan in words. steps: of the whole study."""
         compiled = "compiled" if self.loop.compile else "not compiled"
-        how = f"{self.workers} workers of one thread, {self.loop.dtype}, {self.loop.attention} attention, {compiled}"
+        workers = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
+        how = f"{workers} of one thread, {self.loop.dtype}, {self.loop.attention} attention, {compiled}"
         if self.seconds is None:
             return f"plan       {how}"
         each, busy = self.seconds, self.seconds * steps

@@ -18,7 +18,7 @@ from mutune.search.storage import open_storage
 from tests import doors
 from tests.soak import record
 
-TRIALS, STEPS = 16, 160
+TRIALS, STEPS = 16, 80
 SEARCH = [
     *("+sweep=proxy", "model.width=64", f"run.num_steps={STEPS}", "run.batch_sequences=8", "loop.heldout_windows=8"),
     *("search.sampler=random", f"search.n_trials={TRIALS}", "search.confirm=0", "workers=2"),
@@ -77,9 +77,6 @@ def test_soak_the_cost_of_a_search(tmp_path: Path) -> None:
     compiled = ["loop.dtype=float32", "loop.attention=explicit", "loop.compile=true"]
     found["+ halving, compiled: first time"] = searched(tmp_path / "cold", *compiled)[:2]
     found["+ halving, compiled: again, code kept on disk"] = searched(tmp_path / "warm", *compiled)[:2]
-    found["+ halving, bfloat16"] = searched(
-        tmp_path / "bf16", "loop.dtype=bfloat16", "loop.attention=explicit", "loop.compile=false"
-    )[:2]
     found["recipe: a process a trial, sequence by sequence, evaluated at every step"] = one_by_one(
         tmp_path / "recipe", params, "loop.micro_sequences=1", "loop.eval_every=1"
     )
@@ -101,7 +98,7 @@ def test_soak_the_cost_of_a_search(tmp_path: Path) -> None:
         ],
     )
     for name, (_, loss) in found.items():
-        if name not in ("+ halving, bfloat16", "+ pruning: wide"):
+        if name != "+ pruning: wide":
             assert loss == pytest.approx(best, abs=1e-3), name
 
 

@@ -86,7 +86,7 @@ def test_a_study_keeps_to_its_way_and_another_is_refused(tmp_path: Path) -> None
     way = yaml.safe_load((folder / "config.yaml").read_text())["inputs"]["config"]["loop"]
     assert {key: way[key] for key in ("dtype", "compile")} == {"dtype": "float32", "compile": False}
     again = doors.run("sweep", *SWEEP, *OPEN, f"out={tmp_path}").stdout
-    assert "plan       1 workers of one thread, float32, " in again
+    assert "plan       1 worker of one thread, float32, " in again
     assert "measured" not in again
     refused = doors.run("sweep", *SWEEP, "loop.dtype=bfloat16", f"out={tmp_path}", expect=2).stderr
     assert "config.loop.dtype: float32 → bfloat16" in refused
