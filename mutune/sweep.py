@@ -70,14 +70,18 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
         print(describe(config, space))
     corpus = prepare(config.data, config.tokenizer)
     check_data(spec, corpus, "run")
-    if config.launcher == "local":
-        _check_memory(config, spec, space, config.workers or 1)
+    if config.launcher == "local" and (lack := _memory(config, spec, space, config.workers or 1)):
+        if not config.dry_run:
+            raise lack
+        print(f"memory     {lack}")
+        print(NOTHING_WRITTEN)
+        return OK
     directory = Path(config.out) / "sweeps" / str(config.study)
     total = total_trials(config.search, space)
     steps = _whole_runs(config, total) * spec.num_steps
     plan = plan_execution(spec, directory, config.device, steps, config.workers, total)
-    if config.launcher == "local":
-        _check_memory(config, spec, space, plan.workers)
+    if config.launcher == "local" and (lack := _memory(config, spec, space, plan.workers)):
+        raise lack
     print(plan.line(steps))
     if config.dry_run:
         print(NOTHING_WRITTEN)
@@ -143,15 +147,20 @@ def _status(config: SweepConfig) -> list[str]:
     return status_lines(directory, given if "://" in given else stored.search.storage, stored.run.num_steps)
 
 
-def _check_memory(config: SweepConfig, spec: RunSpec, space: list[Dimension], workers: int) -> None:
-    """Refuse a sweep whose largest trials do not fit side by side."""
+def _memory(config: SweepConfig, spec: RunSpec, space: list[Dimension], workers: int) -> Refusal | None:
+    """Why the sweep's largest trials do not fit side by side; None where they do."""
     from mutune.search.proposals import total_trials
     from mutune.search.trial import trial_spec
     from mutune.training.memory import require_memory
 
     widest = max([spec.model.width, *(value for d in space if d.name == "width" for value in d.values)])
     at_once = min(total_trials(config.search, space), workers)
-    require_memory([trial_spec(spec, {"width": widest})] * at_once, config.device, "model.width or workers")
+    cure = f"choose a smaller model.width{' or workers' if at_once > 1 else ', or loop.micro_sequences=1'}"
+    try:
+        require_memory([trial_spec(spec, {"width": widest})] * at_once, config.device, cure)
+    except Refusal as refusal:
+        return refusal
+    return None
 
 
 def describe(config: SweepConfig, space: list[Dimension]) -> str:
@@ -280,18 +289,23 @@ def _conclude(config: SweepConfig, directory: Path, lines: list[str]) -> None:
 
     best = read_best(directory)
     next_step = f"python -m mutune.transfer study={config.study} target=small  (or target=btlm_3b)"
+    if not config.follows and "width" not in best.params:
+        next_step += f"; or first its schedule: python -m mutune.sweep +sweep=schedule study={config.study}"
     if "width" in best.params:
         next_step = f"look at {directory / 'figures'}; a transfer wants a study at one width, such as +sweep=proxy"
     written = [directory / "best.yaml", *drawn(lambda: draw_study(directory))]
     written += drawn(lambda: [study_page(directory, next_step)], "report")
+    seeds = f", mean over {len(best.confirmed[0].losses)} seeds" if best.confirmed else ""
     print(
         f"best       trial {best.trial}: held-out loss {best.heldout_loss:.4f} nats per token "
-        f"({best.heldout_bits_per_byte:.4f} bits per byte)"
+        f"({best.heldout_bits_per_byte:.4f} bits per byte){seeds}"
     )
-    for row in best.confirmed:
-        print(f"confirmed  {row}")
     for key, value in best.params.items():
         print(f"           {key} = {value if isinstance(value, (str, int)) else format(value, '.5g')}")
+    for row in best.confirmed:
+        print(f"confirmed  {row}")
+    if sum(row.tied for row in best.confirmed) > 1:
+        print("           (of those that are not told apart, the lowest learning rate is taken; ± is pooled over all)")
     for line in lines:
         print(line)
     print(f"written    {', '.join(map(str, written))}")

@@ -54,7 +54,10 @@ def work(config: TrainConfig) -> int:
     from mutune.training.memory import require_memory
 
     require_writable(Path(config.out))
-    require_memory([spec], config.device, "the target (its price: dry_run=true) at the transfer, as in target=small")
+    cure = (
+        "dry_run=true prices it; transfer to a smaller target, as in target=small (several devices are not built yet)"
+    )
+    require_memory([spec], config.device, cure)
     data_hash = _check_data(transfer, spec)
     directory = Path(config.out) / "train" / name
     inputs = {"run": plain(spec), "data_hash": data_hash, "verdict": transfer.verdict}

@@ -188,7 +188,7 @@ def _plan_ladders(config: TransferConfig, source: Source, target: RunSpec, direc
             ) from refusal
     ladder = ladders[own]
     runs = sorted((ladder.rungs[run.rung] for run in ladder.first.runs), key=lambda spec: -price(spec).bytes)
-    require_memory(runs[: ladder.workers], config.device, "ladder.widths or ladder.workers")
+    require_memory(runs[: ladder.workers], config.device, "choose a smaller ladder.widths or ladder.workers")
     return ladders
 
 

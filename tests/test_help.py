@@ -13,6 +13,7 @@ import pytest
 from mutune.compose import compose
 from mutune.config import CheckConfig, DoorConfig, SweepConfig, TrainConfig, TransferConfig
 from mutune.help import MEANINGS_AT, meanings
+from tests.doors import ROOT
 
 DOORS: dict[str, type[DoorConfig]] = {
     "sweep": SweepConfig,
@@ -114,3 +115,8 @@ def test_the_examples_of_help_can_be_composed(door: str, capsys: pytest.CaptureF
         words = shlex.split(line, comments=True)
         assert words[:3] == ["python", "-m", f"mutune.{door}"]
         compose(door, DOORS[door], words[3:])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml")))
+def test_every_sweep_has_only_keys_that_there_are(name: str) -> None:
+    assert compose("sweep", SweepConfig, [f"+sweep={name}"]).search.space or name == "refine"

@@ -45,8 +45,8 @@ def predict_target(proxy: RunSpec, target: RunSpec, assessment: Assessment) -> P
     """
     if differing := unmodelled(proxy, target):
         return Prediction(
-            f"the ladder measured the width alone, and the target also differs in {', '.join(differing)}: its loss is "
-            "another quantity"
+            f"the target differs from the study's run in more than the width ({', '.join(differing)}), and its loss "
+            "with it"
         )
     points, here = assessment.points, place(proxy)
     alike = np.logical_and.reduce([points[axis] == here[axis] for axis in ("depth", "tokens", "batch")])

@@ -367,7 +367,7 @@ def _wide(case: Case) -> str:
 def _next_rung(case: Case) -> str:
     if unmeasured := case.assessment.unmeasured:
         axes = [axis for axis in AXES if axis in unmeasured or case.assessment.valleys.rungs[axis].nunique() > 1]
-        return f"a ladder that varies it: 'ladder=[{','.join(axes)}]'"
+        return f"a ladder that varies the {' and the '.join(unmeasured)} too: 'ladder=[{','.join(axes)}]'"
 
     of_width = [rule for rule in NOT_CERTIFIED if rule.name in ("width", "rungs", "interval")]
 

@@ -11,20 +11,19 @@ from mutune.training.price import price
 from mutune.training.run import resolve_device
 
 
-def require_memory(specs: Sequence[RunSpec], device: str, smaller: str) -> None:
+def require_memory(specs: Sequence[RunSpec], device: str, cure: str) -> None:
     """Refuse runs that do not fit side by side: parameters, gradients, Adam's moments, activations.
 
     Args:
         specs: what runs at the same time on `device`.
-        smaller: what to make smaller where they do not fit, for the message.
+        cure: what to do where they do not fit, for the message.
     """
     where, need = resolve_device(device), sum(price(spec).bytes for spec in specs)
     have = free_memory(where)
     at_once = f"{len(specs)} runs at once need" if len(specs) > 1 else "this run needs"
     require(
         need <= have,
-        f"device={where} has {have / 2**30:.1f} GiB free and {at_once} about {need / 2**30:.1f} GiB on it; choose a "
-        f"smaller {smaller}.",
+        f"device={where} has {have / 2**30:.1f} GiB free and {at_once} about {need / 2**30:.1f} GiB on it; {cure}.",
     )
 
 

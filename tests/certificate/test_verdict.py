@@ -148,7 +148,7 @@ def test_a_target_too_far_from_the_ladder_has_no_regret() -> None:
 def test_an_axis_that_only_laws_speak_of_is_named_with_the_ladder_that_would_measure_it() -> None:
     result = by_laws(wide(stages=(StageConfig(128, 16, 60),)), FLAT)  # 2 doublings of the batch
     assert result.verdict == "NOT CERTIFIED"
-    assert result.settle == ["a ladder that varies it: 'ladder=[width,batch]'"]
+    assert result.settle == ["a ladder that varies the batch too: 'ladder=[width,batch]'"]
 
 
 def test_two_widths_are_not_enough() -> None:
