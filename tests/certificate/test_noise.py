@@ -52,15 +52,16 @@ def test_clear_valleys_are_judged_as_before() -> None:
     assert verdicts(6, drift=-1.0) == {"NO-GO": 6}
 
 
-def test_the_chance_is_uniform_where_nothing_depends_on_the_rate_and_nil_where_it_does() -> None:
+def test_the_chance_is_what_it_says_where_nothing_depends_on_the_rate_and_nil_where_it_does() -> None:
     def chance(frame: pd.DataFrame) -> float:
         return chance_of_none(to_tables(frame, "runs=x")[""].points)
 
     for seeds in (1, 3):
-        none = [chance(ladder(seed, rise=0.0, seeds=seeds)) for seed in range(200)]
-        assert np.mean(np.array(none) < 0.1) == pytest.approx(0.1, abs=0.06)
-        assert np.mean(none) == pytest.approx(0.5, abs=0.08)
+        none = np.array([chance(ladder(seed, rise=0.0, seeds=seeds)) for seed in range(200)])
+        assert 0.03 <= np.mean(none < 0.1) <= 0.16
+        assert np.mean(none < 0.01) <= 0.03
         assert chance(ladder(0, seeds=seeds)) < 1e-6
+    assert chance(ladder(0, seeds=1)[:3]) == 0.0  # nothing to test by
 
 
 def test_bounds_that_contradict_the_rest_do_not_make_it_certain() -> None:

@@ -80,7 +80,7 @@ def test_a_database_that_is_gone_for_a_while_is_waited_for(
     assert trials(tmp_path, url) == calm
 
 
-@pytest.mark.parametrize("where", ["sqlite", "journal", "database"])
+@pytest.mark.parametrize("where", ["sqlite", "journal", pytest.param("database", marks=pytest.mark.soak)])
 def test_processes_that_run_a_study_together_are_killed_and_it_ends_as_an_undisturbed_one(
     where: str, calm: dict[int, Any], database: tuple[Any, str], tmp_path: Path
 ) -> None:
@@ -112,6 +112,7 @@ def test_processes_that_run_a_study_together_are_killed_and_it_ends_as_an_undist
         assert steps == list(range(1, len(steps) + 1)), path  # no two processes wrote it
 
 
+@pytest.mark.soak
 def test_a_study_behind_optuna_s_grpc_proxy_ends_as_any_other_also_when_the_proxy_is_gone_for_a_while(
     calm: dict[int, Any], tmp_path: Path
 ) -> None:
