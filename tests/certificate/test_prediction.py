@@ -231,7 +231,7 @@ def test_a_diverged_run_at_the_transferred_rate_gives_no_number_and_elsewhere_do
 def test_a_target_that_differs_in_more_than_the_width_gets_no_number(target: RunSpec, named: str) -> None:
     said = foretold(target, points_of(LADDER))
     assert said.loss is None
-    assert f"the target also differs in {named}" in str(said.reason)
+    assert f"differs from the study's run in more than the width ({named}" in str(said.reason)
 
 
 def test_what_does_not_move_the_loss_is_no_difference() -> None:
