@@ -11,14 +11,12 @@ from mutune.model.shape import ModelConfig, base_config
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import TABLES, ParametrizationConfig
 from mutune.scaling.horizon import HorizonConfig
-from mutune.search.config import SearchConfig, without_password
+from mutune.search.config import LAUNCHERS, SearchConfig, without_password
 from mutune.training.config import MAX_SEED, LoopConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 from mutune.verification.places import require_span
 
 FOLLOWS = ("schedule", "refine")
-WHERE = ("out", "workers", "launcher", "jobs", "resources")  # keys of a sweep that say where it runs
-LAUNCHERS = ("local", "slurm", "ray")
 MAX_RATE, MAX_WIDTH = 1e12, 1e12
 DEVICES = ("auto", "cpu", "cuda")
 PUBLISHED = "published"  # the name under which a transfer finds BTLM-3B-8K's own values

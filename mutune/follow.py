@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mutune.compose import build, plain
-from mutune.config import WHERE, SweepConfig
+from mutune.config import SweepConfig
 from mutune.errors import Refusal, require, require_number, shown
 from mutune.folders import differences
 from mutune.parametrization.hyperparameters import NAMES
-from mutune.search.config import SCHEDULE
+from mutune.search.config import SCHEDULE, WHERE
 from mutune.training.config import RunSpec
 
 if TYPE_CHECKING:
     from mutune.search.config import Dimension
 
 #: What the sweep itself decides; all else is the study's.
-OWN = (*WHERE, "seed", "device", "dry_run", "overwrite", "study", "follows", "search", "status", "prices")
+OWN = ("out", *WHERE, "seed", "device", "dry_run", "overwrite", "study", "follows", "search", "status", "prices")
 OCTAVES, DECAY = "octaves", "decay"  # of a space: {octaves: 2} reaches two octaves to either side of the best
 
 

@@ -31,6 +31,7 @@ from mutune.training.price import price
 
 if TYPE_CHECKING:
     from mutune.search.execution import ExecutionPlan
+    from mutune.search.results import Confirmed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,22 +71,19 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
         print(describe(config, space))
     corpus = prepare(config.data, config.tokenizer)
     check_data(spec, corpus, "run")
-    if config.launcher == "local" and (lack := _memory(config, spec, space, config.workers or 1)):
-        if not config.dry_run:
-            raise lack
-        print(f"memory     {lack}")
-        print(NOTHING_WRITTEN)
-        return OK
     directory = Path(config.out) / "sweeps" / str(config.study)
     total = total_trials(config.search, space)
     steps = _whole_runs(config, total) * spec.num_steps
-    plan = plan_execution(spec, directory, config.device, steps, config.workers, total)
-    if config.launcher == "local" and (lack := _memory(config, spec, space, plan.workers)):
-        raise lack
-    print(plan.line(steps))
+    lack = _memory(config, spec, space, config.workers or 1)
+    if not lack:
+        plan = plan_execution(spec, directory, config.device, steps, config.workers, total)
+        print(plan.line(steps))
+        lack = _memory(config, spec, space, plan.workers)
     if config.dry_run:
-        print(NOTHING_WRITTEN)
+        print(*([f"memory     {lack}"] if lack else []), NOTHING_WRITTEN, sep="\n")
         return OK
+    if lack:
+        raise lack
     return _start(replace(config, workers=plan.workers), plan, space, corpus.content_hash, words)
 
 
@@ -121,11 +119,10 @@ def _start(
             with turn(directory):
                 check_storage(directory, directory.name, storage)
             stack.enter_context(joined(directory))
-        spec = whole.spec()
         try:
             where = Launch(config.launcher, config.jobs, plan.workers, config.resources)
-            with runner(partial(run_trial, spec, config.device), where, words, directory) as run:
-                _search(whole, spec, space, directory, data_hash, mark, run)
+            with runner(partial(run_trial, whole.spec(), config.device), where, words, directory) as run:
+                _search(whole, space, directory, data_hash, mark, run)
         except (WorkError, StorageGone) as error:
             raise WorkFailed(f"{error}\nThe same command continues the study.") from error
     return OK
@@ -148,11 +145,13 @@ def _status(config: SweepConfig) -> list[str]:
 
 
 def _memory(config: SweepConfig, spec: RunSpec, space: list[Dimension], workers: int) -> Refusal | None:
-    """Why the sweep's largest trials do not fit side by side; None where they do."""
+    """Why the sweep's largest trials do not fit side by side on this host; None where they do, or run elsewhere."""
     from mutune.search.proposals import total_trials
     from mutune.search.trial import trial_spec
     from mutune.training.memory import require_memory
 
+    if config.launcher != "local":
+        return None
     widest = max([spec.model.width, *(value for d in space if d.name == "width" for value in d.values)])
     at_once = min(total_trials(config.search, space), workers)
     cure = f"choose a smaller model.width{' or workers' if at_once > 1 else ', or loop.micro_sequences=1'}"
@@ -214,41 +213,20 @@ def _confirming(config: SweepConfig, total: int) -> int:
 
 
 def _search(
-    config: SweepConfig,
-    spec: RunSpec,
-    space: list[Dimension],
-    directory: Path,
-    data_hash: str,
-    mark: str,
-    run: Callable[..., Any],
+    config: SweepConfig, space: list[Dimension], directory: Path, data_hash: str, mark: str, run: Callable[..., Any]
 ) -> None:
-    """Run the study to its end, confirm its leaders, and write its best values."""
-    from mutune.search.confirm import confirm
-    from mutune.search.display import confirming, followed
+    """Run the study to its end, confirm its leaders, and write its best values.
+
+    Args:
+        run: runs trials, as `Workers.run` does.
+    """
     from mutune.search.economics import economics_lines
     from mutune.search.proposals import total_trials
-    from mutune.search.results import Confirmed, write_best
-    from mutune.search.study import base_values, best_trial, run_study
+    from mutune.search.results import write_best
+    from mutune.search.study import best_trial
     from mutune.search.trial import trial_spec
-    from mutune.search.workers import default_workers
 
-    confirmed: list[Confirmed] = []
-    with followed(
-        directory,
-        (config.workers or default_workers()) * config.jobs,
-        lambda params: trial_spec(spec, params).hyperparameters,
-        lambda params: trial_spec(spec, params).schedule,
-    ) as report:
-        trials = run_study(
-            directory,
-            str(config.study),
-            config.search,
-            run,
-            base=base_values(spec),
-            num_steps=spec.num_steps,
-            mark=mark,
-            report=report,
-        )
+    trials = _trials(config, directory, mark, run)
     best = best_trial(trials)
     if best is None:
         diverged = sum(trial.user_attrs["diverged"] for trial in trials)
@@ -256,25 +234,61 @@ def _search(
             f"none of {len(trials)} trials came to its end: {diverged} diverged, and the others were pruned; lower "
             "search.space.learning_rate and choose another study=."
         )
-    if leaders := config.search.confirm:
-        with confirming(directory.name) as told:
-            confirmed = confirm(directory, spec, trials, leaders, config.search.confirm_seeds, data_hash, run, told)
-        if not confirmed:
-            (directory / "best.yaml").unlink(missing_ok=True)
-            raise WorkFailed(
-                f"each of the best {leaders} trials diverged by one of {config.search.confirm_seeds} other seeds; "
-                "lower search.space.learning_rate and choose another study=, or take the best as it is with "
-                "search.confirm=0."
-            )
+    confirmed = _leaders(config, directory, trials, data_hash, run) if config.search.confirm else []
     if confirmed:
         best = trials[confirmed[0].trial]
-    chosen = trial_spec(spec, best.params)
+    chosen = trial_spec(config.spec(), best.params)
     lines = economics_lines(space, trials)
     if len(trials) < total_trials(config.search, space):
         lines.insert(0, f"stopped    after {len(trials)} trials, by search.stop_regret={config.search.stop_regret}")
     with entered(directory):
         write_best(directory, directory.name, best, chosen.hyperparameters, chosen.schedule, confirmed)
         _conclude(config, directory, lines)
+
+
+def _trials(config: SweepConfig, directory: Path, mark: str, run: Callable[..., Any]) -> list[Any]:
+    """All trials of the study, which is over."""
+    from mutune.search.display import followed
+    from mutune.search.study import base_values, run_study
+    from mutune.search.trial import trial_spec
+
+    spec = config.spec()
+    assert config.workers is not None  # of the plan
+    with followed(
+        directory,
+        config.workers * config.jobs,
+        lambda params: trial_spec(spec, params).hyperparameters,
+        lambda params: trial_spec(spec, params).schedule,
+    ) as report:
+        return run_study(
+            directory,
+            directory.name,
+            config.search,
+            run,
+            base=base_values(spec),
+            num_steps=spec.num_steps,
+            mark=mark,
+            report=report,
+        )
+
+
+def _leaders(
+    config: SweepConfig, directory: Path, trials: list[Any], data_hash: str, run: Callable[..., Any]
+) -> "list[Confirmed]":
+    """The best trials, run again by more seeds, the chosen one first."""
+    from mutune.search.confirm import confirm
+    from mutune.search.display import confirming
+
+    leaders, seeds = config.search.confirm, config.search.confirm_seeds
+    with confirming(directory.name) as told:
+        confirmed = confirm(directory, config.spec(), trials, leaders, seeds, data_hash, run, told)
+    if not confirmed:
+        (directory / "best.yaml").unlink(missing_ok=True)
+        raise WorkFailed(
+            f"each of the best {leaders} trials diverged by one of {seeds} other seeds; lower "
+            "search.space.learning_rate and choose another study=, or take the best as it is with search.confirm=0."
+        )
+    return confirmed
 
 
 def _conclude(config: SweepConfig, directory: Path, lines: list[str]) -> None:

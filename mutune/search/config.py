@@ -12,6 +12,9 @@ from mutune.parametrization.hyperparameters import NAMES, BaseHyperparameters
 SAMPLERS = ("random", "qmc", "tpe", "gp", "grid")
 PRUNERS = ("halving", "wide", "none", "median", "percentile", "successive_halving", "hyperband")
 
+LAUNCHERS = ("local", "slurm", "ray")
+WHERE = ("workers", "launcher", "jobs", "resources")  # keys of a sweep, above this group, that say where it runs
+
 #: What a space may name besides the base hyperparameters and the schedule: the run's shape, its table and its seed.
 STRUCTURAL = ("width", "table", "seed")
 #: Storages that lie in a study's folder.

@@ -1,9 +1,10 @@
 """How a study's runs are computed, and how many at once: chosen by a short measurement, and kept within the study."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,9 +21,11 @@ from mutune.training.price import price
 from mutune.training.run import Run, resolve_device
 
 OPEN = ("dtype", "attention", "compile")  # keys of `loop` that a study leaves to the measurement where they are null
-GAIN = {"dtype": 1.25, "attention": 1.1}  # how many times as fast a way has to be as the plain one
+GAIN = 1.25  # how many times as fast a way has to be as the plain one, whose rounding it does not share
 COMPILE_WORTH = 1200.0  # worker-seconds of a study, from which on compiling is tried
 COMPILE_GAIN = 2.0  # how many times its cost compiling has to save
+#: Values at which a run does not diverge while it is timed; how long a step takes does not hang on them.
+CALM = {"learning_rate": 1e-6, "init_std": 0.02, "embedding_multiplier": 1.0, "output_multiplier": 1.0}
 TOKENS = 1024  # of a step that is measured on a CPU
 GPU_CONTEXT = 0.6 * 2**30  # bytes that a process takes on a GPU besides its tensors
 
@@ -68,7 +71,7 @@ def plan_execution(
     """
     where = resolve_device(device)
     loop = kept(directory, spec.loop)
-    if not _open(loop):
+    if not _open(loop) and (workers or where.type == "cpu"):
         return ExecutionPlan(loop, workers or min(_workers(spec, None, where), at_once))
     best, measured = _measure(replace(spec, loop=loop), where, steps)
     return ExecutionPlan(best.loop, workers or min(_workers(spec, best, where), at_once), best.seconds, measured)
@@ -101,20 +104,23 @@ def _measure(spec: RunSpec, device: torch.device, steps: float) -> tuple[Timing,
     small = replace(stage, batch_sequences=min(stage.batch_sequences, few), num_steps=enough)
     scale = stage.batch_sequences / small.batch_sequences
 
+    calm = replace(spec, stages=(small,), hyperparameters=replace(spec.hyperparameters, **CALM))
+
+    def steps_of(loop: LoopConfig) -> Iterator[Any]:
+        while True:  # a run that diverges all the same begins anew
+            yield from Run(replace(calm, loop=loop), device).steps()
+
     def timed(loop: LoopConfig, give_up: float = math.inf) -> Timing:
-        run = partial(replace, spec, stages=(small,))
-        timing = time_steps(loop, lambda way: Run(run(loop=way), device).steps(), device, give_up / scale)
+        timing = time_steps(loop, steps_of, device, give_up / scale)
         return replace(timing, seconds=timing.seconds * scale)
 
     plain_way, *others = ways(spec.loop, device)
-    best = plain = timed(plain_way)
+    plain = timed(plain_way)
     if plain.seconds > SLOW * scale and not spec.loop.compile:
         return plain, "measured; so long a step was timed in no other way"
     found = [plain, *(timed(way, give_up=2 * plain.seconds) for way in others)]
-    for other in found[1:]:
-        needed = max((GAIN[key] for key in GAIN if getattr(other.loop, key) != getattr(plain.loop, key)), default=1.0)
-        if plain.seconds > needed * other.seconds and other.seconds < best.seconds:
-            best = other
+    fastest = min(found, key=lambda timing: timing.seconds)
+    best = fastest if plain.seconds > GAIN * fastest.seconds else plain
     if spec.loop.compile or (spec.loop.compile is None and best.seconds * steps > COMPILE_WORTH):
         attention = spec.loop.attention or ("explicit" if device.type == "cpu" else "sdpa")  # which compiling fuses
         compiled = timed(replace(best.loop, attention=attention, compile=True))
@@ -130,8 +136,9 @@ def _name(loop: LoopConfig) -> str:
 
 
 def _workers(spec: RunSpec, timing: Timing | None, device: torch.device) -> int:
-    """One process a core; on a GPU as many as keep it busy; in any case as many as fit into the memory."""
-    if device.type == "cuda" and timing is not None:
-        fit = torch.cuda.mem_get_info(device)[0] // (timing.memory + GPU_CONTEXT)
-        return max(1, int(min(round(1 / max(timing.busy, 1e-3)), fit, default_workers())))
-    return max(1, min(default_workers(), free_memory(device) // price(spec).bytes)) if device.type == "cpu" else 1
+    """One process a core; on a GPU, whose steps are always timed, as many as keep it busy. In any case, what fits."""
+    if timing is not None and device.type == "cuda":
+        most, each = round(1 / max(timing.busy, 1e-3)), timing.memory + GPU_CONTEXT
+    else:
+        most, each = default_workers(), price(spec).bytes
+    return max(1, int(min(default_workers(), most, free_memory(device) // each)))

@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 
 from mutune.errors import Refusal, require
 from mutune.search.claims import ONE_HOST, members
-from mutune.search.config import without_password
+from mutune.search.config import WHERE, without_password
 from mutune.search.workers import GRACE_SECONDS, RunAll, WorkError, Workers
 
 Task = TypeVar("Task")
@@ -29,7 +29,6 @@ Result = TypeVar("Result")
 
 PACKAGES = {"slurm": "submitit", "ray": "ray"}
 FOLDER = "jobs"
-WHERE = ("workers", "launcher", "jobs", "resources")  # keys of a sweep that say where it runs
 CONCLUDE_SECONDS = 60.0  # for the figures and the page of a finished study
 QUEUE_SECONDS = 30.0  # between two looks at the cluster's queue
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from mutune.compose import compose
@@ -44,8 +45,8 @@ def chosen(
     ("relative", "expected"),
     [
         ((1.0, 1.0, 1.0, 1.0), "float32 sdpa"),
-        ((1.0, 0.95, 2.0, 0.85), "float32 sdpa"),  # no gain is worth another rounding
-        ((1.0, 0.85, 2.0, 0.82), "float32 explicit"),
+        ((1.0, 0.95, 2.0, 0.85), "float32 sdpa"),  # no such gain is worth another rounding
+        ((1.0, 0.75, 2.0, 0.78), "float32 explicit"),
         ((1.0, 0.85, 2.0, 0.5), "bfloat16 explicit"),
         ((1.0, 1.2, 0.6, 0.7), "bfloat16 sdpa"),
     ],
@@ -90,6 +91,36 @@ def test_a_study_keeps_to_its_way_and_another_is_refused(tmp_path: Path) -> None
     assert "measured" not in again
     refused = doors.run("sweep", *SWEEP, "loop.dtype=bfloat16", f"out={tmp_path}", expect=2).stderr
     assert "config.loop.dtype: float32 → bfloat16" in refused
+
+
+@pytest.mark.parametrize(
+    "words", [["hyperparameters.learning_rate=1000"], ["hyperparameters.init_std=5", "schedule.warmup_fraction=0"]]
+)
+def test_values_at_which_a_run_diverges_do_not_disturb_the_measurement(words: list[str], tmp_path: Path) -> None:
+    said = doors.run("sweep", *SWEEP, *OPEN, *words, "dry_run=true", f"out={tmp_path}").stdout
+    assert " ms a step, about 0:" in said
+
+
+def test_a_dry_run_prices_what_does_not_fit_and_says_so(tmp_path: Path) -> None:
+    large = ["+sweep=btlm_proxy", "data.source=sotu", "data.path=null"]
+    said = doors.run("sweep", *large, "dry_run=true", f"out={tmp_path}").stdout
+    assert " GPU-hours at " in said
+    assert "memory     device=cpu has " in said
+    refused = doors.run("sweep", *large, f"out={tmp_path}", expect=2).stderr
+    assert "this run needs about " in refused
+    assert refused.rstrip().endswith("choose a smaller model.width, or loop.micro_sequences=1.")
+
+
+def test_a_gpu_gets_as_many_processes_as_keep_it_busy_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = compose("sweep", SweepConfig, SWEEP).spec()
+    monkeypatch.setattr(execution, "free_memory", lambda device: 10 * 2**30)
+    monkeypatch.setattr(execution, "default_workers", lambda: 16)
+
+    def workers(busy: float, memory: int) -> int:
+        return execution._workers(spec, Timing(spec.loop, 0.01, 0.0, busy, memory), torch.device("cuda"))
+
+    assert [workers(busy, 2**30) for busy in (1.0, 0.5, 0.2, 0.01)] == [1, 2, 5, 6]  # six contexts fit
+    assert workers(0.2, 9 * 2**30) == 1
 
 
 def test_the_first_process_decides_for_those_that_start_at_once(tmp_path: Path) -> None:
