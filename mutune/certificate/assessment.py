@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 
 from mutune.certificate.config import PriceConfig
+from mutune.certificate.dependence import chance_of_none
 from mutune.certificate.drift import MAX_DOUBLINGS, Drift, Slope, extrapolate
 from mutune.certificate.points import AXES, doublings
 from mutune.certificate.regret import Regret, loss_per_doubling, price_of, regret
-from mutune.certificate.valleys import Valleys, chance_of_none, fit_valleys
+from mutune.certificate.valleys import Valleys, fit_valleys
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Assessment:
 
     @cached_property
     def chance_of_none(self) -> float:
-        """`valleys.chance_of_none` of the runs; 0 without any."""
+        """`dependence.chance_of_none` of the runs; 0 without any."""
         return chance_of_none(self.points) if len(self.points) else 0.0
 
     @property

@@ -1,16 +1,18 @@
 """What noise alone, bounds that contradict each other, and losses in another unit do to a verdict: nothing untrue."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from mutune.certificate.anyone import Asked, from_runs
+from mutune.certificate.dependence import chance_of_none
 from mutune.certificate.drift import EFFECTIVE, extrapolate
 from mutune.certificate.points import AXES
 from mutune.certificate.table import to_tables
-from mutune.certificate.valleys import chance_of_none, fit_valleys
+from mutune.certificate.valleys import fit_valleys
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -30,11 +32,9 @@ def ladder(
     return pd.DataFrame(rows, columns=["width", "lr", "loss", "seed"])
 
 
-def verdicts(count: int, **keys: float) -> Counter[str]:
-    return Counter(
-        from_runs(to_tables(ladder(seed, **keys), "runs=x"), Asked(), "x")["verdict"]  # type: ignore[arg-type]
-        for seed in range(count)
-    )
+def verdicts(count: int, **keys: Any) -> Counter[str]:
+    tables = [to_tables(ladder(seed, **keys), "runs=x") for seed in range(count)]
+    return Counter(from_runs(table, Asked(), "x")["verdict"] for table in tables)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

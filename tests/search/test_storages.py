@@ -90,15 +90,16 @@ def test_processes_that_run_a_study_together_are_killed_and_it_ends_as_an_undist
         forget(tmp_path, where)
     together = [*SWEEP, "workers=1", f"search.storage='{where}'", f"out={tmp_path}"]
 
-    def begun(count: int) -> bool:
-        return len(list(tmp_path.glob("sweeps/kept/trials/*/metrics.jsonl"))) >= count
-
     first, *others = [doors.start("sweep", *together) for _ in range(3)]
-    for count, victims in ((3, [first]), (6, others)):
-        doors.wait_until(lambda count=count: begun(count), others[0])  # type: ignore[misc]
+
+    def kill_when(begun: int, victims: list["subprocess.Popen[str]"]) -> None:
+        doors.wait_until(lambda: len(list(tmp_path.glob("sweeps/kept/trials/*/metrics.jsonl"))) >= begun, others[0])
         for victim in victims:
             os.killpg(victim.pid, signal.SIGKILL)
             victim.communicate()
+
+    kill_when(3, [first])
+    kill_when(6, others)
     for process in [doors.start("sweep", *together) for _ in range(2)]:
         stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
