@@ -306,8 +306,9 @@ def _tuning(source: Source, target: RunSpec) -> list[str]:
 
 def _foreseen(source: Source, target: RunSpec, ladder: "Ladder | None") -> list[str]:
     """Lines about what no run of the ladder can certify."""
+    from mutune.certificate.differences import difference_table
     from mutune.certificate.rungs import place, places
-    from mutune.certificate.verdict import difference_table, foreseen
+    from mutune.certificate.verdict import foreseen
     from mutune.data.prepare import prepare
 
     if (proxy := source.proxy) is None or ladder is None:
@@ -385,9 +386,10 @@ def _judge_ladders(config: TransferConfig, ladders: dict[str, "Ladder"], target:
 
 
 def _judge_published(transfer: TransferFile, target: RunSpec) -> "Judged":
+    from mutune.certificate.differences import published_differences
     from mutune.certificate.judged import Judged
     from mutune.certificate.prediction import PUBLISHED as UNPREDICTED
-    from mutune.certificate.verdict import published_differences, published_verdict
+    from mutune.certificate.verdict import published_verdict
 
     differing = published_differences(transfer.base.width, target)
     return Judged(published_verdict(transfer), differing, UNPREDICTED)

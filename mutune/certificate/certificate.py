@@ -12,9 +12,10 @@ import numpy as np
 from mutune.certificate.adviser import Advice
 from mutune.certificate.assessment import Assessment
 from mutune.certificate.config import Prediction
+from mutune.certificate.differences import Difference
 from mutune.certificate.laws import law_words
 from mutune.certificate.points import AXES
-from mutune.certificate.verdict import FAR_OCTAVES, Difference, Verdict
+from mutune.certificate.verdict import FAR_OCTAVES, Verdict
 from mutune.files import write_json, write_text
 
 

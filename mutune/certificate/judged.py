@@ -11,12 +11,13 @@ from mutune.certificate.assessment import Assessment, assess
 from mutune.certificate.climb import Climbed, climb
 from mutune.certificate.comparison import compare
 from mutune.certificate.config import Prediction
+from mutune.certificate.differences import Difference, difference_table
 from mutune.certificate.laws import law_slopes
 from mutune.certificate.planned import Ladder
 from mutune.certificate.points import AXES
 from mutune.certificate.prediction import predict_target
 from mutune.certificate.rungs import place, rung_name
-from mutune.certificate.verdict import Case, Difference, Verdict, difference_table, is_clear, judge
+from mutune.certificate.verdict import Case, Verdict, is_clear, judge
 from mutune.data.prepare import prepare
 from mutune.progress import ProgressLine, clock
 from mutune.scaling.horizon import HorizonConfig

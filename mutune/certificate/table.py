@@ -1,5 +1,6 @@
 """Anyone's sweep: finished runs from a CSV file, as a ladder's points. No torch, no model."""
 
+import csv
 import io
 import math
 from dataclasses import dataclass, replace
@@ -15,7 +16,6 @@ from mutune.errors import Refusal, require
 NAMES = {"lr": "learning_rate", "learning_rate": "learning_rate", "val_loss": "loss"}
 REQUIRED = ("width", "learning_rate", "loss")
 OPTIMA = "for example a file with the columns width,optimum"
-MAX_FIELDS = 200  # of a row that is longer than its header
 EXAMPLE = "for example a file with the columns width,lr,loss,seed"
 DIVERGED = {"true": True, "yes": True, "false": False, "no": False, "": False}
 MAX_RUNGS = 50  # that are fitted together in a few seconds
@@ -128,8 +128,6 @@ def read_optima(path: str) -> dict[float, float]:
     frame = _read(path, "optima").rename(columns=lambda name: str(name).strip().lower())
     missing = [name for name in ("width", "optimum") if name not in frame.columns]
     require(not missing, f"{key} has no column {' and '.join(missing)}; {example}.")
-    odd = sorted({"width", "optimum"} & {*frame.columns[frame.columns.duplicated()]})
-    require(not odd, f"{key} has the column {' and '.join(odd)} twice; {example}.")
     widths, rates = (_positive(frame[name], name, key) for name in ("width", "optimum"))
     require(not widths.duplicated().any(), f"{key} gives width {widths[widths.duplicated()].min():g} twice; {example}.")
     require(
@@ -143,28 +141,29 @@ def _read(path: str, key: str = "runs") -> pd.DataFrame:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         head = text.partition("\n")[0]
-        separator = next((mark for mark in (",", ";", "\t") if mark in head), ",")
-        decimal = "," if separator == ";" else "."
-        frame = pd.read_csv(io.StringIO(text), sep=separator, decimal=decimal, skipinitialspace=True)
-        if not isinstance(frame.index, pd.RangeIndex):  # a field more than the header has
-            frame = pd.read_csv(
-                io.StringIO(text), sep=separator, decimal=decimal, skipinitialspace=True, names=range(MAX_FIELDS)
+        mark = next((mark for mark in (",", ";", "\t") if mark in head), ",")
+        header, *rows = list(csv.reader(io.StringIO(text), delimiter=mark, skipinitialspace=True)) or [[]]
+        while header and not header[-1].strip():
+            header.pop()
+        names = [name.strip().lower() for name in header]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"{key}={path} has the column {' and '.join(twice)} twice; {example}.")
+        for number, row in enumerate(rows, 1):
+            require(
+                not any(field.strip() for field in row[len(header) :]),
+                f"{key}={path} has more fields than its header in row {number} of the data; {example}.",
             )
-            names = frame.iloc[0].dropna().astype(str).tolist()
-            more = frame.iloc[1:, len(names) :].notna().any(axis=1)
-            if more.any():
-                raise Refusal(
-                    f"{key}={path} has more fields than its header in row {int(np.argmax(more)) + 1} of the data; "
-                    f"{example}."
-                )
-            frame = pd.read_csv(
-                io.StringIO(text), sep=separator, decimal=decimal, skipinitialspace=True, index_col=False,
-                usecols=range(len(names)),
-            )  # fmt: skip
-        return frame
+        return pd.read_csv(
+            io.StringIO(text),
+            sep=mark,
+            decimal="," if mark == ";" else ".",
+            skipinitialspace=True,
+            index_col=False,
+            usecols=range(len(header)),
+        )
     except FileNotFoundError:
         raise Refusal(f"{key}={path} does not exist; {example}.") from None
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise Refusal(
             f"{key}={path} cannot be read as CSV ({str(error).strip().splitlines()[0]}); {example}."
         ) from None

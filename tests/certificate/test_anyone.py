@@ -164,6 +164,7 @@ REFUSED = [
     (lines([*GRID, (32, 1, "good")]), "has the loss 'good', which is no number"),
     (lines([*GRID, (32, 1, 1e300)]), "has the loss 1e+300, which is none; where a run diverged, leave it empty"),
     (lines([(*row, "maybe") for row in GRID], f"{HEAD},diverged"), "has diverged=maybe, which is not understood"),
+    (lines([(*row, 3.1) for row in GRID], f"{HEAD},loss"), "has the column loss twice"),
     (lines([(*row, 7) for row in GRID]), "has more fields than its header in row 1 of the data"),
     (
         lines([(*row, seed) for row in GRID for seed in (0, 1)], f"{HEAD},seed"),
@@ -208,6 +209,7 @@ def test_a_file_that_does_not_serve_gets_one_sentence(
         (["runs=a.csv", "hyperparameters.learning_rate=-1"], "hyperparameters.learning_rate=-1"),
         (["runs=a.csv", "hyperparameters.learning_rate=0"], "hyperparameters.learning_rate=0"),
         (["optima=nowhere.csv"], "optima=nowhere.csv does not exist"),
+        (["optima=README.md"], "for example a file with the columns width,optimum."),
     ],
 )
 def test_a_question_that_cannot_be_asked_gets_one_sentence(

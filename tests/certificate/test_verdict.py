@@ -10,6 +10,7 @@ import pytest
 from mutune.certificate.assessment import assess
 from mutune.certificate.certificate import certificate, markdown
 from mutune.certificate.config import VERDICTS
+from mutune.certificate.differences import difference_table
 from mutune.certificate.drift import MAX_DOUBLINGS
 from mutune.certificate.laws import law_slopes
 from mutune.certificate.rungs import place
@@ -23,7 +24,6 @@ from mutune.certificate.verdict import (
     NOT_CERTIFIED,
     Case,
     Verdict,
-    difference_table,
     judge,
 )
 from mutune.config import SweepConfig
