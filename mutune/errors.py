@@ -66,6 +66,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
+def first_line(error: BaseException) -> str:
+    """What went wrong, without what follows it: the first line of an exception, or its name."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _is_number(value: Any, whole: bool) -> bool:
     if isinstance(value, bool):
         return False

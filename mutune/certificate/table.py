@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mutune.certificate.points import AXES, COLUMNS
-from mutune.errors import Refusal, require
+from mutune.errors import Refusal, first_line, require
 
 #: Column of a file → what it is here; `lr` is how most people call it.
 NAMES = {"lr": "learning_rate", "learning_rate": "learning_rate", "val_loss": "loss"}
@@ -164,9 +164,7 @@ def _read(path: str, key: str = "runs") -> pd.DataFrame:
     except FileNotFoundError:
         raise Refusal(f"{key}={path} does not exist; {example}.") from None
     except (OSError, UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise Refusal(
-            f"{key}={path} cannot be read as CSV ({str(error).strip().splitlines()[0]}); {example}."
-        ) from None
+        raise Refusal(f"{key}={path} cannot be read as CSV ({first_line(error)}); {example}.") from None
 
 
 def _positive(column: pd.Series, name: str, key: str) -> pd.Series:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from mutune.certificate.config import Prediction
 from mutune.compose import build
-from mutune.errors import Refusal, require
+from mutune.errors import Refusal, first_line, require
 from mutune.files import read_yaml, write_text
 from mutune.reporting import frames
 
@@ -161,7 +161,7 @@ def _plan(directory: Path) -> list[str]:
         try:
             frame = pd.read_csv(path)
         except (ValueError, OSError) as error:  # pandas' own errors are ValueErrors
-            raise Refusal(f"{path} is damaged ({str(error).splitlines()[0]}); write it again.") from error
+            raise Refusal(f"{path} is damaged ({first_line(error)}); write it again.") from error
         folded.append(f"<details><summary>{escape(path.name)}</summary>{_table('', frame)}</details>")
     return [_heading("Plan"), *folded] if folded else []
 

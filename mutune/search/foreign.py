@@ -8,7 +8,7 @@ import pandas as pd
 from optuna.exceptions import OptunaError
 from sqlalchemy.exc import SQLAlchemyError
 
-from mutune.errors import Refusal, require
+from mutune.errors import Refusal, first_line, require
 
 
 def read_foreign(url: str, name: str | None = None) -> pd.DataFrame:
@@ -40,9 +40,8 @@ def read_foreign(url: str, name: str | None = None) -> pd.DataFrame:
     except (SQLAlchemyError, OptunaError, RuntimeError, ImportError, ValueError) as error:
         if isinstance(error, Refusal):
             raise
-        line = str(error).strip().splitlines()[0]
         raise Refusal(
-            f"runs={url} cannot be read as an Optuna study ({line}); for example runs=sqlite:///study.db."
+            f"runs={url} cannot be read as an Optuna study ({first_line(error)}); for example runs=sqlite:///study.db."
         ) from None
     finally:
         optuna.logging.set_verbosity(logging)

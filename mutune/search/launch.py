@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from mutune.errors import Refusal, require
+from mutune.errors import Refusal, first_line, require
 from mutune.search.claims import ONE_HOST, members
 from mutune.search.config import WHERE, without_password
 from mutune.search.workers import GRACE_SECONDS, RunAll, WorkError, Workers
@@ -127,7 +127,7 @@ def _start(where: Launch, count: int, command: Sequence[str], folder: Path) -> J
     except (TypeError, ValueError, NameError, RuntimeError, ConnectionError, subprocess.SubprocessError) as error:
         raise Refusal(
             f"launcher={where.launcher} with resources={dict(where.resources)} could not start a job "
-            f"({_first_line(error)}); for example resources={{}}."
+            f"({first_line(error)}); for example resources={{}}."
         ) from error
 
 
@@ -223,7 +223,7 @@ class _Ray:
         try:
             return self._ray.get(job)
         except Exception as error:  # of Ray's own, or what killed the job
-            return _first_line(error)
+            return first_line(error)
 
     def stop(self) -> None:
         for job in self._jobs:
@@ -232,7 +232,3 @@ class _Ray:
 
     def join(self) -> None:
         self._ray.wait(self._jobs, num_returns=len(self._jobs), timeout=CONCLUDE_SECONDS)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

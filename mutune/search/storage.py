@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from mutune.errors import Refusal
+from mutune.errors import Refusal, first_line
 from mutune.search.config import FILES, without_password
 from mutune.search.results import BEST
 
@@ -307,4 +307,4 @@ def _is_grpc(error: Exception) -> bool:
 
 def _line(error: BaseException) -> str:
     """The first line of what went wrong."""
-    return without_password(next(iter(str(error).strip().splitlines()), type(error).__name__))
+    return without_password(first_line(error))
