@@ -55,7 +55,8 @@ def from_runs(tables: dict[str, Table], asked: Asked, source: str) -> dict[str, 
     data = certificate(target, 2.0**assessment.log2_rate, best or None, verdict, [], assessment, price)
     data["notes"] = [f"left out: {note}" for note in left_out]
     if len(used) > 1:
-        data["notes"].insert(0, f"the verdict is that of table {best}, which transfers best of {len(used)}")
+        why = f"which transfers best of {len(used)}" if rows[0]["regret"] is not None else "not told from the others"
+        data["notes"].insert(0, f"the verdict is that of table {best}, {why}")
         data |= comparison(rows)
     return data
 

@@ -194,6 +194,6 @@ def _bounded(optima: np.ndarray, valleys: Valleys) -> np.ndarray:
         logs = stats.norm.logcdf(past / tolerance).sum(axis=1)
         weights = np.exp(logs - logs.max())
         weights /= weights.sum()
-        if 1 / np.sum(weights**2) >= EFFECTIVE:
+        if not 1 / np.sum(weights**2) < EFFECTIVE:
             return weights
         tolerance *= 2

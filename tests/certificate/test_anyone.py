@@ -319,6 +319,7 @@ def test_the_verdict_of_several_tables_says_whose_it_is(out: Path) -> None:
 def test_a_comparison_at_a_target_too_far_away_ranks_nothing(out: Path) -> None:
     data = certificate(out, f"runs={STORED / 'bytes.csv'}", "target_width=65536")
     assert all(row["regret"] is None for row in data["comparison"])
+    assert data["notes"][0].endswith(", not told from the others")
     assert any("which transfers best is not said" in line for line in data["comparison_words"])
 
 
