@@ -26,7 +26,7 @@ from scipy.optimize import brentq
 from mutune.certificate.points import AXES, rung_index, rung_table
 
 # What is believed before any run is seen. Calibrated in benchmarks/calibration.md.
-SMOOTHNESS = {0.1: 0.15, 0.7: 0.15, 2.0: 0.3, 5.0: 0.4}  # s, octaves: prior weight
+SMOOTHNESS = {0.1: 0.2, 0.7: 0.1, 2.0: 0.1, 5.0: 0.1, 20.0: 0.5}  # s, octaves: prior weight; the last is an exponential
 LOG_STEEPNESS = (float(np.log(1.5)), 0.7)  # ρ at 1.5 octaves from the optimum: mean, sd
 LOG_STRAIGHTENING = (float(np.log(0.1)), 1.0)  # log λ: mean, sd
 BEYOND = 2.0  # octaves past the tried rates that an optimum may well lie
