@@ -18,6 +18,14 @@ from mutune.verification.places import require_span
 
 FOLLOWS = ("schedule", "refine")
 MAX_RATE, MAX_WIDTH = 1e12, 1e12
+#: What `runs` may be asked about → the most, and an example.
+ASKED: dict[str, tuple[float, float]] = {
+    "width": (MAX_WIDTH, 256.0),
+    "depth": (MAX_WIDTH, 32.0),
+    "tokens": (1e18, 1e10),
+    "batch": (1e15, 524288.0),
+    "parameters": (1e15, 1e9),
+}
 DEVICES = ("auto", "cpu", "cuda")
 PUBLISHED = "published"  # the name under which a transfer finds BTLM-3B-8K's own values
 
@@ -158,6 +166,10 @@ class TransferConfig(BudgetConfig, DoorConfig):
         runs_study: with an Optuna study: its name, where `runs` holds several.
         optima: instead of a study: a CSV file with the columns width and optimum. Gives a drift statement.
         target_width: with `runs` or `optima`: the width that is asked about; null takes twice the largest.
+        target_depth, target_tokens, target_batch: with `runs`, where it has that column: what is asked about; null
+            takes the largest.
+        target_parameters: with `runs` that have tokens: the target's parameters without embeddings, which price the
+            certificate's regret in FLOPs, GPU-hours and money.
         target: the run that the values are carried to.
         compare: parametrization tables that get the same ladder as the study's own, from the same values; the
             certificate says which transfers best and which trains best. For example compare=[mup,sp,completep].
@@ -173,6 +185,10 @@ class TransferConfig(BudgetConfig, DoorConfig):
     runs_study: str | None = None
     optima: str | None = None
     target_width: float | None = None
+    target_depth: float | None = None
+    target_tokens: float | None = None
+    target_batch: float | None = None
+    target_parameters: float | None = None
     compare: list[str] | None = None
     target: TargetConfig = field(default_factory=TargetConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
@@ -205,13 +221,26 @@ class TransferConfig(BudgetConfig, DoorConfig):
             )
         if (rate := self.hyperparameters.learning_rate) is not None:
             require_number("hyperparameters.learning_rate", rate, above=0, at_most=MAX_RATE, example=0.01)
-        if self.target_width is not None:
-            require_number("target_width", self.target_width, above=0, at_most=MAX_WIDTH, example=256)
-            require(
-                (self.runs or self.optima) is not None,
-                f"target_width={self.target_width:g} is read with runs= or optima=; a study's target has its own "
-                "width, for example target.model.width=256.",
-            )
+        for asked, (most, works) in ASKED.items():
+            self._check_asked(asked, most, works)
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """Of `runs` or `optima`: the values of the target that are asked about, by axis."""
+        given = {axis: getattr(self, f"target_{axis}") for axis in ASKED if axis != "parameters"}
+        return {axis: float(value) for axis, value in given.items() if value is not None}
+
+    def _check_asked(self, asked: str, most: float, example: float) -> None:
+        key = f"target_{asked}"
+        if (value := getattr(self, key)) is None:
+            return
+        require_number(key, value, above=0, at_most=most, example=example)
+        use = "runs= or optima=" if asked == "width" else "runs="
+        require(
+            self.runs is not None or (asked == "width" and self.optima is not None),
+            f"{key}={value:g} is read with {use}; a study's target is set by its own keys, for example "
+            "target.model.width=256.",
+        )
 
     @property
     def _has_ladder(self) -> bool:

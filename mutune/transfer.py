@@ -109,7 +109,8 @@ def _from_table(config: TransferConfig) -> int:
     from mutune.reporting.figures import draw_certificate
     from mutune.reporting.page import transfer_page
 
-    asked = Asked(config.target_width, config.hyperparameters.learning_rate, config.prices)
+    rate, parameters = config.hyperparameters.learning_rate, config.target_parameters
+    asked = Asked(config.asked, rate, parameters, config.prices, config.horizon)
     if config.optima:
         source, data = config.optima, from_optima(read_optima(config.optima), asked, config.optima)
     else:
@@ -126,11 +127,13 @@ def _from_table(config: TransferConfig) -> int:
         print(NOTHING_WRITTEN)
         return OK
     require_writable(Path(config.out))
-    directory = Path(config.out) / "transfer" / f"{_stem(source)}--width{data['target']['width']:.10g}"
+    target = {"width": data["target"]["width"], **asked.target}
+    name = "-".join(f"{axis}{value:.10g}" for axis, value in target.items())
+    directory = Path(config.out) / "transfer" / f"{_stem(source)}--{name}"
     question = {"asked": plain(asked), "runs_hash": runs_hash(data)}
-    check_claim(directory, question, "runs", config.overwrite)
-    with locked(directory, "runs"):
-        claim(directory, question, "runs", config.overwrite)
+    check_claim(directory, question, "out", config.overwrite)
+    with locked(directory, "out"):
+        claim(directory, question, "out", config.overwrite)
         write_certificate(directory, data)
         figures = drawn(lambda: draw_certificate(directory))
         next_step = (

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,16 @@ from mutune.certificate.certificate import certificate
 from mutune.certificate.comparison import compare, comparison
 from mutune.certificate.config import PriceConfig
 from mutune.certificate.drift import extrapolate
+from mutune.certificate.laws import law_slopes
 from mutune.certificate.points import AXES
+from mutune.certificate.prediction import predict_at
 from mutune.certificate.table import Table
 from mutune.certificate.valleys import Fit, Valleys
 from mutune.certificate.verdict import Case, Verdict, judge
 from mutune.errors import require
+from mutune.scaling.horizon import HorizonConfig
 
+FLOPS_PER_PARAMETER = 6.0  # of training, per token and parameter without embeddings (arXiv:2001.08361, section 2.1)
 OPTIMUM_ERROR = 0.25  # octaves: what an optimum that comes without its runs is taken to be known to
 
 
@@ -27,14 +31,18 @@ class Asked:
     """What is asked of a table of runs.
 
     Attributes:
-        target_width: None takes twice the largest.
+        target: the axes that are asked about; else twice the largest width, and the largest of the others.
         learning_rate: the transferred base rate; None takes the optimum of the narrowest width.
+        parameters: of the target, without embeddings; None leaves its FLOPs out.
         prices: for the regret.
+        horizon: laws for an axis that the runs do not vary and the target differs in.
     """
 
-    target_width: float | None = None
+    target: dict[str, float] = field(default_factory=dict)
     learning_rate: float | None = None
+    parameters: float | None = None
     prices: PriceConfig = field(default_factory=PriceConfig)
+    horizon: HorizonConfig = field(default_factory=HorizonConfig)
 
 
 def from_runs(tables: dict[str, Table], asked: Asked, source: str) -> dict[str, Any]:
@@ -45,20 +53,34 @@ def from_runs(tables: dict[str, Table], asked: Asked, source: str) -> dict[str, 
     require(
         bool(used), f"runs={source} has no width with three finished rates ({'; '.join(left_out)}); add rates to them."
     )
+    _check_columns(used, asked, source)
     assessments = {name: _assess(table, asked, largest) for name, table in used.items()}
     rows = compare(assessments)
     best = rows[0]["table"]
     assessment = assessments[best]
     verdict = judge(Case([], assessment, None))
-    price = assessment.price(None, asked.prices)
+    price = assessment.price(asked.parameters and FLOPS_PER_PARAMETER * asked.parameters, asked.prices)
     target = {axis: assessment.target[axis] for axis in assessment.axes}
+    target |= {"parameters": asked.parameters} if asked.parameters else {}
     data = certificate(target, 2.0**assessment.log2_rate, best or None, verdict, [], assessment, price)
+    data["prediction"] = asdict(predict_at(assessment, assessment.target))
     data["notes"] = [f"left out: {note}" for note in left_out]
     if len(used) > 1:
         why = f"which transfers best of {len(used)}" if rows[0]["regret"] is not None else "not told from the others"
         data["notes"].insert(0, f"the verdict is that of table {best}, {why}")
         data |= comparison(rows)
     return data
+
+
+def _check_columns(tables: dict[str, Table], asked: Asked, source: str) -> None:
+    """What is asked about must be a column."""
+    for axis in [*asked.target, *(["tokens"] if asked.parameters else [])]:
+        key = f"target_{axis}" if axis in asked.target else "target_parameters"
+        require(
+            all(axis in table.axes for table in tables.values()),
+            f"{key}= asks about {axis}, and runs={source} has no column {axis}; add it, for example with 1000 in every "
+            f"row, or leave {key} out.",
+        )
 
 
 def runs_hash(data: dict[str, Any]) -> str:
@@ -71,9 +93,10 @@ def runs_hash(data: dict[str, Any]) -> str:
 def _assess(table: Table, asked: Asked, largest: dict[str, float]) -> Assessment:
     """A table's; `largest` of every axis among all tables, which are asked about the same target."""
     points = table.points
-    base = points[list(AXES)].sort_values(list(AXES)).iloc[0].to_dict()
-    target = largest | {"width": asked.target_width or 2 * largest["width"]}
-    return assess(points, {str(k): float(v) for k, v in base.items()}, target, asked.learning_rate, axes=table.axes)
+    base = dict(zip(AXES, map(float, points[list(AXES)].sort_values(list(AXES)).iloc[0]), strict=True))
+    target = largest | {"width": 2 * largest["width"]} | asked.target
+    laws = law_slopes(asked.horizon, [axis for axis in AXES if points[axis].nunique() > 1])
+    return assess(points, base, target, asked.learning_rate, laws, table.axes)
 
 
 def from_optima(optima: dict[float, float], asked: Asked, source: str) -> dict[str, Any]:
@@ -85,7 +108,7 @@ def from_optima(optima: dict[float, float], asked: Asked, source: str) -> dict[s
     covariance = OPTIMUM_ERROR**2 * np.eye(len(widths))
     fit = Fit(1.0, rates, covariance, 30.0, 0.0, none, none, none, none, 0.0, 0.0)
     valleys = Valleys(rungs, (None,) * len(widths), rates, (fit,), np.ones(1))
-    target = dict.fromkeys(AXES, 1.0) | {"width": asked.target_width or 2 * float(widths.max())}
+    target = dict.fromkeys(AXES, 1.0) | {"width": 2 * float(widths.max())} | asked.target
     log2_rate = float(rates[0] if asked.learning_rate is None else np.log2(asked.learning_rate))
     drift = extrapolate(valleys, 0, target)
     points = pd.DataFrame({"seed": [], "loss": [], **{axis: [] for axis in AXES}})

@@ -17,6 +17,7 @@ import numpy as np
 
 from mutune.certificate.assessment import Assessment
 from mutune.certificate.config import Prediction
+from mutune.certificate.points import AXES
 from mutune.certificate.rungs import place
 from mutune.compose import plain
 from mutune.files import write_json
@@ -27,7 +28,7 @@ PUBLISHED = Prediction("published values come without a ladder")
 MIN_RUNGS = 5
 MAX_DOUBLINGS = 2.0  # past the widest rung, and no further than the ladder is long; calibrated up to there
 LEVEL = 0.9
-LEAST_ERROR = 1e-4  # nats; seeds that agree by chance do not make a loss exact
+LEAST_ERROR = 3e-5  # of the loss; seeds that agree by chance do not make it exact
 RISE = 3.0  # standard errors by which the widest rung may lie above the narrowest
 #: Of the loop, what a held-out loss hangs on.
 LOOP = ("clip_norm", "heldout_windows", "dtype")
@@ -35,9 +36,6 @@ LOOP = ("clip_norm", "heldout_windows", "dtype")
 
 def predict_target(proxy: RunSpec, target: RunSpec, assessment: Assessment) -> Prediction:
     """The prediction for a target of a ladder, or why there is none.
-
-    Where every width was run at the transferred rate, by the same seeds, it is of those losses; else of the fitted
-    valleys at that rate.
 
     Args:
         proxy: the study's run at the transferred values.
@@ -48,8 +46,17 @@ def predict_target(proxy: RunSpec, target: RunSpec, assessment: Assessment) -> P
             f"the target differs from the study's run in more than the width ({', '.join(differing)}), and its loss "
             "with it"
         )
-    points, here = assessment.points, place(proxy)
-    alike = np.logical_and.reduce([points[axis] == here[axis] for axis in ("depth", "tokens", "batch")])
+    return predict_at(assessment, place(proxy) | {"width": float(target.model.width)})
+
+
+def predict_at(assessment: Assessment, target: Mapping[str, float]) -> Prediction:
+    """The prediction of a run at `target`, from the rungs that differ from it in width alone, or why there is none.
+
+    Where every width was run at the transferred rate, by the same seeds, it is of those losses; else of the fitted
+    valleys at that rate.
+    """
+    points, others = assessment.points, [axis for axis in AXES if axis != "width"]
+    alike = np.logical_and.reduce([points[axis] == target[axis] for axis in others])
     at_rate = np.isclose(np.log2(points.learning_rate) - assessment.log2_rate, 0.0, atol=1e-6)
     losses: dict[float, list[float]] = {}
     for width in sorted(points.width[alike].unique().tolist()):
@@ -57,25 +64,27 @@ def predict_target(proxy: RunSpec, target: RunSpec, assessment: Assessment) -> P
         if mine.diverged.any():
             return Prediction(f"a run of width {width:g} at the transferred rate diverged")
         losses[width] = mine.loss.tolist()
+    if len(losses) < MIN_RUNGS:
+        return Prediction(_few(len(losses)))
     fewest = min(map(len, losses.values()))  # a ladder by design has more seeds where they pay
     if fewest > 1:
-        return predict({width: found[:fewest] for width, found in losses.items()}, target.model.width)
-    return _predict_fitted(assessment, here, target.model.width)
+        return predict({width: found[:fewest] for width, found in losses.items()}, target["width"])
+    return _predict_fitted(assessment, target)
 
 
-def _predict_fitted(assessment: Assessment, here: Mapping[str, float], size: float) -> Prediction:
+def _predict_fitted(assessment: Assessment, target: Mapping[str, float]) -> Prediction:
     """From the fitted losses at the transferred rate; the fit says how sure they are."""
     valleys, means, errors = assessment.valleys, {}, []
     for i, rung in enumerate(valleys.rungs.to_dict("records")):
-        if all(rung[axis] == here[axis] for axis in ("depth", "tokens", "batch")):
+        if all(rung[axis] == target[axis] for axis in AXES if axis != "width"):
             offset = np.array([assessment.log2_rate - valleys.optima[i]])
             raised = [float(fit.penalty(i, offset)[0]) for fit in valleys.fits]
             means[float(rung["width"])] = float(valleys.levels[i] + valleys.weights @ raised)
             errors.append(float(np.hypot(valleys.level_errors[i], np.std(raised))))
     noise = float(valleys.weights @ [fit.noise for fit in valleys.fits])
     freedom = int(min(fit.freedom for fit in valleys.fits))
-    error = max(fmean(errors), LEAST_ERROR)
-    return _predict(_Ladder(means, max(noise, LEAST_ERROR), error, freedom), size)
+    least = LEAST_ERROR * abs(fmean(means.values()))
+    return _predict(_Ladder(means, max(noise, least), max(fmean(errors), least), freedom), target["width"])
 
 
 def predict(losses: Mapping[float, Sequence[float]], size: float) -> Prediction:
@@ -193,8 +202,9 @@ class _Ladder:
     def of(cls, losses: Mapping[float, Sequence[float]]) -> "_Ladder":
         """Of runs by seed."""
         seeds = len(next(iter(losses.values())))
-        noise = max(math.sqrt(fmean(variance(values) for values in losses.values())), LEAST_ERROR)
         means = {size: fmean(values) for size, values in losses.items()}
+        least = LEAST_ERROR * abs(fmean(means.values()))
+        noise = max(math.sqrt(fmean(variance(values) for values in losses.values())), least)
         return cls(means, noise, noise / math.sqrt(seeds), len(losses) * (seeds - 1))
 
     def without(self, size: float) -> "_Ladder":
@@ -227,6 +237,8 @@ def _too_little(ladder: _Ladder, size: float) -> str:
     """Why this ladder predicts nothing; empty where it does."""
     if len(ladder.means) < MIN_RUNGS:
         return _few(len(ladder.means))
+    if min(ladder.means.values()) <= 0:
+        return "a loss of 0 or below is no cross-entropy, and follows no power law towards a floor above 0"
     smallest, largest = min(ladder.means), max(ladder.means)
     most = largest * min(largest / smallest, 2**MAX_DOUBLINGS)
     if size > most * (1 + 1e-9) or size < smallest:

@@ -299,7 +299,9 @@ def _wide(case: Case) -> str:
 
 
 def _next_rung(case: Case) -> str:
-    if unmeasured := case.assessment.unmeasured:
+    if (unmeasured := case.assessment.unmeasured) and case.table is None:
+        return f"runs that vary the {' and the '.join(unmeasured)} too, all else equal"
+    if unmeasured:
         axes = [axis for axis in AXES if axis in unmeasured or case.assessment.valleys.rungs[axis].nunique() > 1]
         return f"a ladder that varies the {' and the '.join(unmeasured)} too: 'ladder=[{','.join(axes)}]'"
 

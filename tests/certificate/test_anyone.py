@@ -204,6 +204,9 @@ def test_a_file_that_does_not_serve_gets_one_sentence(
         (["runs="], "runs= is empty; for example runs=mine.csv."),
         (["runs=a.csv", "runs_study=b"], "runs_study=b is read with an Optuna study"),
         (["target_width=256"], "target_width=256 is read with runs= or optima="),
+        (["target_tokens=1e9"], "target_tokens=1e+09 is read with runs=; a study's target"),
+        (["optima=a.csv", "target_depth=8"], "target_depth=8 is read with runs=; a study's target"),
+        (["runs=a.csv", "target_parameters=-1"], "target_parameters=-1"),
         (["runs=a.csv", "target_width=0"], "target_width=0"),
         (["runs=a.csv", "target_width=1e300"], "target_width=1e+300"),
         (["runs=a.csv", "hyperparameters.learning_rate=-1"], "hyperparameters.learning_rate=-1"),
@@ -328,3 +331,44 @@ def test_ten_thousand_rows_are_judged(tmp_path: Path, out: Path) -> None:
     assert len(points) == 10_000
     data = certificate(out, f"runs={write(tmp_path / 'big.csv', points[['width', 'learning_rate', 'loss', 'seed']])}")
     assert data["verdict"] == "GO"
+
+
+def test_runs_of_five_widths_predict_the_target_s_loss_and_fewer_say_why_not(tmp_path: Path, out: Path) -> None:
+    family = Family(rungs=6, noise=0.002)
+    points = make_ladder(family, 5).points
+    path = write(tmp_path / "mine.csv", points[points.width < 1024])
+    said = certificate(out, f"runs={path}", "target_width=1024")["prediction"]
+    truth = 2.5 + 1.5 * 2.0 ** (-0.3 * 5)
+    assert said["low"] < truth < said["high"] < 1.1 * truth
+    few = write(tmp_path / "few.csv", points[points.width < 512])
+    assert "4 rungs are too few" in certificate(out / "few", f"runs={few}", "target_width=512")["prediction"]["reason"]
+    below = write(tmp_path / "below.csv", points.assign(loss=points.loss - 9))
+    assert "no cross-entropy" in certificate(out / "below", f"runs={below}")["prediction"]["reason"]
+
+
+def test_a_target_with_more_tokens_is_judged_by_what_the_runs_or_laws_say_of_tokens(tmp_path: Path, out: Path) -> None:
+    points = make_ladder(Family(), 5).points.assign(tokens=1e9).drop(columns=["depth", "batch"])
+    path = write(tmp_path / "mine.csv", points)
+    near = certificate(out, f"runs={path}", "target_parameters=1e8")
+    assert near["target"] == {"width": 512, "tokens": 1e9, "parameters": 1e8}
+    assert near["regret"]["flops"] == pytest.approx(6e8 * near["regret"]["tokens"])
+    assert near["regret"]["money"] > 0
+    longer = certificate(out / "longer", f"runs={path}", "target_tokens=4e9")
+    low, high = (np.ptp(found["drift"]["interval"]) for found in (near, longer))
+    assert high > low + 0.3  # laws disagree
+    assert (out / "longer" / "transfer" / "mine--width512-tokens4000000000").is_dir()
+    assert "1 rungs" not in longer["prediction"]["reason"]
+    far = certificate(out / "far", f"runs={path}", "target_tokens=1e12")
+    assert far["verdict"] == "NOT CERTIFIED"
+    assert any("doublings from the proxy's 1,000,000,000" in reason for reason in far["reasons"])
+
+
+def test_what_is_asked_about_has_to_be_a_column(runs: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for asked, column in (
+        ("target_tokens=1e9", "tokens"),
+        ("target_parameters=1e9", "tokens"),
+        ("target_batch=8", "batch"),
+    ):
+        assert main([f"runs={runs}", asked, f"out={out}"]) == 2
+        assert f"has no column {column}" in capsys.readouterr().err
+    assert not out.exists()
