@@ -294,7 +294,8 @@ def _advice(proxy: RunSpec | None, target: RunSpec, ladder: "Ladder | None") -> 
     if ladder is None:
         return advise(proxy, target)
     furthest = places(ladder.rungs).max()
-    return advise(proxy, target, {axis: float(furthest[axis]) for axis in ladder.config.chosen_axes})
+    measured = {axis: float(furthest[axis]) for axis in ladder.config.chosen_axes}
+    return advise(proxy, target, measured, [rung.model.width for rung in ladder.rungs])
 
 
 def _tuning(source: Source, target: RunSpec) -> list[str]:

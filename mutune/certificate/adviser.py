@@ -73,11 +73,17 @@ class Advice:
 
 @dataclass(frozen=True)
 class Runs:
-    """What the rules look at. `measured` has, by axis of the ladder, its furthest value."""
+    """What the rules look at.
+
+    Attributes:
+        measured: by axis of the ladder, its furthest value.
+        widths: of its rungs, the narrowest first.
+    """
 
     proxy: RunSpec
     target: RunSpec
     measured: Mapping[str, float] = field(default_factory=dict)
+    widths: tuple[int, ...] = ()
 
     def reach(self, axis: str, proxy: float) -> float:
         """The furthest value of an axis that proxy or ladder measure."""
@@ -102,15 +108,21 @@ class Rule:
         return [] if said is None else [Advice(self.axis, self.severity, *said, self.source)]
 
 
-def advise(proxy: RunSpec | None, target: RunSpec, measured: Mapping[str, float] | None = None) -> list[Advice]:
+def advise(
+    proxy: RunSpec | None,
+    target: RunSpec,
+    measured: Mapping[str, float] | None = None,
+    widths: Iterable[int] = (),
+) -> list[Advice]:
     """All advice, most severe first.
 
     Args:
         proxy: the study's run; None where it is not published, which leaves the rules on the target alone.
         target: the run that the money is for.
         measured: by axis of the ladder (`width`, `tokens`, ...), its furthest value.
+        widths: of the ladder's rungs.
     """
-    runs = [] if proxy is None else [Runs(proxy, target, measured or {})]
+    runs = [] if proxy is None else [Runs(proxy, target, measured or {}, tuple(sorted(set(widths))))]
     found = [advice for rule in TARGET_RULES for advice in rule.advice(target)]
     found += [advice for rule in RULES for look in runs for advice in rule.advice(look)]
     return sorted(found, key=lambda advice: SEVERITIES.index(advice.severity))
@@ -219,6 +231,25 @@ def _alibi(runs: Runs) -> Said:
         f"quarter, so no head looks as near; {enough_heads(runs.target)} heads would"
     )
     return finding, _at_sweep(runs, SHAPE)
+
+
+def _alibi_rungs(runs: Runs) -> Said:
+    proxy, head = runs.proxy.model, runs.proxy.model.size_per_head
+    mixed = [width for width in runs.widths if _odd_part(width) != _odd_part(proxy.width)]
+    if proxy.positions != "alibi" or not mixed:
+        return None
+    powers = [proxy.width * 2**k for k in range(1, 20)] + [proxy.width // 2**k for k in range(1, 20)]
+    clean = [w for w in powers if runs.widths[0] <= w <= runs.widths[-1] and w % head == 0] or [2 * proxy.width]
+    heads = " and ".join(f"{width // head} heads" for width in mixed)
+    finding = (
+        f"rungs of {heads}, the proxy has {proxy.heads}, the target {runs.target.model.heads}: where heads are not "
+        "doubled or halved ALiBi mixes two spectra, and losses leave the line of the other rungs"
+    )
+    return finding, _at_transfer(f"ladder.widths=[{','.join(map(str, sorted(clean)))}]")
+
+
+def _odd_part(number: int) -> int:
+    return number // (number & -number)
 
 
 def _batch(runs: Runs) -> Said:
@@ -392,6 +423,7 @@ RULES = (
     Rule("schedule's end", CARE, "arXiv:2502.15938, reported", _schedule_end),
     Rule("warm-up", CARE, "arXiv:2406.09405", _warmup),
     Rule("ALiBi spectrum", NOTE, "slopes: arXiv:2108.12409; the threshold is a judgement", _alibi),
+    Rule("ladder's heads", NOTE, "slopes: arXiv:2108.12409; measured: docs/log.md, 2026-11-27", _alibi_rungs),
 )
 TARGET_RULES = (
     Rule("decay timescale", CARE, "Power Lines, arXiv:2505.13738, reported", _timescale),

@@ -64,8 +64,8 @@ class Words:
 
     def advice(self) -> list[Advice]:
         """What the adviser says."""
-        proxy, target, widest = runs(self.sweep, self.transfer)
-        return advise(proxy, target, {"width": widest})
+        proxy, target, widths = runs(self.sweep, self.transfer)
+        return advise(proxy, target, {"width": max(widths)}, widths)
 
     def names(self) -> set[tuple[str, str]]:
         """Its axes and severities."""
@@ -73,8 +73,8 @@ class Words:
 
 
 @cache
-def runs(sweep: tuple[str, ...], transfer: tuple[str, ...]) -> tuple[RunSpec, RunSpec, int]:
-    """Proxy, target and the ladder's widest rung, as the two commands make them."""
+def runs(sweep: tuple[str, ...], transfer: tuple[str, ...]) -> tuple[RunSpec, RunSpec, tuple[int, ...]]:
+    """Proxy, target and the ladder's widths, as the two commands make them."""
     proxy = compose("sweep", SweepConfig, ["study=test", *sweep]).spec()
     config = compose("transfer", TransferConfig, transfer)
     target = TransferFile(
@@ -88,7 +88,8 @@ def runs(sweep: tuple[str, ...], transfer: tuple[str, ...]) -> tuple[RunSpec, Ru
         target=config.target,
         verdict="GO",
     ).spec(0)
-    return proxy, target, max(proxy.model.width, *(config.ladder.widths or [128]))
+    widths = config.ladder.widths or [width for width in (128,) if width > proxy.model.width]
+    return proxy, target, (proxy.model.width, *widths)
 
 
 def at(*words: str) -> Words:
@@ -224,6 +225,14 @@ CASES = [
         "note",
         at("model.width=64", "model.positions=learned", "target.model.positions=learned"),
         at("model.width=64"),
+    ),
+    ("ladder's heads", "note", at("ladder.widths=[128,512]"), at("ladder.widths=[128,192,512]")),
+    ("ladder's heads", "note", at("model.width=192", "ladder.widths=[96,384]"), at("model.width=192")),
+    (
+        "ladder's heads",
+        "note",
+        at("ladder.widths=[192]", "model.positions=learned", "target.model.positions=learned"),
+        at("ladder.widths=[192]"),
     ),
     ("decay timescale", "care", at(decay_at(1.99)), at(decay_at(2.01))),
     ("decay timescale", "care", at(decay_at(0.51)), at(decay_at(0.49))),
