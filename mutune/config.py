@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mutune.certificate.config import BudgetConfig, LadderConfig, Overrides, PriceConfig, TargetConfig
-from mutune.compose import plain
+from mutune.compose import choices, plain
 from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.errors import Refusal, require, require_name, require_number
 from mutune.model.shape import ModelConfig, base_config
@@ -73,6 +73,7 @@ class SweepConfig(DoorConfig):
         jobs: how many.
         resources: what each job asks of the cluster, as submitit or Ray name it: +resources.slurm_partition=gpu.
         status: say where the study stands, also while another process runs it, and end.
+        for_target: a target under conf/target, of whose FLOPs the plan says what share the study costs.
         prices: what compute costs, for the dry run.
     """
 
@@ -92,6 +93,7 @@ class SweepConfig(DoorConfig):
     jobs: int = 1
     resources: dict[str, Any] = field(default_factory=dict)
     status: bool = False
+    for_target: str = "btlm_3b"
     prices: PriceConfig = field(default_factory=PriceConfig)
 
     def __post_init__(self) -> None:
@@ -103,6 +105,10 @@ class SweepConfig(DoorConfig):
         require(
             self.follows in (None, *FOLLOWS),
             f"follows={self.follows} is unknown; known: {', '.join(FOLLOWS)}, for example +sweep=schedule.",
+        )
+        known = choices("target")
+        require(
+            self.for_target in known, f"for_target={self.for_target} is unknown; known targets: {', '.join(known)}."
         )
         if self.workers is not None:
             require_number("workers", self.workers, at_least=1, example=2, whole=True)
@@ -142,6 +148,7 @@ class SweepConfig(DoorConfig):
             "overwrite",
             "follows",
             "status",
+            "for_target",
             "prices",
             "workers",
             "launcher",

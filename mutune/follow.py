@@ -17,7 +17,20 @@ if TYPE_CHECKING:
     from mutune.search.config import Dimension
 
 #: What the sweep itself decides; all else is the study's.
-OWN = ("out", *WHERE, "seed", "device", "dry_run", "overwrite", "study", "follows", "search", "status", "prices")
+OWN = (
+    "out",
+    *WHERE,
+    "seed",
+    "device",
+    "dry_run",
+    "overwrite",
+    "study",
+    "follows",
+    "search",
+    "status",
+    "target",
+    "prices",
+)
 OCTAVES, DECAY = "octaves", "decay"  # of a space: {octaves: 2} reaches two octaves to either side of the best
 
 

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mutune.compose import build
-from mutune.config import SweepConfig
+from mutune.compose import build, compose
+from mutune.config import SweepConfig, TransferConfig
 from mutune.door import NOTHING_WRITTEN, OK, WorkFailed, drawn, enter
 from mutune.errors import Refusal
 from mutune.files import read_yaml, require_writable
@@ -77,7 +77,7 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
     lack = _memory(config, spec, space, config.workers or 1)
     if not lack:
         plan = plan_execution(spec, directory, config.device, steps, config.workers, total)
-        print(plan.line(steps))
+        print(plan.line(steps), _share(config, steps), sep="\n")
         lack = _memory(config, spec, space, plan.workers)
     if config.dry_run:
         print(*([f"memory     {lack}"] if lack else []), NOTHING_WRITTEN, sep="\n")
@@ -194,6 +194,20 @@ def _whole(config: SweepConfig, total: int, flops: int) -> str:
         f"together   as many steps as {runs:.3g} whole runs{extra}: {runs * flops:.3g} FLOPs, {hours:.3g} GPU-hours at "
         f"{prices.flops_per_gpu_second:.3g} FLOP/s, {hours * prices.gpu_hour:,.2f} {prices.currency}"
     )
+
+
+def _share(config: SweepConfig, steps: float) -> str:
+    """What the study costs beside its target, a line.
+
+    Args:
+        steps: of the whole study.
+    """
+    proxy = config.spec()
+    target = compose("transfer", TransferConfig, [f"target={config.for_target}"]).target
+    tokenizer = target.tokenizer or proxy.tokenizer
+    whole = price(replace(proxy, model=target.model, stages=tuple(target.stages), tokenizer=tokenizer)).flops
+    flops = steps * price(proxy).flops / proxy.num_steps
+    return f"budget     {flops:.3g} FLOPs, {flops / whole:.2g} of target {config.for_target}'s {whole:.3g}"
 
 
 def _whole_runs(config: SweepConfig, total: int) -> float:

@@ -25,6 +25,7 @@ WARM_UP, TIMED = 4, 4  # steps
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 MMAP_LIMIT = 32 * 2**20  # bytes of a tensor up to which glibc keeps it by itself
 SLOW = 2.0  # seconds of a step, from which on it is timed once
+FIRST = 15.0  # of the first step, which sets everything up, from which on there is no second
 
 
 class TracedMultiplier(Multiplier):
@@ -95,7 +96,7 @@ def time_steps(
     with single_threaded():
         begun, made = time.process_time(), steps(loop)
         last = _clocked(made)
-        for _ in range(3 if loop.compile else 1 if last < SLOW else 0):
+        for _ in range(3 if loop.compile else 1 if last < FIRST else 0):
             last = _clocked(made)
         compiling = time.process_time() - begun
         if last > min(give_up, SLOW):

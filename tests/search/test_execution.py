@@ -111,6 +111,14 @@ def test_a_dry_run_prices_what_does_not_fit_and_says_so(tmp_path: Path) -> None:
     assert refused.rstrip().endswith("choose a smaller model.width, or loop.micro_sequences=1.")
 
 
+def test_the_plan_says_what_share_of_the_target_the_study_costs(tmp_path: Path) -> None:
+    for words, share in ((["for_target=small"], 0.33), ([], 1.8e-10)):
+        said = doors.run("sweep", "+sweep=proxy", *words, "dry_run=true", f"out={tmp_path}").stdout
+        line = next(line for line in said.splitlines() if line.startswith("budget "))
+        assert float(line.split(", ")[1].split()[0]) == pytest.approx(share, rel=0.05)
+    assert "known targets: btlm_3b" in doors.run("sweep", "+sweep=proxy", "for_target=x", expect=2).stderr
+
+
 def test_a_gpu_gets_as_many_processes_as_keep_it_busy_and_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = compose("sweep", SweepConfig, SWEEP).spec()
     monkeypatch.setattr(execution, "free_memory", lambda device: 10 * 2**30)

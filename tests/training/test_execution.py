@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from mutune.compose import compose
 from mutune.config import SweepConfig
+from mutune.training import execution
 from mutune.training.config import LoopConfig, RunSpec
 from mutune.training.execution import TracedMultiplier, ways
 from mutune.training.run import Run
@@ -85,3 +86,22 @@ def test_what_is_left_open_is_tried(given: dict[str, Any], device: str, expected
     found = ways(LoopConfig(**given), torch.device(device))
     assert [(way.dtype, way.attention) for way in found] == expected
     assert not any(way.compile for way in found)
+
+
+@pytest.mark.parametrize(
+    ("clocked", "seconds", "made"),
+    [
+        ([2.5, 0.04, 0.04, 0.04, 0.04, 0.04], 0.04, 6),  # the first sets everything up
+        ([5.0, 3.0], 3.0, 2),
+        ([20.0], 20.0, 1),
+    ],
+)
+def test_a_slow_first_step_is_not_taken_for_all_of_them(
+    clocked: list[float], seconds: float, made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = list(clocked)
+    monkeypatch.setattr(execution, "_clocked", lambda steps: left.pop(0))
+    loop = LoopConfig(dtype="float32", attention="sdpa", compile=False)
+    timing = execution.time_steps(loop, lambda loop: iter(()), CPU)
+    assert timing.seconds == pytest.approx(seconds)
+    assert len(clocked) - len(left) == made
