@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import psutil
 import yaml
 
 from mutune.certificate.config import TransferFile
@@ -65,6 +66,12 @@ def run_apart(
     stdout, stderr = process.communicate(timeout=600)
     assert process.returncode == expect, f"exit code {process.returncode}\n{stdout}\n{stderr}"
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def workers_of(parent: int) -> list[int]:
+    """Worker processes of a command: children of what forks them."""
+    descendants = psutil.Process(parent).children(recursive=True)
+    return [process.pid for process in descendants if process.ppid() != parent]
 
 
 def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]", timeout: float = 300.0) -> None:

@@ -1,9 +1,12 @@
-"""Worker processes: one thread each, started by spawn, gone when their parent is gone.
+"""Worker processes: one thread each, gone when their parent is gone.
 
-What they run comes to them by value (`cloudpickle`), so it may be defined in a notebook's cell or inside a function.
+On Linux they are forked by a process that has loaded torch once and does nothing else (`forkserver`); elsewhere each
+starts by itself. What they run comes to them by value (`cloudpickle`), so it may be defined in a notebook's cell or
+inside a function.
 """
 
 import contextlib
+import ctypes
 import errno
 import multiprocessing
 import os
@@ -16,6 +19,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from multiprocessing.process import BaseProcess
@@ -35,6 +39,9 @@ RunAll: TypeAlias = Callable[[Iterable[Task], Callable[[list[Task]], None]], Ite
 MAX_LOSSES = 3
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 8.0  # for saving, once the work is to end
+#: What workers have loaded when they are forked. None of it starts a thread or touches a GPU.
+PRELOADED = ["torch", "mutune.training.run"]
+PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
 
 
 class WorkError(Exception):
@@ -224,13 +231,38 @@ def _run_here(
 
 
 def _start(pickled: bytes) -> _Worker[Any]:
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context.set_forkserver_preload(PRELOADED)  # which another context does not heed
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, pickled), daemon=True)
-    with _no_main():
-        process.start()
+    process = context.Process(target=_serve, args=(theirs, pickled, dict(os.environ)), daemon=True)
+    for patience in (0.1, 1.0, 5.0, 0.0):
+        try:
+            with _no_main(), _as_of_a_worker():
+                process.start()
+            break
+        except (ConnectionError, EOFError):  # what forks workers is just ending; it is started again
+            if not patience:
+                raise
+            time.sleep(patience)
     theirs.close()
     return _Worker(process, ours)
+
+
+@contextlib.contextmanager
+def _as_of_a_worker() -> Iterator[None]:
+    """What the process that forks workers begins with: one thread, and deaf to a SIGTERM that goes to all, since its
+    workers end with it and may be saving.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    resource_tracker.ensure_running()  # by itself it would be started below, and take the block away
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        del os.environ["OMP_NUM_THREADS"]
+        os.environ.update({} if threads is None else {"OMP_NUM_THREADS": threads})
 
 
 @contextlib.contextmanager
@@ -261,16 +293,27 @@ def _receive(worker: _Worker[Any]) -> tuple[Exception | str | None, Any] | None:
     return None
 
 
-def _serve(connection: Connection, pickled: bytes) -> None:
-    """A worker's life: take a task, answer, until the parent closes the pipe or dies."""
+def _serve(connection: Connection, pickled: bytes, environment: dict[str, str]) -> None:
+    """A worker's life: take a task, answer, until the parent closes the pipe or dies.
+
+    Args:
+        environment: the parent's; what forks workers has that of the first start.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _STOP.note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    if sys.platform == "linux":  # without what forked it nobody would hear of its end, and its task be given to another
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ.clear()
+    os.environ.update(environment)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    import numpy as np
     import torch
 
     torch.set_num_threads(1)
+    np.random.seed()  # forked workers would all draw the same
     function: Callable[[Any], Any] | None = None
     answer: tuple[Exception | str | None, Any]
     while True:

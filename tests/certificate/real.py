@@ -17,6 +17,7 @@ import pandas as pd
 from mutune.certificate.rungs import place
 from mutune.compose import compose
 from mutune.config import SweepConfig
+from mutune.model import decoder
 from mutune.parametrization.rules import MUP, TABLES, Rule, Table
 from mutune.training import run
 from mutune.training.config import RunSpec
@@ -55,8 +56,8 @@ MUST_FAIL = tuple(BROKEN)[:3]
 
 
 class Work(NamedTuple):
-    """One run: under which table or broken rule, octaves from 2^-6, where its records go, and further words of the
-    sweep."""
+    """One run: under which table or broken rule, octaves from 2^-6, where its records go, further words of the sweep,
+    and whether heads have even slopes at any number, which ALiBi gives to powers of two alone."""
 
     rule: str
     width: int
@@ -64,17 +65,24 @@ class Work(NamedTuple):
     seed: int
     folder: str
     words: tuple[str, ...] = ()
+    even: bool = False
+
+
+def even_slopes(heads: int) -> list[float]:
+    """2^(-8i/H), whether or not H is a power of two."""
+    return [2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)]
 
 
 def train(work: Work) -> dict[str, Any]:
     """Make a run; returns a row of points."""
-    rule, width, offset, seed, folder, words = work
+    rule, width, offset, seed, folder, words, even = work
     asked = ["+sweep=valley", f"parametrization={rule if rule in TABLES else 'mup'}", *words]
     proxy: RunSpec = compose("sweep", SweepConfig, asked).spec()
     hyper = replace(proxy.hyperparameters, learning_rate=2.0 ** (offset - 6))
     spec = replace(proxy, model=proxy.model.at_width(width), hyperparameters=hyper, seed=seed)
-    name = "-".join(map(str, (rule, width, offset, seed, *words))).replace("/", "-")
+    name = "-".join(map(str, (rule, width, offset, seed, even, *words))).replace("/", "-")
     with (
+        patch.object(decoder, "alibi_slopes", even_slopes if even else decoder.alibi_slopes),
         patch.dict(TABLES, {"mup": BROKEN.get(rule, MUP)}),
         patch.object(run, "second_opinion_of", lambda spec, plan: []),  # the audit would stop a broken rule
     ):

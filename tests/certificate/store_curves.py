@@ -3,7 +3,7 @@
 `fine`: rates half an octave apart and by four seeds, so that the optimum of every width is known better than to any
 ladder that is drawn from them (`families.redraw`); `hidden`: the wide models that such ladders are asked to foretell;
 `ladder`: five rungs, five rates, two seeds, and the hidden width; `broken`: ladders under broken rules; `losses`: long
-runs at one rate, with two kinds of positions.
+runs at one rate, with the slopes of ALiBi and with even ones.
 """
 
 import sys
@@ -22,8 +22,8 @@ FINE = {  # table, width → the log2 rate around which its rates lie, ±2.5 oct
     ("sp", 128): -7.0,
 }
 FAR = {("mup", 256): -6.0, ("sp", 256): -8.0}  # ±2 octaves in wholes, two seeds
-LONG = "run.num_steps=480"  # seeds differ by half of what they do at 160 steps
-POSITIONS = {"alibi": 8, "learned": 4}  # seeds
+LONG = ("run.num_steps=480",)  # seeds differ by half of what they do at 160 steps
+SLOPES = {"ALiBi's": 8, "even at any number of heads": 4}  # seeds
 
 
 def around(centres: dict[tuple[str, int], float], octaves: list[float], seeds: int, folder: str) -> pd.DataFrame:
@@ -49,13 +49,14 @@ def broken(folder: str) -> pd.DataFrame:
 
 
 def losses(folder: str) -> pd.DataFrame:
-    """At the rate 2^-6, by as many seeds as `POSITIONS` says; the hidden width by two."""
+    """At the rate 2^-6, by as many seeds as `SLOPES` says; the hidden width by two."""
     parts = []
-    for positions, seeds in POSITIONS.items():
-        words = (LONG, f"model.positions={positions}")
-        shapes = {**dict.fromkeys(LADDER, seeds), HIDDEN: 2}
-        runs = trained(Work("mup", width, 0, seed, folder, words) for width in shapes for seed in range(shapes[width]))
-        parts.append(runs.assign(table=positions))
+    for slopes, seeds in SLOPES.items():
+        shapes, even = {**dict.fromkeys(LADDER, seeds), HIDDEN: 2}, slopes != "ALiBi's"
+        runs = trained(
+            Work("mup", width, 0, seed, folder, LONG, even) for width in shapes for seed in range(shapes[width])
+        )
+        parts.append(runs.assign(table=slopes))
     return pd.concat(parts)
 
 

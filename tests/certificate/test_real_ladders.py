@@ -17,7 +17,7 @@ from mutune.certificate.table import read_tables
 from mutune.certificate.valleys import fit_valleys
 from mutune.certificate.verdict import Case, verdict_of
 from tests.certificate.real import BROKEN, HIDDEN, MUST_FAIL, STORED
-from tests.certificate.store_curves import POSITIONS, store
+from tests.certificate.store_curves import SLOPES, store
 from tests.soak import record
 
 
@@ -37,10 +37,10 @@ def hidden_width() -> tuple[Assessment, float]:
     return at(seen, HIDDEN), float(fit_valleys(hidden).optima[0])
 
 
-def hidden_loss(positions: str) -> tuple[Prediction, list[float]]:
+def hidden_loss(slopes: str) -> tuple[Prediction, list[float]]:
     """What long runs of the ladder predict of width 256 at their rate, and its runs' losses."""
     frame = pd.read_csv(STORED / "losses.csv")
-    frame = frame[frame.table == positions].sort_values("seed")
+    frame = frame[frame.table == slopes].sort_values("seed")
     by_width = {float(str(width)): rows.loss.tolist() for width, rows in frame.groupby("width")}
     measured = by_width.pop(float(HIDDEN))
     return predict(by_width, HIDDEN), measured
@@ -70,17 +70,14 @@ def test_a_ladder_foretells_a_hidden_width_s_optimum() -> None:
     assert verdict_of(Case([], found)) == "GO"
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_a_ladder_foretells_a_hidden_width_s_loss(positions: str) -> None:
-    said, measured = hidden_loss(positions)
+def test_a_ladder_foretells_a_hidden_width_s_loss() -> None:
+    """To 2.2 %, since three and six heads have another spectrum; 1.4 % with even slopes, and then not: docs/log.md."""
+    said, measured = hidden_loss("ALiBi's")
     assert said.low is not None
     assert said.high is not None
     assert all(said.low <= loss <= said.high for loss in measured)
-
-
-def test_the_loss_is_told_to_two_percent_where_rungs_have_one_kind_of_positions() -> None:
-    assert half_width(hidden_loss("learned")[0]) < 2.0
-    assert half_width(hidden_loss("alibi")[0]) < 2.5  # three and six heads have another spectrum: docs/log.md
+    assert half_width(said) < 2.5
+    assert half_width(hidden_loss("even at any number of heads")[0]) < 2.0
 
 
 @pytest.mark.parametrize("rule", MUST_FAIL[:2])
@@ -113,11 +110,11 @@ def _record_hidden_width() -> None:
 
 def _record_hidden_loss() -> None:
     rows = []
-    for positions, seeds in POSITIONS.items():
-        said, measured = hidden_loss(positions)
+    for slopes, seeds in SLOPES.items():
+        said, measured = hidden_loss(slopes)
         rows.append(
             {
-                "positions": positions,
+                "slopes": slopes,
                 "seeds": seeds,
                 "loss foretold": f"{said.loss:.4f} ({said.low:.4f} to {said.high:.4f})",
                 "half-width, %": f"{half_width(said):.2f}",

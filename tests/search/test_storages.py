@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import psutil
 import pytest
 from filelock import FileLock
 from optuna.storages.journal._storage import JournalOperation
@@ -332,9 +331,8 @@ def test_soak_twenty_kills_on_every_storage(database: tuple[Any, str], tmp_path:
             elif victim == "parent":
                 process.kill()
             else:
-                workers = psutil.Process(process.pid).children(recursive=True)
-                for worker in workers[:1]:
-                    worker.kill()
+                for worker in doors.workers_of(process.pid)[:1]:
+                    os.kill(worker, signal.SIGKILL)
                 time.sleep(generator.uniform(0.0, 5.0))
                 process.send_signal(signal.SIGTERM)
             process.communicate(timeout=60)

@@ -42,18 +42,13 @@ def mid_step(out: Path, done: int) -> bool:
     return sum(count >= 2 for count in records) > done and len(finished(out)) >= done
 
 
-def workers_of(parent: int) -> list[int]:
-    """Processes whose parent is `parent`."""
-    return [child.pid for child in psutil.Process(parent).children(recursive=True)]
-
-
 def kill_and_compare(
     calm: Path, disturbed: Path, arguments: list[str], done_before_kill: int, whole_group: bool
 ) -> dict[str, Any]:
     """Kill a study in mid-step, run it again, and compare it with the undisturbed one of `calm`; returns the counts."""
     process = doors.start("sweep", *arguments, f"out={disturbed}")
     doors.wait_until(lambda: mid_step(disturbed, done_before_kill), process)
-    children = workers_of(process.pid)
+    children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     if whole_group:
         os.killpg(process.pid, signal.SIGKILL)
     else:
@@ -142,8 +137,7 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path: Path) -> None:
     arguments = [*QUICK, "search.n_trials=4", "run.num_steps=200", f"out={tmp_path}"]
     process = doors.start("sweep", *arguments)
     doors.wait_until(lambda: mid_step(tmp_path, 0), process)
-    victim = next(pid for pid in workers_of(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
-    os.kill(victim, signal.SIGKILL)
+    os.kill(doors.workers_of(process.pid)[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert sorted(finished(tmp_path)) == [0, 1, 2, 3]

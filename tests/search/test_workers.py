@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mutune.errors import Refusal
@@ -129,3 +131,40 @@ def test_a_refusal_and_a_users_exception_are_the_cause_of_what_is_raised() -> No
         '    raise KeyError(f"task {x} is broken")',
         "KeyError: 'task 3 is broken'",
     ]
+
+
+def environment_of(name: str) -> tuple[str | None, int]:
+    time.sleep(0.2)
+    return os.environ.get(name), int(np.random.randint(2**31))
+
+
+def test_workers_have_the_environment_of_their_start_and_numbers_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = set()
+    for value in ("one", "two"):
+        monkeypatch.setenv("MUTUNE_TEST", value)
+        for _, (seen, number) in run_all(environment_of, ["MUTUNE_TEST", "MUTUNE_TEST"], workers=2):
+            assert seen == value
+            drawn.add(number)
+    assert len(drawn) == 4
+
+
+def end_of_what_forks(marker: str) -> str:
+    """The first time: asks what forks workers to end, which it does not heed, and then kills it."""
+    path = Path(marker)
+    if path.exists():
+        return "survived"
+    path.touch()
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(0.5)
+    path.write_text("not heeded")
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(30)
+    path.write_text("a worker outlived what forked it")
+    return "outlived"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there workers are forked")
+def test_a_worker_ends_with_what_forked_it_so_that_no_task_runs_twice_at_once(tmp_path: Path) -> None:
+    task = str(tmp_path / "marker")
+    assert list(run_all(end_of_what_forks, [task], workers=1)) == [(task, "survived")]
+    assert Path(task).read_text() == "not heeded"
