@@ -2,8 +2,8 @@
 
 `fine`: rates half an octave apart and by four seeds, so that the optimum of every width is known better than to any
 ladder that is drawn from them (`families.redraw`); `hidden`: the wide models that such ladders are asked to foretell;
-`ladder`: five rungs, five rates, two seeds, and the hidden width; `broken`: ladders under broken rules; `losses`: long
-runs at one rate, with the slopes of ALiBi and with even ones.
+`ladder`: five rungs, five rates, two seeds, and the hidden width; `broken`: ladders under broken rules; `long`: of one
+that short runs do not show, and of none; `losses`: long runs at one rate, with the slopes of ALiBi and with even ones.
 """
 
 import sys
@@ -48,6 +48,17 @@ def broken(folder: str) -> pd.DataFrame:
     )
 
 
+def long(folder: str) -> pd.DataFrame:
+    """Three times as long, at four rates and by two seeds."""
+    return trained(
+        Work(rule, width, offset, seed, folder, LONG)
+        for rule in ("mup", MUST_FAIL[2])
+        for width in (32, 64, 128)
+        for offset in (-1, 0, 1, 2)
+        for seed in range(2)
+    )
+
+
 def losses(folder: str) -> pd.DataFrame:
     """At the rate 2^-6, by as many seeds as `SLOPES` says; the hidden width by two."""
     parts = []
@@ -67,6 +78,7 @@ SETS: dict[str, Callable[[str], pd.DataFrame]] = {
         dict.fromkeys([("mup", w) for w in (*LADDER, HIDDEN)], -6.0), [*OFFSETS], 2, folder
     ),
     "broken": broken,
+    "long": long,
     "losses": losses,
 }
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -54,9 +55,9 @@ def half_width(said: Prediction) -> float:
     return 50 * (said.high - said.low) / said.loss
 
 
-def judged(rule: str) -> tuple[pd.DataFrame, Assessment]:
-    """The ladder under a broken rule, or under none, and what is said of width 256."""
-    points = points_of("broken", rule) if rule in BROKEN else points_of("ladder", rule)
+def judged(rule: str, name: str | None = None) -> tuple[pd.DataFrame, Assessment]:
+    """The ladder under a broken rule, or under none, and what is said of width 256; of the set `name`, if given."""
+    points = points_of(name or ("broken" if rule in BROKEN else "ladder"), rule)
     points = points[points.width < HIDDEN]
     return points, at(points, HIDDEN)
 
@@ -85,9 +86,18 @@ def test_a_hidden_rate_that_falls_too_little_is_no_go(rule: str) -> None:
     assert verdict_of(Case([], judged(rule)[1])) == "NO-GO"
 
 
+def test_a_hidden_rate_that_falls_too_fast_is_no_go_where_runs_are_long_enough_to_suffer() -> None:
+    """At 160 steps its optimum rises by a third of an octave from width 32 to 128, and at 480 by a whole one."""
+    rule = MUST_FAIL[2]
+    assert verdict_of(Case([], judged(rule, "long")[1])) == "NO-GO"
+    assert verdict_of(Case([], judged("mup", "long")[1])) != "NO-GO"
+    short, long = (np.ptp(judged(rule, name)[1].valleys.optima) for name in ("broken", "long"))
+    assert short < 0.6 < long
+
+
 @pytest.mark.soak
 def test_soak_real_ladders_are_made_anew(tmp_path: Path) -> None:
-    for name in ("ladder", "broken", "losses"):
+    for name in ("ladder", "broken", "long", "losses"):
         store(name, str(tmp_path))
     _record_hidden_width()
     _record_hidden_loss()
@@ -129,8 +139,8 @@ def _record_hidden_loss() -> None:
 
 def _record_broken_rules() -> None:
     rows: list[dict[str, Any]] = []
-    for rule in ("mup", *BROKEN):  # the first is not broken
-        points, found = judged(rule)
+    for rule, name in (*((rule, None) for rule in ("mup", *BROKEN)), ("mup", "long"), (MUST_FAIL[2], "long")):
+        points, found = judged(rule, name)
         low, middle, high = found.drift.quantiles(found.distance) if found.drift else (math.nan,) * 3
         best = points[points.width == 128].groupby("learning_rate").loss.mean().min()
         optima = zip(found.valleys.optima, found.valleys.edges, strict=True)
@@ -138,6 +148,7 @@ def _record_broken_rules() -> None:
         rows.append(
             {
                 "broken rule": rule if rule in BROKEN else "none",
+                "steps": 480 if name else 160,
                 "widths": ", ".join(f"{width:g}" for width in sorted(points.width.unique())),
                 "seeds": points.seed.nunique(),
                 "verdict": verdict_of(Case([], found)),
@@ -146,4 +157,4 @@ def _record_broken_rules() -> None:
                 "best loss at width 128": f"{best:.3f}",
             }
         )
-    record("broken_rules", "Ladders under broken rules of mup, judged for width 256 (5 rates)", rows)
+    record("broken_rules", "Ladders under broken rules of mup, judged for width 256 (5 rates; 4 of long runs)", rows)
