@@ -77,8 +77,8 @@ class OwnSearch:
         best: number, held-out loss and hyperparameters of the best trial, as `best.yaml` has them; for a target:
             `mutune.parametrize(..., hyperparameters=result.best.hyperparameters)`.
         trials: one row per trial: `trial`, the searched values, `value`, `diverged`, `steps`, `seconds`.
-        ladder: one row per width and seed: the fitted `optimum` (log2 of the base learning rate), `learning_rate`,
-            `loss`, `edge`; empty without a ladder. See `reporting.optima`.
+        ladder: one row per width: the fitted `optimum` (log2 of the base learning rate) with its 90 % interval,
+            `learning_rate`, `loss`, `edge`; empty without a ladder. See `reporting.optima`.
         drift: one row: how far the optimum moves over the widths, in octaves; empty without a ladder. See
             `reporting.drift`.
         figures: PNG files.
@@ -111,7 +111,9 @@ class OwnSearch:
         if drift["edge"]:
             why = "a rung has its optimum at the edge of the rates"
             return f"ladder: the best learning rate moves {drift['range']:.2f} octaves or more, {why} ({where})"
-        slope = f"{drift['octaves_per_doubling']:+.2f} octaves per doubling of the width"
+        slope = (
+            f"{drift['octaves_per_doubling']:+.2f} ({drift['low']:+.2f} to {drift['high']:+.2f}) octaves per doubling"
+        )
         return f"ladder: the best learning rate moves {slope}, {drift['range']:.2f} in all ({where})"
 
     def _repr_html_(self) -> str:
@@ -373,16 +375,16 @@ class _Work:
         runs = frames.load_runs(self.directory / "trials")
         figures = drawn(lambda: draw_study(self.directory))
         if rungs:
-            optima = frames.optima(frames.valleys(frames.load_runs(self.directory / LADDER)))
+            valleys = frames.valleys(frames.load_runs(self.directory / LADDER))
             figures += drawn(lambda: draw_transfer(self.directory))
         else:
-            optima = pd.DataFrame(columns=["table", "width", "seed", "learning_rate", "optimum", "loss", "edge"])
+            valleys = pd.DataFrame(columns=[*frames.POINT, "learning_rate", "loss", "diverged"])
         return OwnSearch(
             directory=self.directory,
             best=best,
             trials=runs[["trial", *self.search.space, "value", "diverged", "steps", "seconds"]],
-            ladder=optima,
-            drift=frames.drift(optima),
+            ladder=frames.optima(valleys),
+            drift=frames.drift(valleys),
             figures=figures,
         )
 

@@ -13,22 +13,16 @@ from tests import doors, soak
 REDUCED = ["search.space.width.values=[128,32]", "search.space.seed.values=[1]"]
 
 
-def fitted(out: Path) -> pd.DataFrame:
-    return optima(valleys(load_runs(out / "sweeps/valley")))
-
-
-def moved(frame: pd.DataFrame, table: str, seed: int) -> float:
-    """Octaves from the narrowest to the widest model's optimum."""
-    mine = frame[(frame.table == table) & (frame.seed == seed)].sort_values("width")
-    return float(mine.optimum.iloc[-1] - mine.optimum.iloc[0])
+def measured(out: Path) -> pd.DataFrame:
+    return drift(valleys(load_runs(out / "sweeps/valley"))).set_index("table")
 
 
 def test_the_optimum_stays_under_mup_and_falls_under_sp(tmp_path: Path) -> None:
     """`+sweep=valley` reduced to widths 32 and 128 and one seed."""
     doors.run("sweep", "+sweep=valley", *REDUCED, f"out={tmp_path}")
-    frame = fitted(tmp_path)
-    assert abs(moved(frame, "mup", 1)) <= 0.5
-    assert moved(frame, "sp", 1) <= -1.0
+    moved = measured(tmp_path).total
+    assert abs(moved["mup"]) <= 0.5
+    assert moved["sp"] <= -1.0
 
 
 @pytest.mark.soak
@@ -37,16 +31,24 @@ def test_soak_the_whole_valley(tmp_path: Path) -> None:
     started = time.monotonic()
     doors.run("sweep", "+sweep=valley", f"out={tmp_path}")
     seconds = time.monotonic() - started
-    frame = fitted(tmp_path)
+    points, moved = valleys(load_runs(tmp_path / "sweeps/valley")), measured(tmp_path)
     rows: list[dict[str, Any]] = []
-    for (table, seed), part in frame.sort_values("width").groupby(["table", "seed"]):
-        by_width = zip(part.width.tolist(), part.optimum.round(2).tolist(), strict=True)
-        rows.append({"table": table, "seed": seed, **{f"optimum at {w}, log2": x for w, x in by_width}})
-    ranges = drift(frame).set_index("table")["range"]
-    for row in rows:
-        row["range of the means, octaves"] = round(float(ranges[row["table"]]), 2)
-        row["wall, s"] = round(seconds)
-    soak.record("valley", "+sweep=valley: fitted optima by table, seed and width", rows)
-    assert ranges["mup"] <= 0.5
-    for seed in (0, 1):
-        assert moved(frame, "sp", seed) <= -1.0
+    for table, part in optima(points).groupby("table"):
+        found = {f"optimum at {r['width']}, log2": _shown(r, "optimum") for r in part.to_dict("records")}
+        row = moved.loc[table].to_dict()
+        rows.append(
+            {
+                "table": table,
+                **found,
+                "octaves per doubling": _shown(row, "octaves_per_doubling"),
+                "range, octaves": f"{row['range']:.2f}",
+                "wall, s": round(seconds),
+            }
+        )
+    soak.record("valley", "+sweep=valley: optima of two seeds with their 90 % intervals", rows)
+    assert moved.range["mup"] <= 0.5
+    assert moved.total["sp"] <= -1.0
+
+
+def _shown(row: dict[Any, Any], key: str) -> str:
+    return f"{row[key]:.2f} ({row['low']:.2f} to {row['high']:.2f})"

@@ -3,7 +3,7 @@
 
     runs = load_runs(Path("runs/sweeps/valley"))
     points = valleys(runs)
-    plot_valleys(points[points.table == "mup"], mean_optima(optima(points)), axes)
+    plot_valleys(points[points.table == "mup"], optima(points), axes)
 
 This is the only room that imports matplotlib. It reads the folders of the runs, never the storage of the search.
 """
@@ -21,7 +21,6 @@ from mutune.reporting.frames import (
     load_runs,
     load_space,
     loss_window,
-    mean_optima,
     mean_valleys,
     offsets,
     optima,
@@ -56,7 +55,6 @@ __all__ = [
     "load_runs",
     "load_space",
     "loss_window",
-    "mean_optima",
     "mean_valleys",
     "offsets",
     "optima",

@@ -115,22 +115,22 @@ def slices_figure(runs: pd.DataFrame, space: dict[str, bool]) -> Figure:
     return figure
 
 
-def valley_figure(valleys: pd.DataFrame, optima: pd.DataFrame) -> Figure:
+def valley_figure(valleys: pd.DataFrame) -> Figure:
     """A panel of valleys per table, all with the same axes; the title says how far each optimum moves."""
     tables = [t for t in plots.TABLE_NAMES if t in set(valleys.table)]
     tables += sorted(set(valleys.table) - set(tables))
     window = frames.loss_window(valleys.loss, valleys.diverged)
-    means, drifts = frames.mean_optima(optima), frames.drift(optima)
+    optima, drifts = frames.optima(valleys), frames.drift(valleys)
     figure = _figure(PAGE_WIDTH, 4.4)
     panels = figure.subplots(1, len(tables), squeeze=False, sharey=True, sharex=True)[0]
     for axes, table in zip(panels, tables, strict=True):
         plots.plot_valleys(
-            valleys[valleys.table == table], means[means.table == table], axes, window=window, legend=False
+            valleys[valleys.table == table], optima[optima.table == table], axes, window=window, legend=False
         )
         axes.label_outer()
         axes.set_title(f"{plots.table_name(table)}: {movement(drifts[drifts.table == table])}", loc="left", fontsize=12)
     narrow, wide, seeds = valleys.width.min(), valleys.width.max(), valleys.seed.nunique()
-    mean = f" (mean of {seeds} seeds)" if seeds > 1 else ""
+    mean = f" ({seeds} seeds)" if seeds > 1 else ""
     title = f"How far the best learning rate moves over widths {narrow} to {wide}{mean}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     named = plots.legend_entries(list(panels))
@@ -141,14 +141,15 @@ def valley_figure(valleys: pd.DataFrame, optima: pd.DataFrame) -> Figure:
     return figure
 
 
-def drift_figure(optima: pd.DataFrame) -> Figure:
+def drift_figure(valleys: pd.DataFrame) -> Figure:
     """How far the optimum moves with width, a line per table."""
     figure = _figure(PAGE_WIDTH, 4.1)
     axes = figure.subplots()
-    plots.plot_drift(frames.offsets(optima), axes)
-    drifts = frames.drift(optima).dropna(subset=["octaves_per_doubling"])
-    slopes = zip(drifts.table, drifts.octaves_per_doubling, strict=True)
-    words = [f"{plots.table_name(table)} {slope:+.2f}" for table, slope in slopes]
+    plots.plot_drift(frames.offsets(frames.optima(valleys)), axes)
+    words = [
+        f"{plots.table_name(row['table'])} {row['octaves_per_doubling']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
+        for row in frames.drift(valleys).dropna(subset=["octaves_per_doubling"]).to_dict("records")
+    ]
     if words:
         axes.set_title(f"{', '.join(words)} octaves per doubling of the width", loc="left")
     return figure
@@ -227,10 +228,9 @@ def save(figure: Figure, path: Path) -> Path:
 
 def _draw_valleys(directory: Path, runs: pd.DataFrame) -> list[Path]:
     valleys = frames.valleys(runs)
-    optima = frames.optima(valleys)
-    drawn = [save(_unit(valley_figure(valleys, optima), runs), directory / "figures" / "valley.png")]
-    if optima.optimum.notna().any():
-        drawn.append(save(drift_figure(optima), directory / "figures" / "drift.png"))
+    drawn = [save(_unit(valley_figure(valleys), runs), directory / "figures" / "valley.png")]
+    if frames.optima(valleys).optimum.notna().any():
+        drawn.append(save(drift_figure(valleys), directory / "figures" / "drift.png"))
     return drawn
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mutune.certificate.valley import fit_drift, fit_valley
+from mutune.certificate.drift import extrapolate
+from mutune.certificate.points import AXES
+from mutune.certificate.valleys import Valleys, fit_valleys
 from mutune.compose import sweep_files
 from mutune.errors import Refusal
 from mutune.files import read_yaml
@@ -176,83 +178,98 @@ def mean_valleys(valleys: pd.DataFrame) -> pd.DataFrame:
 
 
 def optima(valleys: pd.DataFrame) -> pd.DataFrame:
-    """The fitted bottom of each valley: one row per table, width and seed.
+    """The fitted bottom of each width's valley: one row per table and width, as a certificate would have it.
 
-    Columns: `optimum`, `learning_rate` (2^optimum), `loss`, `curvature`, `edge` (`low` or `high` where the optimum is
-    only a bound, else missing), `num_rates`. With fewer than three rates the numbers are NaN.
+    Columns: `optimum` (log2), its 90 % interval `low` to `high`, `learning_rate` (2^optimum), `loss` there (mean over
+    seeds), `edge` (`low` or `high` where the optimum lies at that end of the rates or beyond it, and is only a bound,
+    else missing), `num_rates` that finished, `num_seeds`. With fewer than three finished rates the numbers are NaN.
     """
     rows = []
-    for (table, width, seed), points in valleys.groupby(["table", "width", "seed"]):
-        row = {"table": table, "width": width, "seed": seed, "num_rates": len(points)}
-        row |= {"optimum": math.nan, "loss": math.nan, "curvature": math.nan, "edge": None}
-        if len(points) >= 3:
-            fit = fit_valley(points.log2_lr.tolist(), points.loss.tolist())
-            row |= {"optimum": fit.optimum, "loss": fit.loss, "curvature": fit.curvature, "edge": fit.edge}
-        rows.append(row)
-    columns = ["table", "width", "seed", "optimum", "loss", "curvature", "edge", "num_rates"]
-    frame = pd.DataFrame(rows, columns=columns).astype({"edge": "str"})
-    frame.insert(4, "learning_rate", 2.0**frame.optimum)
-    return frame
-
-
-def mean_optima(optima: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds of `optimum` and `loss`, the `lowest` and `highest` optimum, and the `edge` any seed lies at."""
-    groups = optima.dropna(subset=["optimum"]).groupby(["table", "width"], as_index=False)
-    frame = groups.agg(
-        optimum=("optimum", "mean"),
-        lowest=("optimum", "min"),
-        highest=("optimum", "max"),
-        loss=("loss", "mean"),
-        edge=("edge", "first"),
-        num_seeds=("seed", "nunique"),
-    )
+    for table, points in valleys.groupby("table"):
+        fit, fitted = _fit(points)
+        for width in sorted(points.width.unique().tolist()):
+            mine = points[points.width == width]
+            done = mine[~mine.diverged]
+            row: dict[str, Any] = {"table": table, "width": width}
+            row |= {"num_rates": done.log2_lr.nunique(), "num_seeds": mine.seed.nunique(), "edge": None}
+            row |= dict.fromkeys(("optimum", "low", "high", "loss"), math.nan)
+            row |= _bottom(fit, fitted.index(width), done) if fit and width in fitted else {}
+            rows.append(row)
+    names = ["table", "width", "optimum", "low", "high", "loss", "edge", "num_rates", "num_seeds"]
+    frame = pd.DataFrame(rows, columns=names).astype({"edge": "str"})
     frame.insert(3, "learning_rate", 2.0**frame.optimum)
     return frame
+
+
+def _fit(points: pd.DataFrame) -> tuple[Valleys | None, list[int]]:
+    """One table's valleys fitted together, and the widths that have one."""
+    rates = points[~points.diverged].groupby("width").log2_lr.nunique()
+    widths = sorted(rates[rates >= 3].index.tolist())
+    if not widths:
+        return None, []
+    mine = points[points.width.isin(widths)]
+    others = dict.fromkeys((axis for axis in AXES if axis != "width"), 1.0)
+    losses = mine.loss.where(~mine.diverged)
+    return fit_valleys(mine.assign(width=mine.width.astype(float), loss=losses, **others)), widths
+
+
+def _bottom(fit: Valleys, rung: int, done: pd.DataFrame) -> dict[str, Any]:
+    """Of one rung; a bound stands at its rate, with the loss that was measured there."""
+    low, high = fit.interval(rung)
+    found = {"low": low, "high": high, "edge": fit.edges[rung]}
+    if fit.edges[rung] is None:
+        return {**found, "optimum": float(fit.optima[rung]), "loss": float(fit.levels[rung])}
+    bound = float(fit.bounds[rung])
+    return {**found, "optimum": bound, "loss": done.loss[np.isclose(done.log2_lr, bound)].mean()}
 
 
 def offsets(optima: pd.DataFrame) -> pd.DataFrame:
     """How far each width's optimum lies from the narrowest width's, in octaves of the learning rate.
 
-    One row per table and width: `octaves` (mean over seeds), `lowest` and `highest` over seeds, all counted from the
-    mean optimum at `base_width`, the table's narrowest; `edge` as in `optima`.
+    One row per table and width that has an optimum: `octaves`, and the 90 % interval `low` to `high` of the width's own
+    optimum, all counted from the optimum at `base_width`, the table's narrowest; `edge` as in `optima`.
     """
-    frame = mean_optima(optima).sort_values(["table", "width"], ignore_index=True)
+    frame = optima.dropna(subset=["optimum"]).sort_values(["table", "width"], ignore_index=True)
     base = frame.groupby("table").optimum.transform("first")
-    frame["base_width"] = frame.groupby("table").width.transform("first")
-    frame["octaves"] = frame.optimum - base
-    frame["lowest"] -= base
-    frame["highest"] -= base
-    return frame[["table", "width", "octaves", "lowest", "highest", "edge", "base_width", "num_seeds"]]
+    frame = frame.assign(
+        base_width=frame.groupby("table").width.transform("first"),
+        octaves=frame.optimum - base,
+        low=frame.low - base,
+        high=frame.high - base,
+    )
+    return frame[["table", "width", "octaves", "low", "high", "edge", "base_width"]]
 
 
-def drift(optima: pd.DataFrame) -> pd.DataFrame:
+def drift(valleys: pd.DataFrame) -> pd.DataFrame:
     """How far the optimum moves over the widths: one row per table, in octaves.
 
-    Columns: `octaves_per_doubling`, `spread`, `total`, `range`, `num_seeds` as in `certificate.valley.Drift`, and
-    `edge`: whether an optimum lies at the edge of its rates. Then only `range` is given, and it is a lower bound.
-    Seeds without an optimum at every width are left out; a table with fewer than two widths has NaN.
+    Columns: `octaves_per_doubling` of the width with its 90 % interval `low` to `high`; `total`, from the narrowest to
+    the widest; `range` of the optima; `num_seeds`; and `edge`: whether an optimum lies at the edge of its rates. Then
+    only `range` is given, and it is a lower bound. A table with fewer than two optima has NaN.
     """
-    rows = []
-    for table, group in optima.groupby("table"):
-        seeds = group.groupby("seed")
-        by_seed: dict[Any, dict[int, float]] = {s: dict(zip(g.width, g.optimum, strict=True)) for s, g in seeds}
-        widths = set(group.width)
-        whole = {
-            s: rates
-            for s, rates in by_seed.items()
-            if set(rates) == widths and not any(map(math.isnan, rates.values()))
-        }
-        row: dict[str, Any] = {"table": table, "edge": bool(group.edge.notna().any()), "num_seeds": len(whole)}
-        row |= dict.fromkeys(("octaves_per_doubling", "spread", "total", "range"), math.nan)
-        if whole and len(widths) > 1:
-            fit = fit_drift(whole)
-            row["range"] = fit.range
+    rows, found = [], optima(valleys)
+    for table, points in valleys.groupby("table"):
+        mine = found[(found.table == table) & found.optimum.notna()]
+        row = {"table": table, "num_seeds": points.seed.nunique(), "edge": bool(mine.edge.notna().any())}
+        row |= dict.fromkeys(("octaves_per_doubling", "low", "high", "total", "range"), math.nan)
+        if len(mine) > 1:
+            row["range"] = mine.optimum.max() - mine.optimum.min()
             if not row["edge"]:
-                row |= {"octaves_per_doubling": fit.octaves_per_doubling, "spread": fit.spread, "total": fit.total}
+                row["total"] = mine.optimum.iloc[-1] - mine.optimum.iloc[0]
+                row |= _slope(points)
         rows.append(row)
-    return pd.DataFrame(
-        rows, columns=["table", "octaves_per_doubling", "spread", "total", "range", "num_seeds", "edge"]
-    )
+    names = ["table", "octaves_per_doubling", "low", "high", "total", "range", "num_seeds", "edge"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def _slope(points: pd.DataFrame) -> dict[str, float]:
+    """Of the optimum over the doublings of the width, with its interval."""
+    fit, widths = _fit(points)
+    assert fit is not None
+    moved = extrapolate(fit, 0, {**dict.fromkeys(AXES, 1.0), "width": float(widths[-1])})
+    assert moved is not None
+    low, middle, high = moved.quantiles(moved.slopes[:, 0])
+    return {"octaves_per_doubling": middle, "low": low, "high": high}
 
 
 def certified(directory: Path) -> tuple[pd.DataFrame, dict[str, Any]]:

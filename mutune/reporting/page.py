@@ -53,10 +53,10 @@ def study_page(directory: Path, next_step: str) -> Path:
     }
     parts = [_table("", _pairs(facts)), _figures(directory)]
     if frames.is_grid_of_valleys(directory):
-        optima = frames.optima(frames.valleys(runs))
+        valleys = frames.valleys(runs)
         parts += [
-            _table("Optima, means over seeds (optimum: log2 of the rate)", frames.mean_optima(optima)),
-            _table("Drift of the optimum with width, in octaves", frames.drift(optima)),
+            _table("Optima with their 90 % intervals (log2 of the rate)", frames.optima(valleys)),
+            _table("Drift of the optimum with width, in octaves", frames.drift(valleys)),
         ]
     hyperparameters = _pairs(_get(best, "hyperparameters", directory / "best.yaml", dict))
     parts += [

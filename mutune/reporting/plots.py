@@ -92,7 +92,7 @@ def plot_valleys(
 
     Args:
         valleys: rows of one table.
-        optima: rows of `mean_optima` for the same table. One at the edge of the rates is a hollow triangle that
+        optima: rows of `optima` for the same table. One at the edge of the rates is a hollow triangle that
             points to where the optimum lies.
         window: lowest and highest loss shown; None chooses them with `loss_window`.
     """
@@ -126,7 +126,7 @@ def legend_entries(panels: Sequence[Axes]) -> dict[str, Artist]:
 
 
 def plot_drift(offsets: pd.DataFrame, axes: Axes) -> None:
-    """The optimum's distance from that of the narrowest width, over widths: a line per table, bars over seeds.
+    """The optimum's distance from that of the narrowest width, over widths: a line per table, bars for intervals.
 
     The band of half an octave either way is what a practical search cannot tell apart. Hollow triangles are bounds.
     """
@@ -137,13 +137,12 @@ def plot_drift(offsets: pd.DataFrame, axes: Axes) -> None:
         colour = TABLE_COLOURS.get(str(table), "black")
         style: dict[str, Any] = {"color": colour, "marker": TABLE_MARKERS.get(str(table), "o"), "markersize": 8}
         axes.plot(rows.width, rows.octaves, linewidth=2, label=table_name(str(table)), zorder=3, **style)
-        axes.vlines(rows.width, rows.lowest, rows.highest, color=colour, linewidth=6, alpha=0.35)
+        axes.vlines(rows.width, rows.low, rows.high, color=colour, linewidth=6, alpha=0.35)
         for edge, marker in (("low", "v"), ("high", "^")):
             bound = rows[rows.edge == edge]
             style |= {"marker": marker, "markerfacecolor": "white", "markersize": 9}
             axes.plot(bound.width, bound.octaves, linestyle="none", zorder=4, **style)
-    if (offsets.num_seeds > 1).any():
-        axes.plot([], [], color=DARK, linewidth=5, alpha=0.35, label="lowest to highest seed")
+    axes.plot([], [], color=DARK, linewidth=5, alpha=0.35, label="90 % interval")
     if offsets.edge.notna().any():
         axes.plot([], [], "v", color=DARK, markerfacecolor="white", markersize=8, label=_EDGE)
     low, high = axes.get_ylim()

@@ -89,7 +89,7 @@ def test_a_study_and_a_ladder_of_functions_that_live_in_a_function(out: Path, tm
         "config.yaml", "metrics.jsonl", "parametrization.csv", "multipliers.csv"
     }  # fmt: skip
     assert len(list((folder(out) / "ladder").iterdir())) == 2 * 5 * 2
-    assert sorted(zip(result.ladder.width, result.ladder.seed, strict=True)) == [(16, 0), (16, 1), (32, 0), (32, 1)]
+    assert sorted(zip(result.ladder.width, result.ladder.num_seeds, strict=True)) == [(16, 2), (32, 2)]
     assert result.best.heldout_loss == own.best_of(list(result.trials.value))
     assert result.best.hyperparameters.learning_rate == result.best.params["learning_rate"]
     assert [path.name for path in result.figures] == ["history.png", "slices.png", "valley.png", "drift.png"]
