@@ -228,6 +228,8 @@ class TransferConfig(BudgetConfig, DoorConfig):
             )
         if (rate := self.hyperparameters.learning_rate) is not None:
             require_number("hyperparameters.learning_rate", rate, above=0, at_most=MAX_RATE, example=0.01)
+        if self.runs or self.optima:
+            self._check_unread()
         for asked, (most, works) in ASKED.items():
             self._check_asked(asked, most, works)
 
@@ -243,10 +245,23 @@ class TransferConfig(BudgetConfig, DoorConfig):
             return
         require_number(key, value, above=0, at_most=most, example=example)
         use = "runs= or optima=" if asked == "width" else "runs="
+        works = "optima= knows widths alone; leave it out" if self.optima else "a study's target is set by its own keys"
         require(
             self.runs is not None or (asked == "width" and self.optima is not None),
-            f"{key}={value:g} is read with {use}; a study's target is set by its own keys, for example "
-            "target.model.width=256.",
+            f"{key}={value:g} is read with {use}; {works}, for example "
+            f"{'target_width' if self.optima else 'target.model.width'}=256.",
+        )
+
+    def _check_unread(self) -> None:
+        """Refuse what is a study's where somebody's runs are asked about."""
+        source = f"runs={self.runs}" if self.runs else f"optima={self.optima}"
+        given = [f"hyperparameters.{name}" for name in self.hyperparameters.given() if name != "learning_rate"]
+        given += ["study"] if self.study != TransferConfig.study else []
+        given += ["ladder"] if self.ladder != LadderConfig() else []
+        require(
+            not given,
+            f"{' and '.join(given)} is read with a study, and {source} has none; leave it out, or set for example "
+            "hyperparameters.learning_rate=0.01.",
         )
 
     @property

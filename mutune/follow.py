@@ -28,7 +28,7 @@ OWN = (
     "follows",
     "search",
     "status",
-    "target",
+    "for_target",
     "prices",
 )
 OCTAVES, DECAY = "octaves", "decay"  # of a space: {octaves: 2} reaches two octaves to either side of the best

@@ -86,7 +86,7 @@ def work(config: TransferConfig) -> int:
     ladders = _plan_ladders(config, source, target, directory)
     _check_target_data(source.transfer, target)
     own = next(iter(ladders.values()), None)
-    advice, unable = _advice(source.proxy, target, own), _foreseen(source, target, own)
+    advice, unable = _advice(source.proxy, target, own), _foreseen(config, source, target, own)
     if config.dry_run:
         tuning = [f"tuning     {words}" for words in _tuning(source, target)]
         print("\n".join([_dry_run(config, ladders, target, advice), *tuning, *unable, NOTHING_WRITTEN]))
@@ -123,14 +123,15 @@ def _from_table(config: TransferConfig) -> int:
             tables = read_tables(source)
         data = from_runs(tables, asked, source)
     print("\n".join(spoken(data)))
+    code = NOT_GO if config.require_go and data["verdict"] != "GO" else OK
     if config.dry_run:
         print(NOTHING_WRITTEN)
-        return OK
+        return code
     require_writable(Path(config.out))
-    target = {"width": data["target"]["width"], **asked.target}
-    name = "-".join(f"{axis}{value:.10g}" for axis, value in target.items())
-    directory = Path(config.out) / "transfer" / f"{_stem(source)}--{name}"
-    question = {"asked": plain(asked), "runs_hash": runs_hash(data)}
+    directory = Path(config.out) / "transfer" / f"{_stem(source)}--{_asked_about(data)}"
+    question: dict[str, Any] = {"asked": plain(asked) | {"target": data["target"]}, "runs_hash": runs_hash(data)}
+    if "laws" not in data:
+        question["asked"].pop("horizon")  # nothing was asked of it
     check_claim(directory, question, "out", config.overwrite)
     with locked(directory, "out"):
         claim(directory, question, "out", config.overwrite)
@@ -142,11 +143,20 @@ def _from_table(config: TransferConfig) -> int:
         pages = drawn(lambda: [transfer_page(directory, next_step)], "report")
     names = ["certificate.md", "certificate.json", *_names(figures), *(page.name for page in pages)]
     print(f"written    {directory}/: {', '.join(names)}")
-    return NOT_GO if config.require_go and data["verdict"] != "GO" else OK
+    return code
 
 
 def _names(figures: list[Path]) -> list[str]:
     return [f"figures/{figure.name}" for figure in figures]
+
+
+def _asked_about(data: dict[str, Any]) -> str:
+    """The target's width, and what else of it is not that of the largest run: `width256-tokens4000000000`."""
+    largest = {
+        axis: max((rung[axis] or 0 for rung in data["rungs"]), default=0) for axis in ("depth", "tokens", "batch")
+    }
+    others = [axis for axis, value in largest.items() if data["target"].get(axis, value) != value]
+    return "-".join(f"{axis}{data['target'][axis]:.10g}" for axis in ("width", *others))
 
 
 def _stem(source: str) -> str:
@@ -308,9 +318,11 @@ def _tuning(source: Source, target: RunSpec) -> list[str]:
     return [f"study {study} made {source.steps:,} steps: {flops:.3g} FLOPs, {share:.2g} of the target's"]
 
 
-def _foreseen(source: Source, target: RunSpec, ladder: "Ladder | None") -> list[str]:
+def _foreseen(config: TransferConfig, source: Source, target: RunSpec, ladder: "Ladder | None") -> list[str]:
     """Lines about what no run of the ladder can certify."""
     from mutune.certificate.differences import difference_table
+    from mutune.certificate.laws import law_slopes
+    from mutune.certificate.points import AXES
     from mutune.certificate.rungs import place, places
     from mutune.certificate.verdict import foreseen
     from mutune.data.prepare import prepare
@@ -319,7 +331,9 @@ def _foreseen(source: Source, target: RunSpec, ladder: "Ladder | None") -> list[
         return []
     vocab_size = prepare(proxy.data, proxy.tokenizer).vocab_size
     differing = difference_table(proxy, target, vocab_size, target.tokenizer.num_ids, {})
-    reasons = foreseen(differing, places(ladder.rungs), place(target), proxy.parametrization.table)
+    rungs = places(ladder.rungs)
+    laws = law_slopes(config.horizon, [axis for axis in AXES if rungs[axis].nunique() > 1])
+    reasons = foreseen(differing, rungs, place(target), proxy.parametrization.table, laws)
     lead = "foreseen   NOT CERTIFIED, if not NO-GO, whatever the ladder finds:"
     return [lead, *(f"           - {reason}" for reason in reasons)] if reasons else []
 

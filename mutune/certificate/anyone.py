@@ -13,16 +13,17 @@ from mutune.certificate.certificate import certificate
 from mutune.certificate.comparison import compare, comparison
 from mutune.certificate.config import PriceConfig
 from mutune.certificate.drift import extrapolate
-from mutune.certificate.laws import law_slopes
+from mutune.certificate.laws import law_slopes, rate_rows
 from mutune.certificate.points import AXES
 from mutune.certificate.prediction import predict_at
 from mutune.certificate.table import Table
 from mutune.certificate.valleys import Fit, Valleys
 from mutune.certificate.verdict import Case, Verdict, judge
 from mutune.errors import require
-from mutune.scaling.horizon import HorizonConfig
+from mutune.scaling.horizon import HorizonConfig, Scale
 
 FLOPS_PER_PARAMETER = 6.0  # of training, per token and parameter without embeddings (arXiv:2001.08361, section 2.1)
+EXAMPLES = {"depth": 24, "tokens": "1e9", "batch": 65536}  # of a column
 OPTIMUM_ERROR = 0.25  # octaves: what an optimum that comes without its runs is taken to be known to
 
 
@@ -47,13 +48,13 @@ class Asked:
 
 def from_runs(tables: dict[str, Table], asked: Asked, source: str) -> dict[str, Any]:
     """The certificate of the table of runs; of several parametrizations, that of the best-transferring, compared."""
-    largest = {axis: max(float(table.points[axis].max()) for table in tables.values()) for axis in AXES}
     used = {name: table for name, table in tables.items() if len(table.points) > 0}
     left_out = [note for table in tables.values() for note in table.dropped]
     require(
         bool(used), f"runs={source} has no width with three finished rates ({'; '.join(left_out)}); add rates to them."
     )
     _check_columns(used, asked, source)
+    largest = {axis: max(float(table.points[axis].max()) for table in used.values()) for axis in AXES}
     assessments = {name: _assess(table, asked, largest) for name, table in used.items()}
     rows = compare(assessments)
     best = rows[0]["table"]
@@ -64,12 +65,27 @@ def from_runs(tables: dict[str, Table], asked: Asked, source: str) -> dict[str, 
     target |= {"parameters": asked.parameters} if asked.parameters else {}
     data = certificate(target, 2.0**assessment.log2_rate, best or None, verdict, [], assessment, price)
     data["prediction"] = asdict(predict_at(assessment, assessment.target))
+    if laws := _laws(assessment, asked):
+        data["laws"] = laws
     data["notes"] = [f"left out: {note}" for note in left_out]
     if len(used) > 1:
-        why = f"which transfers best of {len(used)}" if rows[0]["regret"] is not None else "not told from the others"
+        told = sum(row["regret"] is not None for row in rows)
+        why = f"which transfers best of {told}" if told else "not told from the others"
+        why = "whose runs alone come near enough to the target to say how it transfers" if told == 1 else why
         data["notes"].insert(0, f"the verdict is that of table {best}, {why}")
         data |= comparison(rows)
     return data
+
+
+def _laws(assessment: Assessment, asked: Asked) -> dict[str, Any]:
+    """The laws of tokens and batch side by side, where no run varies one and the target differs in it; else nothing."""
+    if not {"tokens", "batch"} & {*assessment.unmeasured}:
+        return {}
+    base, target = assessment.valleys.rungs.iloc[assessment.base].to_dict(), assessment.target
+    size = int(asked.parameters or 1)  # the same at both: their tables take care of the width
+    ours, theirs = (Scale(int(place["tokens"]), int(place["batch"]), size) for place in (base, target))
+    measured = [axis for axis in AXES if assessment.measured(axis) > 1]
+    return {"measured": measured, "rate": rate_rows(asked.horizon, ours, theirs), "decay": []}
 
 
 def _check_columns(tables: dict[str, Table], asked: Asked, source: str) -> None:
@@ -78,8 +94,8 @@ def _check_columns(tables: dict[str, Table], asked: Asked, source: str) -> None:
         key = f"target_{axis}" if axis in asked.target else "target_parameters"
         require(
             all(axis in table.axes for table in tables.values()),
-            f"{key}= asks about {axis}, and runs={source} has no column {axis}; add it, for example with 1000 in every "
-            f"row, or leave {key} out.",
+            f"{key}= asks about {axis}, and runs={source} has no column {axis}; add it, for example with "
+            f"{EXAMPLES.get(axis)} in every row, or leave {key} out.",
         )
 
 

@@ -64,11 +64,11 @@ class Assessment:
         values, value = self.valleys.grid[:, AXES.index(axis)], self.target[axis]
         return max(0.0, math.log2(value / values.max()), math.log2(values.min() / value))
 
-    def within(self, doublings: float) -> "Assessment":
-        """As far towards the target as was measured: unmeasured axes stay, others go so far past the rungs."""
+    def within_reach(self) -> "Assessment":
+        """As far towards the target as was measured: unmeasured axes stay, others go `reach` past the rungs."""
         reached = dict(self.target)
         for axis, values in zip(AXES, self.valleys.grid.T, strict=True):
-            low, high = values.min() / 2**doublings, values.max() * 2**doublings
+            low, high = values.min() / 2 ** self.reach(axis), values.max() * 2 ** self.reach(axis)
             alone = values.min() == values.max()
             reached[axis] = float(values[self.base] if alone else min(max(self.target[axis], low), high))
         if reached == self.target:
@@ -95,10 +95,19 @@ class Assessment:
         """`dependence.chance_of_none` of the runs; 0 without any."""
         return chance_of_none(self.points) if len(self.points) else 0.0
 
+    def reach(self, axis: str) -> float:
+        """Doublings past the ladder up to which it says something: no more than it is long, nor than was calibrated.
+
+        An axis that no two rungs differ in is left to laws.
+        """
+        values = self.valleys.grid[:, AXES.index(axis)]
+        span = math.log2(values.max() / values.min())
+        return min(MAX_DOUBLINGS, span) if span else MAX_DOUBLINGS
+
     @property
     def is_calibrated(self) -> bool:
         """Whether the target is as close to the ladder as what is said of it was calibrated."""
-        return all(self.beyond(axis) <= MAX_DOUBLINGS for axis in AXES)
+        return all(self.beyond(axis) <= self.reach(axis) + 1e-9 for axis in AXES)
 
     def price(self, flops_per_token: float | None, prices: PriceConfig) -> dict[str, Any]:
         """What wins the transferred rate's regret back, and where the exchange rate is from."""
@@ -109,6 +118,8 @@ class Assessment:
         per_doubling, source = loss_per_doubling(
             float(levels[self.nearest("width")]), rungs["tokens"].to_numpy(float)[mine], levels[mine], errors[mine]
         )
+        if per_doubling <= 0:  # a loss of 0 or below is no cross-entropy, of which a per cent could be taken
+            return {}
         found = price_of(self.regret.transferred, self.target["tokens"], per_doubling, flops_per_token, prices)
         return {**found, "currency": prices.currency, "tokens_source": source}
 

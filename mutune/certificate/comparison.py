@@ -68,7 +68,12 @@ def in_words(rows: list[dict[str, Any]]) -> list[str]:
                 f"rate, {row['loss_transferred']:.4f} at the transferred one"
             )
         lines.append(f"{row['table']:<12} {words}")
-    if measured := [row for row in rows if row["regret"] is not None]:
+    measured = [row for row in rows if row["regret"] is not None]
+    if len(measured) == 1 < len(rows):
+        lines.append(
+            f"which transfers best is not said: only {measured[0]['table']} was measured near enough to the target"
+        )
+    elif measured:
         near = [row["table"] for row in measured[1:] if row["regret_low"] <= measured[0]["regret_high"]]
         lines.append(f"transfers best, by expected regret: {measured[0]['table']}{_tie(near)}")
     else:

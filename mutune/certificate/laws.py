@@ -18,7 +18,15 @@ def law_slopes(config: HorizonConfig, measured: Collection[str]) -> dict[str, Sl
 def law_table(config: HorizonConfig, proxy: RunSpec, target: RunSpec, measured: Collection[str]) -> dict[str, Any]:
     """Rate and decay at the target by each law, side by side, and which axes were measured instead."""
     ours, theirs = scale(proxy), scale(target)
-    rates = [
+    (mine, rate), (its, target_rate) = _decay(proxy), _decay(target)
+    decays = decay_table(config, ours, theirs, proxy_rate_decay=mine * rate, target_rate=target_rate, target_decay=its)
+    rates = rate_rows(config, ours, theirs)
+    return {"measured": sorted(measured), "rate": rates, "decay": [asdict(row) for row in decays]}
+
+
+def rate_rows(config: HorizonConfig, ours: Scale, theirs: Scale) -> list[dict[str, Any]]:
+    """How far each law moves the best rate between two runs, in octaves."""
+    return [
         {
             "law": shift.law.name,
             "formula": shift.law.formula,
@@ -28,9 +36,6 @@ def law_table(config: HorizonConfig, proxy: RunSpec, target: RunSpec, measured: 
         }
         for shift in shifts(config, RATE, ours, theirs)
     ]
-    (mine, rate), (its, target_rate) = _decay(proxy), _decay(target)
-    decays = decay_table(config, ours, theirs, proxy_rate_decay=mine * rate, target_rate=target_rate, target_decay=its)
-    return {"measured": sorted(measured), "rate": rates, "decay": [asdict(row) for row in decays]}
 
 
 def scale(spec: RunSpec) -> Scale:

@@ -18,6 +18,7 @@ import numpy as np
 from mutune.certificate.assessment import Assessment
 from mutune.certificate.config import Prediction
 from mutune.certificate.points import AXES
+from mutune.certificate.regret import penalties
 from mutune.certificate.rungs import place
 from mutune.compose import plain
 from mutune.files import write_json
@@ -29,6 +30,7 @@ MIN_RUNGS = 5
 MAX_DOUBLINGS = 2.0  # past the widest rung, and no further than the ladder is long; calibrated up to there
 LEVEL = 0.9
 LEAST_ERROR = 3e-5  # of the loss; seeds that agree by chance do not make it exact
+OUTSIDE = 1.0  # octaves past the tried rates at which a loss is still foretold
 RISE = 3.0  # standard errors by which the widest rung may lie above the narrowest
 #: Of the loop, what a held-out loss hangs on.
 LOOP = ("clip_norm", "heldout_windows", "dtype")
@@ -53,10 +55,15 @@ def predict_at(assessment: Assessment, target: Mapping[str, float]) -> Predictio
     """The prediction of a run at `target`, from the rungs that differ from it in width alone, or why there is none.
 
     Where every width was run at the transferred rate, by the same seeds, it is of those losses; else of the fitted
-    valleys at that rate.
+    valleys' bottoms, and what the transferred rate is expected to cost above the target's.
     """
     points, others = assessment.points, [axis for axis in AXES if axis != "width"]
     alike = np.logical_and.reduce([points[axis] == target[axis] for axis in others])
+    if not alike.any():
+        odd = (
+            " and ".join(axis for axis in others if not (points[axis] == target[axis]).any()) or "several axes at once"
+        )
+        return Prediction(f"the target differs from every rung in {odd}, and its loss with it")
     at_rate = np.isclose(np.log2(points.learning_rate) - assessment.log2_rate, 0.0, atol=1e-6)
     losses: dict[float, list[float]] = {}
     for width in sorted(points.width[alike].unique().tolist()):
@@ -73,18 +80,25 @@ def predict_at(assessment: Assessment, target: Mapping[str, float]) -> Predictio
 
 
 def _predict_fitted(assessment: Assessment, target: Mapping[str, float]) -> Prediction:
-    """From the fitted losses at the transferred rate; the fit says how sure they are."""
+    """From the fitted bottoms, which follow a power law where losses at one rate need not; the fit says how sure they
+    are.
+    """
+    if assessment.drift is None or any(assessment.valleys.edges):
+        return Prediction("an optimum is not inside the tried rates")
+    rates = np.log2(assessment.points.learning_rate)
+    if not rates.min() - OUTSIDE <= assessment.log2_rate <= rates.max() + OUTSIDE:
+        return Prediction("the transferred rate lies outside those that were tried")
     valleys, means, errors = assessment.valleys, {}, []
     for i, rung in enumerate(valleys.rungs.to_dict("records")):
         if all(rung[axis] == target[axis] for axis in AXES if axis != "width"):
-            offset = np.array([assessment.log2_rate - valleys.optima[i]])
-            raised = [float(fit.penalty(i, offset)[0]) for fit in valleys.fits]
-            means[float(rung["width"])] = float(valleys.levels[i] + valleys.weights @ raised)
-            errors.append(float(np.hypot(valleys.level_errors[i], np.std(raised))))
+            means[float(rung["width"])] = float(valleys.levels[i])
+            errors.append(float(valleys.level_errors[i]))
     noise = float(valleys.weights @ [fit.noise for fit in valleys.fits])
     freedom = int(min(fit.freedom for fit in valleys.fits))
     least = LEAST_ERROR * abs(fmean(means.values()))
-    return _predict(_Ladder(means, max(noise, least), max(fmean(errors), least), freedom), target["width"])
+    ladder = _Ladder(means, max(noise, least), max(fmean(errors), least), freedom)
+    above = penalties(valleys, assessment.drift, assessment.nearest("width"), assessment.log2_rate)
+    return _predict(ladder, target["width"], (above, assessment.drift.weights))
 
 
 def predict(losses: Mapping[float, Sequence[float]], size: float) -> Prediction:
@@ -97,21 +111,29 @@ def predict(losses: Mapping[float, Sequence[float]], size: float) -> Prediction:
     return _predict(_Ladder.of(losses), size)
 
 
-def _predict(ladder: "_Ladder", size: float) -> Prediction:
+def _predict(
+    ladder: "_Ladder", size: float, above: tuple[np.ndarray, np.ndarray] = (np.zeros(1), np.ones(1))
+) -> Prediction:
+    """Of a ladder's losses.
+
+    Args:
+        above: draws, and their weights, of what the run is expected to lose above the ladder's losses.
+    """
     if reason := _too_little(ladder, size):
         return Prediction(reason)
     future, largest = ladder.forecast(size), max(ladder.means)
     rest = ladder.without(largest).forecast(largest, run_error=ladder.error)
-    left_out = ladder.means[largest]
+    left_out, tail = ladder.means[largest], 0.5 - LEVEL / 2
+    low, middle, high = (future.plus(*above, share) for share in (tail, 0.5, 1 - tail))
     return Prediction(
-        loss=future.quantile(0.5),
-        low=future.quantile(0.5 - LEVEL / 2),
-        high=future.quantile(0.5 + LEVEL / 2),
+        loss=middle,
+        low=low,
+        high=high,
         level=LEVEL,
         exponent=future.exponent,
         floor=future.floor,
         left_out=left_out - rest.quantile(0.5),
-        left_out_inside=rest.quantile(0.5 - LEVEL / 2) <= left_out <= rest.quantile(0.5 + LEVEL / 2),
+        left_out_inside=rest.quantile(tail) <= left_out <= rest.quantile(1 - tail),
     )
 
 

@@ -46,11 +46,17 @@ def enough_depth(target: RunSpec) -> int:
 
 
 def enough_heads(target: RunSpec) -> int:
-    """The smallest head count whose steepest ALiBi slope is at least a quarter of the target's; 1 without ALiBi."""
+    """The target's head count halved as often as its steepest ALiBi slope stays above a quarter; 1 without ALiBi.
+
+    Doublings of it have the target's spectrum, which those of another number have not.
+    """
+    heads = target.model.heads
     if target.model.positions != "alibi":
         return 1
-    least = steepest_alibi_slope(target.model.heads) / MAX_RATIO
-    return next(heads for heads in range(1, target.model.heads + 1) if steepest_alibi_slope(heads) >= least)
+    least = steepest_alibi_slope(heads) / MAX_RATIO
+    while heads % 2 == 0 and steepest_alibi_slope(heads // 2) >= least:
+        heads //= 2
+    return heads
 
 
 def enough_steps(target: RunSpec) -> int:

@@ -14,6 +14,7 @@ CLOSE = 0.01
 #: What one per cent of loss is worth in tokens where no tokens ladder says it: 1.25 times as many, reported for models
 #: of 215M-1.07B parameters.
 TOKENS_PER_PERCENT = 1.25
+MOST_DOUBLINGS = 30.0  # of the tokens, beyond which nobody could win a penalty back
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ def regret(valleys: Valleys, drift: Drift, rung: int, log2_rate: float) -> Regre
     """
 
     def expected(offset: float) -> float:
-        return float(drift.weights @ _penalties(valleys, drift, rung, log2_rate + offset))
+        return float(drift.weights @ penalties(valleys, drift, rung, log2_rate + offset))
 
     low, _, high = drift.quantiles(drift.target - log2_rate)
     bounds = min(-FAR, low - 1), max(FAR, high + 1)
     found = minimize_scalar(expected, bounds=bounds, method="bounded", options={"xatol": CLOSE})
     best = min(0.0, float(found.x), key=expected)
-    at_rate = _penalties(valleys, drift, rung, log2_rate)
+    at_rate = penalties(valleys, drift, rung, log2_rate)
     low, _, high = drift.quantiles(at_rate)
     return Regret(
         transferred=expected(0.0),
@@ -67,8 +68,8 @@ def regret(valleys: Valleys, drift: Drift, rung: int, log2_rate: float) -> Regre
     )
 
 
-def _penalties(valleys: Valleys, drift: Drift, rung: int, log2_rate: float) -> np.ndarray:
-    """(draws,) nats per token above the target's best."""
+def penalties(valleys: Valleys, drift: Drift, rung: int, log2_rate: float) -> np.ndarray:
+    """(draws of `drift`,) nats per token above the target's best; arguments as for `regret`."""
     offsets = log2_rate - drift.target
     found = np.empty_like(offsets)
     for i, fit in enumerate(valleys.fits):
@@ -102,9 +103,13 @@ def price_of(
     Args:
         penalty: nats per token. per_doubling: what twice the tokens take off.
         tokens: the target's.
-        flops_per_token: of training; None leaves everything after the tokens out.
+        flops_per_token: of training; None leaves everything after the tokens out. All is None where the tokens would be
+            more than 2^30 times the target's.
     """
-    more = tokens * (2.0 ** (penalty / per_doubling) - 1)
+    doublings = penalty / per_doubling
+    if doublings > MOST_DOUBLINGS:  # no number of tokens to speak of
+        return {"tokens": None, "flops": None, "gpu_hours": None, "money": None}
+    more = tokens * (2.0**doublings - 1)
     flops = None if flops_per_token is None else more * flops_per_token
     hours = None if flops is None else flops / prices.flops_per_gpu_second / 3600
     return {

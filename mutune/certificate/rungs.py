@@ -164,12 +164,13 @@ def _chosen(
 
 
 def _within_reach(axis: str, queue: list[RunSpec], nearest: RunSpec, goal: dict[str, float]) -> list[RunSpec]:
-    """The first of `queue` up to the one from which the target is no further than verdicts are calibrated; none where
-    it is not further from `nearest`, or no rung comes so far.
+    """The first of `queue` up to the one from which the target is no further than verdicts are calibrated, nor than the
+    ladder is long; none where it is not further from `nearest`, or no rung comes so far.
     """
 
     def is_far(spec: RunSpec) -> bool:
-        return abs(math.log2(goal[axis] / place(spec)[axis])) > MAX_DOUBLINGS + 1e-6
+        length = abs(math.log2(place(spec)[axis] / place(nearest)[axis])) or MAX_DOUBLINGS  # of a ladder up to it
+        return abs(math.log2(goal[axis] / place(spec)[axis])) > min(MAX_DOUBLINGS, length) + 1e-6
 
     near = [i for i, spec in enumerate(queue) if not is_far(spec)]
     return queue[: near[0] + 1] if near and is_far(nearest) else []

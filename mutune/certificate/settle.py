@@ -26,6 +26,8 @@ def settling_rung(assessment: Assessment, settled: Callable[[Assessment], bool])
         if settled(what_if(assessment, rung)):
             runs = rates * SETTLED_SEEDS
             share = runs * cost(rung) / cost(assessment.target)
+            if share >= 1:  # the target itself would be cheaper
+                return ""
             return (
                 f"one rung at width {rung['width']:,.0f}, {SETTLED_SEEDS} seeds and {rates} rates ({runs} runs, about "
                 f"{share:.2g} of the target's FLOPs), if its optimum is where this ladder expects it"

@@ -19,6 +19,7 @@ OPTIMA = "for example a file with the columns width,optimum"
 EXAMPLE = "for example a file with the columns width,lr,loss,seed"
 DIVERGED = {"true": True, "yes": True, "false": False, "no": False, "": False}
 MAX_RUNGS = 50  # that are fitted together in a few seconds
+MOST_OF_AN_AXIS = 1e18
 MOST = 1e12  # of a loss, in whatever unit
 
 
@@ -169,13 +170,16 @@ def _read(path: str, key: str = "runs") -> pd.DataFrame:
 
 def _positive(column: pd.Series, name: str, key: str) -> pd.Series:
     numbers = pd.to_numeric(column, errors="coerce")
-    bad = ~(np.isfinite(numbers) & (numbers > 0))
+    most = math.inf if name in ("learning_rate", "optimum") else MOST_OF_AN_AXIS
+    bad = ~(np.isfinite(numbers) & (numbers > 0) & (numbers <= most))
     shown = _shown(name)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
+        bounds = f"at most {most:g}" if numbers.iloc[row] > most else "above 0"
+        works = 0.01 if name in ("learning_rate", "optimum") else 64
         raise Refusal(
-            f"{key}: {shown} must be a number above 0, not {column.iloc[row]} (row {row + 1} of the data); for example "
-            f"{0.01 if name in ('learning_rate', 'optimum') else 64}."
+            f"{key}: {shown} must be a number {bounds}, not {column.iloc[row]} (row {row + 1} of the data); for "
+            f"example {works}."
         )
     return numbers.astype(float)
 

@@ -5,7 +5,7 @@ in benchmarks/calibration.md.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ import pandas as pd
 from mutune.certificate.assessment import Assessment
 from mutune.certificate.config import TransferFile
 from mutune.certificate.differences import FFN, Difference
-from mutune.certificate.drift import MAX_DOUBLINGS
+from mutune.certificate.drift import MAX_DOUBLINGS, Slope
 from mutune.certificate.points import AXES
 from mutune.certificate.settle import deciding_rung, settling_rung
 from mutune.certificate.valleys import Valleys
@@ -26,7 +26,7 @@ GO_RISK = 0.07  # the chance that it lies further than that, with which GO may b
 CARE_RISK = 0.25  # the same for GO WITH CARE
 NO_GO_OCTAVES, NO_GO_CHANCE = 0.75, 0.85  # NO-GO: it is expected beyond the first, and beyond GO_OCTAVES so surely
 CLEAR = 0.5  # of GO's risk and distance, and of NO-GO's doubt: within it a ladder stops early
-FLAT_CHANCE = 0.01  # that noise alone looks like the valleys, from which on there are none to speak of
+FLAT_CHANCE = 0.02  # that noise alone looks like the valleys, from which on there are none to speak of
 MIN_RUNGS = 3  # values of the width with an optimum inside their rates, where the target's lies beyond them
 MAX_RATIO = 4.0  # target over proxy, or the inverse, on an axis that the ladder did not measure
 
@@ -76,7 +76,8 @@ def verdict_of(case: Case) -> str:
         return "NOT CERTIFIED"
     distance = case.assessment.distance
     risk, centre = drift.chance(abs(distance) > FAR_OCTAVES), drift.quantiles(distance)[1]
-    return "GO" if abs(centre) <= GO_OCTAVES and risk <= GO_RISK else "GO WITH CARE"
+    sure = abs(centre) <= GO_OCTAVES and risk <= GO_RISK and not case.assessment.unmeasured
+    return "GO" if sure else "GO WITH CARE"
 
 
 def judge(case: Case) -> Verdict:
@@ -89,7 +90,8 @@ def judge(case: Case) -> Verdict:
         return Verdict(verdict, missing, settle)
     decided = _decided(assessment)
     if verdict == "NO-GO":
-        chance, said = _percent(_far(assessment)[0]), _said(assessment.within(MAX_DOUBLINGS))
+        settle = [*_instead(assessment), *settle]
+        chance, said = _percent(_far(assessment)[0]), _said(assessment.within_reach())
         return Verdict(verdict, [f"{said}: more than {GO_OCTAVES:g} octave with {chance}", *decided, *missing], settle)
     said = _said(assessment)
     if missing:
@@ -98,24 +100,37 @@ def judge(case: Case) -> Verdict:
     near = f"{said}: within {FAR_OCTAVES:g} octave with {_percent(1 - risk)}"
     if verdict == "GO":
         return Verdict(verdict, [near, *decided])
-    return Verdict(verdict, [f"{near}, which is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})", *decided])
+    short = f"which is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})"
+    if alone := assessment.unmeasured:
+        short = f"but no rung varies its {' and '.join(alone)}, and laws alone make no GO"
+    return Verdict(verdict, [f"{near}, {short}", *decided])
 
 
 def _far(assessment: Assessment) -> tuple[float, float]:
     """The chance of more than `GO_OCTAVES` to one side, and the octaves expected, as far towards the target as was
     measured. What may lie anywhere is not known to be far.
     """
-    reached = assessment.within(MAX_DOUBLINGS)
+    reached = assessment.within_reach()
     assert reached.drift is not None
     centre = reached.drift.quantiles(reached.distance)[1]
     return reached.drift.chance(math.copysign(1.0, centre) * reached.distance > GO_OCTAVES), centre
 
 
-def foreseen(differences: list[Difference], rungs: pd.DataFrame, target: dict[str, float], table: str) -> list[str]:
-    """Why a ladder of these rungs, the base first, cannot give GO whatever its runs say."""
+def foreseen(
+    differences: list[Difference],
+    rungs: pd.DataFrame,
+    target: dict[str, float],
+    table: str,
+    slopes: Mapping[str, Slope] | None = None,
+) -> list[str]:
+    """Why a ladder of these rungs, the base first, cannot be certified whatever its runs say.
+
+    Args:
+        slopes: what laws say of the axes.
+    """
     count = len(rungs)
     valleys = Valleys(rungs, (None,) * count, np.zeros(count), (), np.zeros(0))
-    nothing = Assessment(pd.DataFrame(), AXES, target, 0, 0.0, None, valleys, None, None)
+    nothing = Assessment(pd.DataFrame(), AXES, target, 0, 0.0, slopes, valleys, None, None)
     case = Case(differences, nothing, table)
     rules = [rule for rule in NOT_CERTIFIED if rule.lasting or rule.name == "rungs"]  # at best all optima lie inside
     return [reason for rule in rules if (reason := rule.reason(case))]
@@ -149,12 +164,30 @@ def _said(assessment: Assessment) -> str:
             low, middle, high = drift.quantiles(drift.slopes[:, i])
             reach = f"{rungs[axis].min():,.10g}-{rungs[axis].max():,.10g}"
             slopes.append(f"{middle:+.2f} ({low:+.2f} to {high:+.2f}) octaves per doubling of the {axis} over {reach}")
+    varied = [axis for axis in AXES if rungs[axis].nunique() > 1 or axis in assessment.unmeasured]
+    where = ", ".join(f"{axis} {assessment.target[axis]:,.10g}" for axis in varied)
+    laws = [
+        f"; of that {middle:+.2f} ({low:+.2f} to {high:+.2f}) by published laws for its {axis}, which no rung varies"
+        for axis in assessment.unmeasured
+        if axis in (assessment.slopes or {})
+        for low, middle, high in [drift.quantiles(assessment.by_laws(axis))]
+    ]
     low, middle, high = drift.quantiles(assessment.distance)
-    where = ", ".join(f"{axis} {assessment.target[axis]:,.10g}" for axis in AXES if rungs[axis].nunique() > 1)
     return (
         f"the optimum moves {' and '.join(slopes) or 'with one rung only'}; at {where or 'the target'} it is expected "
-        f"{middle:+.2f} octaves from the transferred rate, between {low:+.2f} and {high:+.2f} with 90 %"
+        f"{middle:+.2f} octaves from the transferred rate, between {low:+.2f} and {high:+.2f} with 90 %{''.join(laws)}"
     )
+
+
+def _instead(assessment: Assessment) -> list[str]:
+    """What to do where the transferred rate is not to be used, a sentence or none."""
+    if assessment.regret is None or not assessment.is_calibrated:
+        return []
+    rate = 2.0 ** (assessment.log2_rate + assessment.regret.offset)
+    return [
+        f"hyperparameters.learning_rate={rate:.4g}, the rate of least expected cost ({assessment.regret.offset:+.2f} "
+        "octaves), judged in its place"
+    ]
 
 
 def _decided(assessment: Assessment) -> list[str]:
@@ -213,12 +246,13 @@ def _axis(axis: str) -> Rule:
 
     def reason(case: Case) -> str:
         ladder, target = case.assessment.valleys.rungs[axis], case.assessment.target[axis]
-        doublings = case.assessment.beyond(axis)
-        if doublings <= MAX_DOUBLINGS:
+        doublings, reach = case.assessment.beyond(axis), case.assessment.reach(axis)
+        if doublings <= reach + 1e-9:
             return ""
         nearest = ladder.max() if target > ladder.max() else ladder.min()
         what = f"the ladder's {nearest:,.10g}" if ladder.nunique() > 1 else f"the proxy's {nearest:,.10g}, unmeasured"
-        return f"{axis}: the target's {target:,.10g} is {doublings:.1f} doublings from {what}"
+        long = f", which is {reach:.2g} doublings long" if reach < MAX_DOUBLINGS else ""
+        return f"{axis}: the target's {target:,.10g} is {doublings:.1f} doublings from {what}{long}"
 
     def cure(case: Case) -> str:
         target, larger = (
@@ -230,6 +264,18 @@ def _axis(axis: str) -> Rule:
         return f"a rung with {axis} {need:,}" + (f", {times:.3g} times the base's" if axis != "width" else "")
 
     return Rule(axis, reason, cure)
+
+
+def _lawless(case: Case) -> str:
+    """An axis that the target differs in, no rung varies, and no law speaks of."""
+    assessment = case.assessment
+    axes = [a for a in assessment.unmeasured if a not in (assessment.slopes or {})]
+    axes = [a for a in axes if a != "depth" or case.table is None]  # of a known table `_depth` speaks
+    if not axes:
+        return ""
+    base = assessment.valleys.rungs.iloc[assessment.base]
+    ways = " and ".join(f"{axis} ({base[axis]:,.10g} → {assessment.target[axis]:,.10g})" for axis in axes)
+    return f"the target differs in {ways}, which no rung varies, and no law says what follows"
 
 
 def _depth(case: Case) -> str:
@@ -319,6 +365,7 @@ NOT_CERTIFIED = (
     _axis("batch"),
     _axis("depth"),
     Rule("depth", _depth),
+    Rule("unmeasured", _lawless),
     _differs("head size", "ladders fix the head size; sweep with the target's"),
     _differs(FFN, "ladders keep this ratio; sweep with the target's"),
     _differs("positions", "sweep with the target's"),

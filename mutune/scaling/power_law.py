@@ -11,7 +11,7 @@ Shapes: A exponents, W wanderings, S noise scales, H outliers (none, then each r
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ NOISE_SCALES = np.array([0.7, 1.1, 1.8])
 #: At most one rung is off, by this standard deviation in units of its error; for each with this probability (for all
 #: together at most one half).
 OUTLIER, OUTLIER_PROBABILITY = 8.0, 0.03
+SHARES = 15  # equal ones that a distribution is cut into, where another is added to it
 NO_FLOOR_PROBABILITY = 0.2  # that E is exactly 0; else E is anywhere in [0, the lowest loss]
 
 
@@ -48,6 +49,20 @@ class Forecast:
     deviations: Array
     exponent: float
     floor: float
+
+    def plus(self, above: Array, weights: Array, probability: float) -> float:
+        """As `quantile`, of a run that loses more by one of the draws `above` with their weights; never below 0."""
+        if not above.any():
+            return max(0.0, self.quantile(probability))
+        shares = (np.arange(SHARES) + 0.5) / SHARES
+        values = np.quantile(above, shares, weights=weights, method="inverted_cdf")
+        shifted = replace(
+            self,
+            weights=np.repeat(self.weights, SHARES) / SHARES,
+            means=(self.means[:, None] + values).ravel(),
+            deviations=np.repeat(self.deviations, SHARES),
+        )
+        return max(0.0, shifted.quantile(probability))
 
     def quantile(self, probability: float) -> float:
         """The loss below which the run ends with this probability."""

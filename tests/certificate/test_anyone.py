@@ -1,6 +1,7 @@
 """Somebody's finished runs: a certificate from a CSV file or an Optuna study, a drift statement from optima."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -205,12 +206,15 @@ def test_a_file_that_does_not_serve_gets_one_sentence(
         (["runs=a.csv", "runs_study=b"], "runs_study=b is read with an Optuna study"),
         (["target_width=256"], "target_width=256 is read with runs= or optima="),
         (["target_tokens=1e9"], "target_tokens=1e+09 is read with runs=; a study's target"),
-        (["optima=a.csv", "target_depth=8"], "target_depth=8 is read with runs=; a study's target"),
+        (["optima=a.csv", "target_depth=8"], "target_depth=8 is read with runs=; optima= knows widths alone"),
         (["runs=a.csv", "target_parameters=-1"], "target_parameters=-1"),
         (["runs=a.csv", "target_width=0"], "target_width=0"),
         (["runs=a.csv", "target_width=1e300"], "target_width=1e+300"),
         (["runs=a.csv", "hyperparameters.learning_rate=-1"], "hyperparameters.learning_rate=-1"),
         (["runs=a.csv", "hyperparameters.learning_rate=0"], "hyperparameters.learning_rate=0"),
+        (["runs=a.csv", "study=mine"], "study is read with a study, and runs=a.csv has none"),
+        (["runs=a.csv", "hyperparameters.init_std=0.1"], "hyperparameters.init_std is read with a study"),
+        (["runs=a.csv", "ladder.seeds=3"], "ladder is read with a study"),
         (["optima=nowhere.csv"], "optima=nowhere.csv does not exist"),
         (["optima=README.md"], "for example a file with the columns width,optimum."),
     ],
@@ -372,3 +376,63 @@ def test_what_is_asked_about_has_to_be_a_column(runs: str, out: Path, capsys: py
         assert main([f"runs={runs}", asked, f"out={out}"]) == 2
         assert f"has no column {column}" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_table_without_a_usable_rung_is_left_out_and_the_other_is_judged(tmp_path: Path, out: Path) -> None:
+    good = make_ladder(Family(), 5).points.assign(table="mup")
+    bad = good.assign(table="a", loss=float("nan"))
+    data = certificate(out, f"runs={write(tmp_path / 'two.csv', pd.concat([bad, good]))}")
+    assert data["table"] == "mup"
+    assert data["verdict"] == "GO"
+    assert any("table a" in note for note in data["notes"])
+
+
+def test_a_penalty_that_no_number_of_tokens_wins_back_has_no_price(tmp_path: Path, out: Path) -> None:
+    points = make_ladder(Family(), 5).points.assign(tokens=1e9)
+    for name, frame, rate in (("far", points, 1e6), ("below", points.assign(loss=points.loss - 9), 0.01)):
+        path = write(tmp_path / f"{name}.csv", frame)
+        data = certificate(out / name, f"runs={path}", "target_parameters=1e8", f"hyperparameters.learning_rate={rate}")
+        assert data["regret"].get("money") is None
+
+
+def test_what_no_run_varies_and_no_law_speaks_of_is_not_certified_and_laws_alone_make_no_go(
+    tmp_path: Path, out: Path
+) -> None:
+    path = write(tmp_path / "mine.csv", make_ladder(Family(), 5).points.assign(depth=4, tokens=1e9, batch=1e5))
+    deeper = certificate(out / "deeper", f"runs={path}", "target_depth=6")
+    assert deeper["verdict"] == "NOT CERTIFIED"
+    assert any("depth (4 → 6), which no rung varies" in reason for reason in deeper["reasons"])
+    longer = certificate(out / "longer", f"runs={path}", "target_tokens=1.5e9")
+    assert longer["verdict"] == "GO WITH CARE"
+    assert "laws alone make no GO" in longer["reasons"][0]
+    assert "by published laws for its tokens" in longer["reasons"][0]
+    assert len(longer["laws"]["rate"]) > 1
+    assert "## Laws of tokens and batch" in next((out / "longer").rglob("certificate.md")).read_text()
+
+
+def test_a_ladder_is_not_believed_further_than_it_is_long(out: Path, tmp_path: Path) -> None:
+    points = make_ladder(Family(rungs=3, total=0.0), 5).points
+    short = points.assign(width=points.width.map({32: 64, 64: 66, 128: 68}))
+    data = certificate(out, f"runs={write(tmp_path / 'short.csv', short)}", "target_width=96")
+    assert data["verdict"] == "NOT CERTIFIED"
+    assert any("0.5 doublings from the ladder's 68, which is 0.087 doublings long" in r for r in data["reasons"])
+
+
+def test_where_the_rate_is_not_to_be_used_the_certificate_says_which_to_try(runs: str, out: Path) -> None:
+    data = certificate(out, f"runs={runs}", "hyperparameters.learning_rate=0.05")
+    assert data["verdict"] == "NO-GO"
+    assert data["settle"][0].startswith(
+        f"hyperparameters.learning_rate={data['regret']['recommended_learning_rate']:.4g}"
+    )
+    assert "train the target at" not in next(out.rglob("report.html")).read_text()
+
+
+def test_runs_that_all_have_rates_of_their_own_are_judged_as_fast(tmp_path: Path, out: Path) -> None:
+    draw, rows = np.random.default_rng(0), []
+    for _ in range(10_000):
+        width, x = int(draw.choice([64, 128, 256, 512])), draw.uniform(-11, -5)
+        rows.append((width, 2.0**x, 3 + 2 * width**-0.3 + 0.05 * (x + 8) ** 2 + draw.normal(0, 0.01)))
+    path = write(tmp_path / "random.csv", pd.DataFrame(rows, columns=["width", "lr", "loss"]))
+    began = time.process_time()
+    assert certificate(out, f"runs={path}")["verdict"] == "GO"
+    assert time.process_time() - began < 60  # asked for: 20 s, on a machine that does nothing else
