@@ -223,9 +223,10 @@ def _head_size(runs: Runs) -> Said:
 
 def _alibi(runs: Runs) -> Said:
     proxy, target = runs.proxy.model, runs.target.model
-    if {proxy.positions, target.positions} != {"alibi"} or proxy.heads >= enough_heads(runs.target):
+    ours, theirs = steepest_alibi_slope(proxy.heads), steepest_alibi_slope(target.heads)
+    if {proxy.positions, target.positions} != {"alibi"} or MAX_RATIO * ours >= theirs:
         return None
-    slopes = f"{steepest_alibi_slope(proxy.heads):.2g} against {steepest_alibi_slope(target.heads):.2g}"
+    slopes = f"{ours:.2g} against {theirs:.2g}"
     finding = (
         f"{proxy.heads} heads at the proxy, {target.heads} at the target: the steepest slope is {slopes}, less than a "
         f"quarter, so no head looks as near; {enough_heads(runs.target)} heads would"

@@ -46,17 +46,17 @@ def enough_depth(target: RunSpec) -> int:
 
 
 def enough_heads(target: RunSpec) -> int:
-    """The target's head count halved as often as its steepest ALiBi slope stays above a quarter; 1 without ALiBi.
+    """The smallest head count whose steepest ALiBi slope is at least a quarter of the target's; 1 without ALiBi.
 
-    Doublings of it have the target's spectrum, which those of another number have not.
+    Where the target's can be halved down to there, such a half: its doublings have the target's spectrum.
     """
     heads = target.model.heads
     if target.model.positions != "alibi":
         return 1
     least = steepest_alibi_slope(heads) / MAX_RATIO
-    while heads % 2 == 0 and steepest_alibi_slope(heads // 2) >= least:
-        heads //= 2
-    return heads
+    smallest = next(count for count in range(1, heads + 1) if steepest_alibi_slope(count) >= least)
+    halves = [heads >> k for k in range(1, heads.bit_length()) if heads % (1 << k) == 0]
+    return min((half for half in halves if half >= smallest), default=smallest)
 
 
 def enough_steps(target: RunSpec) -> int:
