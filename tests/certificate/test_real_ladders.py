@@ -87,7 +87,7 @@ def test_a_hidden_rate_that_falls_too_little_is_no_go(rule: str) -> None:
 
 
 def test_a_hidden_rate_that_falls_too_fast_is_no_go_where_runs_are_long_enough_to_suffer() -> None:
-    """At 160 steps its optimum rises by a third of an octave from width 32 to 128, and at 480 by a whole one."""
+    """At 160 steps its optimum rises by 0.3 octaves from width 32 to 128, at 480 by 0.8."""
     rule = MUST_FAIL[2]
     assert verdict_of(Case([], judged(rule, "long")[1])) == "NO-GO"
     assert verdict_of(Case([], judged("mup", "long")[1])) != "NO-GO"

@@ -179,11 +179,11 @@ def test_a_diverged_trial_is_an_observation_and_cannot_win(out: Path) -> None:
 def test_a_run_without_a_finite_loss_counts_as_the_worst_of_its_valley(out: Path) -> None:
     result = search(
         out, train=wild, space={"learning_rate": {"values": [0.015]}}, n_trials=1,
-        widths=[32], seeds=1, offsets=[-1, 0, 1, 2],
+        widths=[32], seeds=1, offsets=[-2, -1, 0, 1, 2],
     )  # fmt: skip
     assert list(result.ladder.edge) == ["low", "low"]
     points = reporting.valleys(reporting.load_runs(folder(out) / "ladder"))
-    assert list(points.loss) == pytest.approx(2 * [0.0075, 0.015, 7.0, 7.0])
+    assert list(points.loss) == pytest.approx(2 * [0.00375, 0.0075, 0.015, 7.0, 7.0])
 
 
 def test_a_search_in_which_all_diverge_says_so(out: Path) -> None:
