@@ -37,7 +37,7 @@ INFORMATION = 0.85  # of a residual, between Gaussian (1) and Student's t (0.71)
 MISFIT, MISFIT_WEIGHT = 0.03, 6.0  # sd of the form's error as a share of the height; how many points that counts for
 UNSEEN, UNSEEN_WEIGHT = 0.1, 1.0  # noise where hardly a rate was repeated, as a share of the heights; its weight
 GROWTHS, GROWTH = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0), 0.4  # γ tried; its sd
-REACH = 3.0  # octaves over which noise grows
+REACH = 3.0  # octaves from the optimum up to which noise grows, and the form is believed
 STEPS = 60
 
 
@@ -68,8 +68,12 @@ class Fit:
     evidence: float
 
     def penalty(self, rung: int, offset: np.ndarray) -> np.ndarray:
-        """Loss above the optimum's at `offset` octaves from it, nats per token."""
-        bend = np.exp(0.5 * self.steepness[rung] * np.tanh(offset / self.smoothness))
+        """Loss above the optimum's at `offset` octaves from it, nats per token.
+
+        Past `REACH`, where hardly a run was made, a side bends no further.
+        """
+        near = np.clip(offset, -REACH, REACH)
+        bend = np.exp(0.5 * self.steepness[rung] * np.tanh(near / self.smoothness))
         return np.asarray(self.curvature[rung] * offset**2 * bend / (1 + self.straightening * np.abs(offset)))
 
     def scaled(self, factor: float) -> "Fit":

@@ -103,7 +103,8 @@ def judge(case: Case) -> Verdict:
     short = f"which is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})"
     if alone := assessment.unmeasured:
         short = f"but no rung varies its {' and '.join(alone)}, and laws alone make no GO"
-    return Verdict(verdict, [f"{near}, {short}", *decided])
+        settle = [_next_rung(case)]
+    return Verdict(verdict, [f"{near}, {short}", *decided], settle)
 
 
 def _far(assessment: Assessment) -> tuple[float, float]:

@@ -406,6 +406,7 @@ def test_what_no_run_varies_and_no_law_speaks_of_is_not_certified_and_laws_alone
     assert longer["verdict"] == "GO WITH CARE"
     assert "laws alone make no GO" in longer["reasons"][0]
     assert "by published laws for its tokens" in longer["reasons"][0]
+    assert longer["settle"] == ["runs that vary the tokens too, all else equal"]
     assert len(longer["laws"]["rate"]) > 1
     assert "## Laws of tokens and batch" in next((out / "longer").rglob("certificate.md")).read_text()
 

@@ -11,7 +11,7 @@ from mutune.certificate.config import PriceConfig
 from mutune.certificate.drift import Slope, extrapolate
 from mutune.certificate.points import AXES
 from mutune.certificate.regret import loss_per_doubling, price_of
-from mutune.certificate.valleys import fit_valleys
+from mutune.certificate.valleys import REACH, fit_valleys
 from tests.certificate.families import BASE, FIRST, Family, make_ladder
 
 EXACT = Family(noise=1e-5, scatter=0.0, own=0.0, valley="kink", ratio=1.0)
@@ -162,3 +162,12 @@ def test_tokens_flops_hours_and_money_follow_from_one_another() -> None:
 
 def test_the_axes_are_those_of_the_table() -> None:
     assert tuple(ORIGIN) == AXES
+
+
+def test_past_the_rates_that_are_tried_a_side_bends_no_further() -> None:
+    """An exponential side would make the expected cost that of a few draws far away."""
+    valleys = fit_valleys(make_ladder(Family(valley="smooth", ratio=4.0), 3).points)
+    for fit in valleys.fits:
+        for side in (-1.0, 1.0):
+            near, far = fit.penalty(0, np.array([side * REACH, side * 4 * REACH]))
+            assert near < far <= 16 * near
