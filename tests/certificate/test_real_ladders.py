@@ -102,6 +102,8 @@ def test_soak_real_ladders_are_made_anew(tmp_path: Path) -> None:
     _record_hidden_width()
     _record_hidden_loss()
     _record_broken_rules()
+    assert [verdict_of(Case([], judged(rule)[1])) for rule in MUST_FAIL[:2]] == ["NO-GO", "NO-GO"]
+    assert verdict_of(Case([], judged(MUST_FAIL[2], "long")[1])) == "NO-GO"
 
 
 def _record_hidden_width() -> None:
