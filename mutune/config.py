@@ -239,6 +239,11 @@ class TransferConfig(BudgetConfig, DoorConfig):
         given = {axis: getattr(self, f"target_{axis}") for axis in ASKED if axis != "parameters"}
         return {axis: float(value) for axis, value in given.items() if value is not None}
 
+    @property
+    def from_table(self) -> str:
+        """What is asked about instead of a study, as it was given."""
+        return f"runs={self.runs}" if self.runs else f"optima={self.optima}"
+
     def _check_asked(self, asked: str, most: float, example: float) -> None:
         key = f"target_{asked}"
         if (value := getattr(self, key)) is None:
@@ -254,14 +259,13 @@ class TransferConfig(BudgetConfig, DoorConfig):
 
     def _check_unread(self) -> None:
         """Refuse what is a study's where somebody's runs are asked about."""
-        source = f"runs={self.runs}" if self.runs else f"optima={self.optima}"
         given = [f"hyperparameters.{name}" for name in self.hyperparameters.given() if name != "learning_rate"]
         given += ["study"] if self.study != TransferConfig.study else []
         given += ["ladder"] if self.ladder != LadderConfig() else []
         require(
             not given,
-            f"{' and '.join(given)} is read with a study, and {source} has none; leave it out, or set for example "
-            "hyperparameters.learning_rate=0.01.",
+            f"{' and '.join(given)} is read with a study, and {self.from_table} has none; leave it out, or set "
+            "for example hyperparameters.learning_rate=0.01.",
         )
 
     @property

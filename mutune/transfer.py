@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mutune.certificate.config import Provenance, TransferFile
-from mutune.compose import build, data_dir, plain
+from mutune.compose import build, compose, data_dir, plain
 from mutune.config import PUBLISHED, SweepConfig, TransferConfig
 from mutune.door import NOT_GO, NOTHING_WRITTEN, OK, WorkFailed, drawn, enter
-from mutune.errors import Refusal
+from mutune.errors import Refusal, require
 from mutune.files import read_yaml, require_writable, write_yaml
 from mutune.folders import check_claim, claim, locked
 from mutune.model.shape import BaseConfig, base_config
@@ -109,6 +109,11 @@ def _from_table(config: TransferConfig) -> int:
     from mutune.reporting.figures import draw_certificate
     from mutune.reporting.page import transfer_page
 
+    require(
+        config.target == compose("transfer", TransferConfig, []).target,
+        f"target is read with a study, and {config.from_table} has none; ask with target_width=, for example "
+        "target_width=256.",
+    )
     rate, parameters = config.hyperparameters.learning_rate, config.target_parameters
     asked = Asked(config.asked, rate, parameters, config.prices, config.horizon)
     if config.optima:

@@ -73,10 +73,19 @@ class Words:
 
 
 @cache
+def proxy_of(words: tuple[str, ...]) -> RunSpec:
+    return compose("sweep", SweepConfig, ["study=test", *words]).spec()
+
+
+@cache
+def asked_of(words: tuple[str, ...]) -> TransferConfig:
+    return compose("transfer", TransferConfig, words)
+
+
+@cache
 def runs(sweep: tuple[str, ...], transfer: tuple[str, ...]) -> tuple[RunSpec, RunSpec, tuple[int, ...]]:
     """Proxy, target and the ladder's widths, as the two commands make them."""
-    proxy = compose("sweep", SweepConfig, ["study=test", *sweep]).spec()
-    config = compose("transfer", TransferConfig, transfer)
+    proxy, config = proxy_of(sweep), asked_of(transfer)
     target = TransferFile(
         provenance=Provenance("test", "test"),
         parametrization=proxy.parametrization,
@@ -360,7 +369,7 @@ def test_all_cures_for_the_3b_target_together_leave_nothing_but_the_ladder_to_wi
     done = cured.after(left.cure)
     assert done.advice() == []
     proxy, target, _ = runs(done.sweep, done.transfer)
-    asked = compose("transfer", TransferConfig, done.transfer)
+    asked = asked_of(done.transfer)
     assert len(plan_ladder(proxy, target, asked.ladder, asked, Path("x"), "cpu", "hash").rungs) > 1
 
 
@@ -409,7 +418,7 @@ def test_a_wider_ladder_keeps_its_other_axes() -> None:
     proxy, target, _ = runs(pair.sweep, pair.transfer)
     (found,) = advise(proxy, target, {"tokens": 1.0, "width": 256.0})
     assert found.cure == "at the transfer: 'ladder.axes=[width,tokens]' 'ladder.widths=[512]'"
-    ladder = compose("transfer", TransferConfig, [*pair.transfer, *settings_of(found.cure)]).ladder
+    ladder = asked_of((*pair.transfer, *settings_of(found.cure))).ladder
     assert ladder.chosen_axes == ["width", "tokens"]
 
 

@@ -84,6 +84,8 @@ def test_a_dry_run_says_it_and_writes_nothing(runs: str, out: Path, capsys: pyte
 def test_require_go_is_exit_code_3_where_it_is_not(runs: str, out: Path) -> None:
     assert main([f"runs={runs}", f"out={out}", "require_go=true"]) == 0
     assert main([f"runs={runs}", f"out={out}", "require_go=true", "target_width=100000"]) == 3
+    assert main([f"runs={runs}", f"out={out / 'dry'}", "require_go=true", "target_width=100000", "dry_run=true"]) == 3
+    assert not (out / "dry").exists()
 
 
 def test_a_file_with_tokens_prices_the_regret_in_tokens(tmp_path: Path, out: Path) -> None:
@@ -215,6 +217,8 @@ def test_a_file_that_does_not_serve_gets_one_sentence(
         (["runs=a.csv", "study=mine"], "study is read with a study, and runs=a.csv has none"),
         (["runs=a.csv", "hyperparameters.init_std=0.1"], "hyperparameters.init_std is read with a study"),
         (["runs=a.csv", "ladder.seeds=3"], "ladder is read with a study"),
+        (["runs=a.csv", "target=small"], "target is read with a study, and runs=a.csv has none"),
+        (["optima=a.csv", "target.model.width=512"], "for example target_width=256."),
         (["optima=nowhere.csv"], "optima=nowhere.csv does not exist"),
         (["optima=README.md"], "for example a file with the columns width,optimum."),
     ],

@@ -1,8 +1,10 @@
 """The target's loss: intervals that hold as often as they say, no number where none is meant, and the outcome."""
 
 import json
+import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -18,6 +20,7 @@ from mutune.certificate.prediction import (
     compare,
     outcomes,
     predict,
+    predict_at,
     predict_target,
     unmodelled,
 )
@@ -26,9 +29,12 @@ from mutune.config import SweepConfig
 from mutune.training.config import RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 from tests import soak
+from tests.certificate.families import Family, height, make_ladder
 from tests.certificate.ladders import CLEAN, DISTANCES, FAMILIES, NOISES, UNSEEN, simulate
 
 PROXY = SweepConfig().spec()
+#: Octaves by which the optimum moves a doubling, doublings past the widest rung, how much steeper the right side is.
+MOVES = ((0.0, 1.0, 2.0), (-0.2, 1.0, 2.0), (-0.2, 2.0, 2.0), (0.1, 2.0, 2.0), (-0.12, 2.0, 4.0))
 LADDER: dict[float, list[float]] = {
     width: [4.0 + 2.0 * (width / 32) ** -0.5 + e for e in (0.003, -0.003)] for width in (32, 48, 64, 96, 128)
 }
@@ -92,6 +98,51 @@ def test_calibration_is_recorded() -> None:
         "run's noise (nats) and doublings past the widest rung; 1,000 simulated ladders a cell"
     )
     soak.record("prediction", title, table)
+
+
+def at_a_fixed_rate(move: tuple[float, float, float], seed: int) -> tuple[bool, float]:
+    """Of anyone's five widths, whose optimum moves: whether the run at the narrowest's rate was inside, and the half
+    width in % of the loss.
+    """
+    slope, beyond, ratio = move
+    family = Family(rungs=5, noise=0.005, beyond=beyond, scatter=0.02, total=slope * (4 + beyond), ratio=ratio)
+    ladder = make_ladder(family, seed)
+    base = {axis: float(ladder.points[axis].min()) for axis in ("width", "depth", "tokens", "batch")}
+    assessment = assess(ladder.points, base, ladder.target)
+    said = predict_at(assessment, ladder.target)
+    assert said.low is not None
+    assert said.loss is not None
+    assert said.high is not None
+    away = np.array([assessment.log2_rate - ladder.target_optimum])
+    noise = np.random.default_rng([1, seed]).normal() * 2**0.5 * family.noise  # the run's, and its seed's level
+    truth = 2.5 + 1.5 * 2.0 ** (-0.3 * (4 + beyond)) + height(family, away)[0] + noise
+    return said.low <= truth <= said.high, 50 * (said.high - said.low) / said.loss
+
+
+def of_moves(move: tuple[float, float, float], count: int) -> list[tuple[bool, float]]:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(partial(at_a_fixed_rate, move), range(count), chunksize=5))
+
+
+def test_the_cost_of_a_rate_left_behind_is_part_of_the_prediction() -> None:
+    found = of_moves((-0.2, 2.0, 2.0), 40)
+    assert fmean(inside for inside, _ in found) >= 0.8  # 48 % where it is not
+
+
+@pytest.mark.soak
+def test_calibration_under_drift_is_recorded() -> None:
+    rows = []
+    for move in MOVES:
+        found = of_moves(move, 200)
+        inside, half = fmean(inside for inside, _ in found), median(half for _, half in found)
+        shown = {"octaves a doubling": move[0], "doublings on": move[1], "right side steeper": move[2]}
+        rows.append({**shown, "inside": f"{inside:.1%}", "half width": f"{half:.2f} %"})
+        assert inside >= 0.84, rows[-1]
+    title = (
+        "The loss at a rate whose optimum moves away, of five widths: how often the 90 % interval held it, and its "
+        "median half width in % of the loss; 200 simulated ladders a row"
+    )
+    soak.record("prediction_drift", title, rows)
 
 
 def test_a_ladder_without_noise_is_continued_exactly() -> None:
