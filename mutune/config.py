@@ -67,7 +67,7 @@ class SweepConfig(DoorConfig):
         run: length and batch of every trial.
         loop: how steps are taken and watched.
         search: which trials are made.
-        workers: single-threaded worker processes of each command; null takes the number of cores. The same command
+        workers: worker processes of each command, of `loop.threads` each; null takes as many as pay. The same command
             again, on this host or another that shares `out`, joins the study.
         launcher: `local`, or `slurm` or `ray`: jobs of a cluster run the study, each by this command.
         jobs: how many.

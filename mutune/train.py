@@ -89,7 +89,7 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
     from mutune.training.checkpoint import check_meta, newest, restore
     from mutune.training.run import METRICS, Run, describe, resolve_device
 
-    torch.set_num_threads(config.threads or default_workers())
+    torch.set_num_threads(config.threads or spec.loop.threads or default_workers())
     checkpoint = newest(directory / "checkpoints")
     start = 0 if checkpoint is None else checkpoint.step
     records = _records_until(directory / METRICS, start, finished=start == spec.num_steps)

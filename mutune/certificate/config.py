@@ -63,7 +63,7 @@ class LadderConfig:
         batches: rungs as multiples of the study's batch, at the same tokens.
         offsets: a fixed grid of learning rates, in octaves from the study's best; null chooses rates by their results.
         seeds: of each point of a grid; by design at most so many. null: 2 of a grid, at most 8 by design.
-        workers: single-threaded worker processes; null takes the number of cores.
+        workers: worker processes; null takes as many as have cores.
     """
 
     axes: list[str] | None = None

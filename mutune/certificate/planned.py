@@ -53,7 +53,7 @@ class Ladder:
     @property
     def workers(self) -> int:
         """How many processes."""
-        return self.config.workers or default_workers()
+        return _workers(self.config, self.rungs[0])
 
     @cached_property
     def first(self) -> Plan:
@@ -110,13 +110,17 @@ def plan_ladder(
     paid = {fingerprint(asdict(trial.spec), data_hash): trial for trial in trials}
     timed = [Timed(trial.spec, trial.result.seconds) for trial in paid.values() if not trial.result.diverged]
     count = sum(map(len, first_offsets(seeds))) if config.offsets is None else len(config.offsets) * seeds
-    workers = config.workers or default_workers()
+    workers = _workers(config, proxy)
     listed = sum(count * price(spec).flops for spec in _listed(proxy, config))
     budget = budget_of(limits, proxy, target, workers, timed, listed)
     rungs = rung_specs(proxy, target, config, limits, lambda spec: count * float(budget.shares([spec], [])[0]))
     log2_rate = math.log2(proxy.hyperparameters.learning_rate)
     design = Design(places(rungs), 0, place(target), log2_rate, proxy.seed, seeds)
     return Ladder(config, tuple(rungs), target, design, budget, paid, directory, device, data_hash)
+
+
+def _workers(config: LadderConfig, proxy: RunSpec) -> int:
+    return config.workers or max(1, default_workers() // (proxy.loop.threads or 1))
 
 
 def _listed(proxy: RunSpec, config: LadderConfig) -> list[RunSpec]:

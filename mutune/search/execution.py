@@ -20,7 +20,7 @@ from mutune.training.memory import free_memory
 from mutune.training.price import price
 from mutune.training.run import Run, resolve_device
 
-OPEN = ("dtype", "attention", "compile")  # keys of `loop` that a study leaves to the measurement where they are null
+OPEN = ("dtype", "attention", "compile", "threads")  # keys of `loop` that are left to the measurement where null
 GAIN = 1.25  # how many times as fast a way has to be as the plain one, whose rounding it does not share
 COMPILE_WORTH = 1200.0  # worker-seconds of a study, from which on compiling is tried
 COMPILE_GAIN = 2.0  # how many times its cost compiling has to save
@@ -35,7 +35,7 @@ class ExecutionPlan:
     """How a study runs.
 
     Attributes:
-        loop: with nothing left open. workers: processes at once, of one thread each.
+        loop: with nothing left open. workers: processes at once.
         seconds: of a step, per worker; None where it was not measured. measured: how, in words.
     """
 
@@ -48,7 +48,8 @@ class ExecutionPlan:
         """The plan in words. steps: of the whole study."""
         compiled = "compiled" if self.loop.compile else "not compiled"
         workers = f"{self.workers} worker{'s' if self.workers > 1 else ''}"
-        how = f"{workers} of one thread, {self.loop.dtype}, {self.loop.attention} attention, {compiled}"
+        threads = f"{self.loop.threads} threads" if (self.loop.threads or 1) > 1 else "one thread"
+        how = f"{workers} of {threads}, {self.loop.dtype}, {self.loop.attention} attention, {compiled}"
         if self.seconds is None:
             return f"plan       {how}"
         each, busy = self.seconds, self.seconds * steps
@@ -66,14 +67,19 @@ def plan_execution(
 
     Args:
         steps: of the whole study, at the shape of `spec`.
-        workers: at once; None for as many as pay.
+        workers: at once; None for as many as pay, of more threads where cores would idle.
         at_once: runs there can be at once.
     """
     where = resolve_device(device)
-    loop = kept(directory, spec.loop)
-    if not _open(loop) and (workers or where.type == "cpu"):
-        return ExecutionPlan(loop, workers or min(_workers(spec, None, where), at_once))
-    best, measured = _measure(replace(spec, loop=loop), where, steps)
+    spec, share = replace(spec, loop=kept(directory, spec.loop)), 1
+    if workers is None and where.type == "cpu":
+        workers = min(_workers(spec, None, where), at_once)
+        share = max(1, default_workers() // workers)
+    if share == 1 and spec.loop.threads is None:
+        spec = replace(spec, loop=replace(spec.loop, threads=1))
+    if workers and not _open(spec.loop):
+        return ExecutionPlan(spec.loop, workers)
+    best, measured = _measure(spec, where, steps, share)
     return ExecutionPlan(best.loop, workers or min(_workers(spec, best, where), at_once), best.seconds, measured)
 
 
@@ -96,8 +102,8 @@ def _open(loop: LoopConfig) -> list[str]:
     return [key for key in OPEN if getattr(loop, key) is None]
 
 
-def _measure(spec: RunSpec, device: torch.device, steps: float) -> tuple[Timing, str]:
-    """The way of computing that pays, per whole step, and how the others compared."""
+def _measure(spec: RunSpec, device: torch.device, steps: float, share: int) -> tuple[Timing, str]:
+    """The way of computing that pays, per whole step, and how the others compared. share: of the cores, a run's."""
     stage = spec.stages[0]
     few = max(1, TOKENS // stage.context_length) if device.type == "cpu" else stage.batch_sequences
     enough = max(stage.num_steps, WARM_UP + TIMED + 1)
@@ -114,31 +120,39 @@ def _measure(spec: RunSpec, device: torch.device, steps: float) -> tuple[Timing,
         timing = time_steps(loop, steps_of, device, give_up / scale)
         return replace(timing, seconds=timing.seconds * scale)
 
-    plain_way, *others = ways(spec.loop, device)
+    plain_way, *others = ways(replace(spec.loop, threads=spec.loop.threads or 1), device)
     plain = timed(plain_way)
-    if plain.seconds > SLOW * scale and not spec.loop.compile:
-        return plain, "measured; so long a step was timed in no other way"
-    found = [plain, *(timed(way, give_up=2 * plain.seconds) for way in others)]
+    slow = plain.seconds > SLOW * scale and not spec.loop.compile
+    found = [plain, *(timed(way, give_up=2 * plain.seconds) for way in ([] if slow else others))]
     fastest = min(found, key=lambda timing: timing.seconds)
     best = fastest if plain.seconds > GAIN * fastest.seconds else plain
-    if spec.loop.compile or (spec.loop.compile is None and best.seconds * steps > COMPILE_WORTH):
+    if spec.loop.threads is None:
+        shared = timed(replace(best.loop, threads=share))
+        found.append(shared)
+        best = shared if best.seconds > GAIN * shared.seconds else best
+    long = spec.loop.compile is None and not slow and best.seconds * steps > COMPILE_WORTH
+    if spec.loop.compile or long:
         attention = spec.loop.attention or ("explicit" if device.type == "cpu" else "sdpa")  # which compiling fuses
         compiled = timed(replace(best.loop, attention=attention, compile=True))
         found.append(compiled)
         if spec.loop.compile or (best.seconds - compiled.seconds) * steps > COMPILE_GAIN * compiled.compiling:
             best = compiled
     slower = [f"{_name(t.loop)} {1e3 * t.seconds:,.3g} ms" for t in found if t is not best]
+    slower += ["so long a step was timed in no other way"] if slow else []
     return best, f"measured; {', '.join(slower)}" if slower else "measured"
 
 
 def _name(loop: LoopConfig) -> str:
-    return " ".join([str(loop.dtype), str(loop.attention), *(["compiled"] if loop.compile else [])])
+    more = [*(["compiled"] if loop.compile else []), *([f"{loop.threads} threads"] if (loop.threads or 1) > 1 else [])]
+    return " ".join([str(loop.dtype), str(loop.attention), *more])
 
 
 def _workers(spec: RunSpec, timing: Timing | None, device: torch.device) -> int:
-    """One process a core; on a GPU, whose steps are always timed, as many as keep it busy. In any case, what fits."""
+    """As many as have cores; on a GPU, whose steps are always timed, as keep it busy. In any case, what fits."""
+    most: float
     if timing is not None and device.type == "cuda":
         most, each = round(1 / max(timing.busy, 1e-3)), timing.memory + GPU_CONTEXT
     else:
-        most, each = default_workers(), price(spec).bytes
-    return max(1, int(min(default_workers(), most, free_memory(device) // each)))
+        most, each = math.inf, price(spec).bytes
+    cores = default_workers() // (spec.loop.threads or 1)
+    return max(1, int(min(cores, most, free_memory(device) // each)))

@@ -63,6 +63,7 @@ class LoopConfig:
             pay, elsewhere float32.
         attention: `sdpa`, torch's fused kernel, or `explicit`; null is what a sweep measures to pay, elsewhere sdpa.
         compile: whether the model is compiled; null is what a sweep measures to pay, elsewhere false.
+        threads: CPU threads of a run; null is what a sweep measures to pay where cores would idle, elsewhere 1.
     """
 
     clip_norm: float = 1.0
@@ -74,6 +75,7 @@ class LoopConfig:
     dtype: str | None = None
     attention: str | None = None
     compile: bool | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("dtype", DTYPES), ("attention", ATTENTIONS)):
@@ -86,8 +88,9 @@ class LoopConfig:
         require_number("loop.eval_every", self.eval_every, at_least=0, example=50, whole=True)
         require_number("loop.audit_every", self.audit_every, at_least=0, example=100, whole=True)
         require_number("loop.divergence_factor", self.divergence_factor, above=1.0, example=2.0)
-        if self.micro_sequences is not None:
-            require_number("loop.micro_sequences", self.micro_sequences, at_least=1, example=4, whole=True)
+        for name, example in (("micro_sequences", 4), ("threads", 2)):
+            if getattr(self, name) is not None:
+                require_number(f"loop.{name}", getattr(self, name), at_least=1, example=example, whole=True)
 
     def settled(self) -> "LoopConfig":
         """With what is left open as it is where nothing was measured."""
@@ -96,6 +99,7 @@ class LoopConfig:
             dtype=self.dtype or DTYPES[0],
             attention=self.attention or ATTENTIONS[0],
             compile=bool(self.compile),
+            threads=self.threads or 1,
         )
 
 

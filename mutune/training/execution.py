@@ -1,4 +1,5 @@
-"""How a step is computed: in which number format, by which attention, compiled or not; and how long it takes so.
+"""How a step is computed: in which number format, by which attention, compiled or not, by how many threads; and how
+long it takes so.
 
 None of it changes what is trained, but rounding does follow it: a study keeps to one way, and so does its ladder.
 """
@@ -67,7 +68,8 @@ class Timing:
     """What one way of computing costs.
 
     Attributes:
-        loop: the way. seconds: of a step. compiling: seconds before its steps are as fast as that.
+        loop: the way. seconds: of a step, CPU seconds where it has one thread. compiling: seconds before its steps are
+            as fast as that.
         busy: share of the time in which a GPU computes; 1 on a CPU.
         memory: bytes that a GPU holds at most; 0 on a CPU.
     """
@@ -93,22 +95,24 @@ def time_steps(
     """
     if device.type == "cuda":
         return _time_on_gpu(loop, steps(loop), device)
-    with single_threaded():
-        begun, made = time.process_time(), steps(loop)
-        last = _clocked(made)
+    threads = loop.threads or 1
+    clock = time.process_time if threads == 1 else time.monotonic  # of one thread, whatever else the machine does
+    with threaded(threads):
+        begun, made = clock(), steps(loop)
+        last = _clocked(made, clock)
         for _ in range(3 if loop.compile else 1 if last < FIRST else 0):
-            last = _clocked(made)
-        compiling = time.process_time() - begun
+            last = _clocked(made, clock)
+        compiling = clock() - begun
         if last > min(give_up, SLOW):
             return Timing(loop, last, compiling)
-        return Timing(loop, fmean(_clocked(made) for _ in range(TIMED)), compiling)
+        return Timing(loop, fmean(_clocked(made, clock) for _ in range(TIMED)), compiling)
 
 
-def _clocked(made: Iterator[Any]) -> float:
-    """CPU seconds of one step."""
-    started = time.process_time()
+def _clocked(made: Iterator[Any], clock: Callable[[], float]) -> float:
+    """Seconds of one step."""
+    started = clock()
     next(made)
-    return time.process_time() - started
+    return clock() - started
 
 
 def _time_on_gpu(loop: LoopConfig, made: Iterator[Any], device: torch.device) -> Timing:
@@ -141,14 +145,14 @@ def keep_memory(largest: int) -> None:
 
 
 @contextmanager
-def single_threaded() -> Iterator[None]:
-    """With one thread, as in a worker."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threaded(count: int) -> Iterator[None]:
+    """With so many CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def ways(loop: LoopConfig, device: torch.device) -> list[LoopConfig]:

@@ -29,7 +29,7 @@ from mutune.parametrization.opinion import second_opinion
 from mutune.parametrization.plan import Plan
 from mutune.training import checkpoint
 from mutune.training.config import RunSpec, StageConfig, stage_ends
-from mutune.training.execution import keep_memory, loss_functions
+from mutune.training.execution import keep_memory, loss_functions, threaded
 from mutune.training.loop import Heldout, Record, evaluate, train
 from mutune.training.schedule import multiplier
 from mutune.versions import versions
@@ -263,7 +263,7 @@ def run_to_end(
         Stopped: it was.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / WRITER):
+    with FileLock(directory / WRITER), threaded(spec.loop.threads or 1):
         return _to_end(Run(spec, resolve_device(device)), directory, note, until, stop)
 
 

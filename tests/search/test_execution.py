@@ -1,5 +1,6 @@
 """How a study computes: what is measured to pay is chosen, and kept."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from mutune.compose import compose
 from mutune.config import SweepConfig
 from mutune.search import execution
 from mutune.search.execution import ExecutionPlan, agreed, kept, plan_execution
+from mutune.search.workers import default_workers
 from mutune.training.config import LoopConfig
 from mutune.training.execution import Timing
 from tests import doors
 
-OPEN = ["loop.dtype=null", "loop.attention=null", "loop.compile=null"]
+OPEN = ["loop.dtype=null", "loop.attention=null", "loop.compile=null", "loop.threads=null"]
 SWEEP = ["+sweep=smoke", "study=way", "search.n_trials=1", "run.num_steps=5"]
 WAYS = ("float32 sdpa", "float32 explicit", "bfloat16 sdpa", "bfloat16 explicit")
 
@@ -73,6 +75,42 @@ def test_compiling_is_tried_where_a_study_is_long_and_has_to_save_twice_its_cost
     assert chosen(monkeypatch, tmp_path, seconds, steps) == expected
 
 
+@pytest.mark.parametrize(
+    ("at_once", "workers", "together", "expected"),
+    [
+        (64, None, 0.5, (8, 1)),  # no core would idle
+        (3, None, 0.5, (3, 2)),
+        (3, None, 0.9, (3, 1)),
+        (1, None, 0.2, (1, 8)),
+        (3, 3, 0.5, (3, 1)),  # so many processes were asked for, and no threads
+    ],
+)
+def test_cores_that_would_idle_become_threads_where_that_pays(
+    at_once: int,
+    workers: int | None,
+    together: float,
+    expected: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def time_steps(loop: LoopConfig, *_: Any) -> Timing:
+        return Timing(loop, 0.02 * (together if loop.threads != 1 else 1.0), 20.0)
+
+    monkeypatch.setattr(execution, "default_workers", lambda: 8)
+    monkeypatch.setattr(execution, "time_steps", time_steps)
+    spec = compose("sweep", SweepConfig, [*SWEEP, *OPEN]).spec()
+    plan = plan_execution(spec, tmp_path / "none", "cpu", 1000, workers, at_once)
+    assert (plan.workers, plan.loop.threads) == expected
+
+
+def test_a_study_of_two_threads_has_half_as_many_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(execution, "default_workers", lambda: 8)
+    words = ["loop.threads=2", "loop.dtype=float32", "loop.attention=sdpa", "loop.compile=false"]
+    plan = plan_execution(compose("sweep", SweepConfig, [*SWEEP, *words]).spec(), tmp_path, "cpu", 1000, None, 64)
+    assert plan.workers == 4
+    assert plan.line(1).startswith("plan       4 workers of 2 threads, ")
+
+
 def test_what_is_said_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seconds = {**dict.fromkeys(WAYS, 0.02), "bfloat16 explicit compiled": 0.5}
     words = ["loop.dtype=bfloat16", "loop.attention=explicit", "loop.compile=true"]
@@ -86,8 +124,9 @@ def test_a_study_keeps_to_its_way_and_another_is_refused(tmp_path: Path) -> None
     folder = tmp_path / "sweeps/way"
     way = yaml.safe_load((folder / "config.yaml").read_text())["inputs"]["config"]["loop"]
     assert {key: way[key] for key in ("dtype", "compile")} == {"dtype": "float32", "compile": False}
+    assert way["threads"] in range(1, default_workers() + 1)
     again = doors.run("sweep", *SWEEP, *OPEN, f"out={tmp_path}").stdout
-    assert "plan       1 worker of one thread, float32, " in again
+    assert re.search(r"plan       1 worker of (one thread|\d+ threads), float32, ", again)
     assert "measured" not in again
     refused = doors.run("sweep", *SWEEP, "loop.dtype=bfloat16", f"out={tmp_path}", expect=2).stderr
     assert "config.loop.dtype: float32 → bfloat16" in refused
@@ -134,7 +173,7 @@ def test_a_gpu_gets_as_many_processes_as_keep_it_busy_and_fit(monkeypatch: pytes
 def test_the_first_process_decides_for_those_that_start_at_once(tmp_path: Path) -> None:
     mine = ExecutionPlan(LoopConfig(dtype="bfloat16", attention="sdpa", compile=False), 1)
     assert agreed(tmp_path, LoopConfig(), mine) == mine.loop
-    theirs: dict[str, Any] = {"dtype": "float32", "attention": "explicit", "compile": False}
+    theirs: dict[str, Any] = {"dtype": "float32", "attention": "explicit", "compile": False, "threads": 2}
     config = {"inputs": {"config": {"loop": theirs}}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert agreed(tmp_path, LoopConfig(), mine) == LoopConfig(**theirs)
@@ -148,6 +187,7 @@ def test_the_first_process_decides_for_those_that_start_at_once(tmp_path: Path) 
         ("loop.dtype=float16", "loop.dtype=float16 is unknown; known: float32, bfloat16, or null."),
         ("loop.attention=flash", "loop.attention=flash is unknown; known: sdpa, explicit, or null."),
         ("loop.compile=yes please", "loop.compile="),
+        ("loop.threads=0", "loop.threads=0 must be a whole number at least 1; for example loop.threads=2."),
     ],
 )
 def test_a_way_that_does_not_exist_is_refused(word: str, sentence: str, tmp_path: Path) -> None:

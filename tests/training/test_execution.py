@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from mutune.config import SweepConfig
 from mutune.training import execution
 from mutune.training.config import LoopConfig, RunSpec
 from mutune.training.execution import TracedMultiplier, ways
-from mutune.training.run import Run
+from mutune.training.run import Run, run_to_end
 
 CPU = torch.device("cpu")
 
@@ -40,6 +41,25 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_attention_written_out_trains_as_the_fused_kernel_does() -> None:
     assert losses(spec("loop.attention=explicit")) == pytest.approx(losses(spec()), abs=1e-4)
+
+
+def test_a_run_has_the_threads_of_its_study_and_trains_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, steps = [], Run.steps
+
+    def watched(run: Run, start_step: int) -> Iterator[Any]:
+        seen.append(torch.get_num_threads())
+        return steps(run, start_step)
+
+    monkeypatch.setattr(Run, "steps", watched)
+    before = torch.get_num_threads()
+    values = [
+        run_to_end(spec(f"loop.threads={threads}"), tmp_path / str(threads), "cpu", {}).value for threads in (1, 2)
+    ]
+    assert seen == [1, 2]
+    assert torch.get_num_threads() == before
+    assert values[1] == pytest.approx(values[0], abs=1e-4)
 
 
 def test_bfloat16_trains_almost_as_float32_with_float32_weights() -> None:
@@ -100,7 +120,7 @@ def test_a_slow_first_step_is_not_taken_for_all_of_them(
     clocked: list[float], seconds: float, made: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = list(clocked)
-    monkeypatch.setattr(execution, "_clocked", lambda steps: left.pop(0))
+    monkeypatch.setattr(execution, "_clocked", lambda steps, clock: left.pop(0))
     loop = LoopConfig(dtype="float32", attention="sdpa", compile=False)
     timing = execution.time_steps(loop, lambda loop: iter(()), CPU)
     assert timing.seconds == pytest.approx(seconds)

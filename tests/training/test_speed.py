@@ -13,7 +13,7 @@ import torch
 
 from mutune.compose import compose
 from mutune.config import SweepConfig
-from mutune.training.execution import single_threaded
+from mutune.training.execution import threaded
 from mutune.training.price import price
 from mutune.training.run import Run
 from tests.doors import ROOT
@@ -86,7 +86,7 @@ def timed(steps: dict[str, Step]) -> dict[str, list[float]]:
     """Milliseconds of CPU time per step of each round, all of them turn by turn."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     counts, first = {}, {}
-    with single_threaded():
+    with threaded(1):
         for name, step in steps.items():
             first[name] = step()
             for _ in range(3):
@@ -106,7 +106,7 @@ def timed(steps: dict[str, Step]) -> dict[str, list[float]]:
 
 def gemm_peak() -> float:
     """FLOP/s of a large product of matrices on one thread, the best of some."""
-    with single_threaded():
+    with threaded(1):
         best = 0.0
         for size in (256, 512, 1024):
             matrix, times = torch.randn(size, size), max(1, (1024 // size) ** 3 // 4)
