@@ -8,7 +8,7 @@ from tests.doors import ROOT
 
 
 def record(name: str, title: str, rows: list[dict[str, Any]]) -> None:
-    """Write `benchmarks/<name>.md`."""
+    """Write `benchmarks/<name>.md`; what stands there below the table was written by hand, and stays."""
     commit = _git("describe", "--always", "--abbrev=12", "--exclude=*")
     if _git("status", "--porcelain", "--", ".", ":!benchmarks", ":!docs"):  # other tables of the same soak do not count
         commit += "-dirty"
@@ -16,8 +16,11 @@ def record(name: str, title: str, rows: list[dict[str, Any]]) -> None:
     lines = [f"# {title}", "", f"{datetime.date.today()}, commit `{commit}`, by `make soak`.", ""]
     lines += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     lines += ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in rows]
-    (ROOT / "benchmarks").mkdir(exist_ok=True)
-    (ROOT / "benchmarks" / f"{name}.md").write_text("\n".join(lines) + "\n")
+    path = ROOT / "benchmarks" / f"{name}.md"
+    path.parent.mkdir(exist_ok=True)
+    before = path.read_text().splitlines() if path.exists() else []
+    lines += before[max((i + 1 for i, line in enumerate(before) if line.startswith("|")), default=len(before)) :]
+    path.write_text("\n".join(lines) + "\n")
 
 
 def _git(*arguments: str) -> str:

@@ -1,6 +1,7 @@
 """Made-up ladders whose truth is known: families of valleys, noise and drift, and real curves resampled."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -150,7 +151,7 @@ def redraw(points: pd.DataFrame, hidden: float, hidden_optimum: float, seed: int
     for width in widths:
         runs = points[points.width == width].assign(x=lambda f: np.log2(f.learning_rate).round(6))
         means = runs.groupby("x").loss.mean()
-        optima.append(_smooth_bottom(means.index.to_numpy(float), means.to_numpy(float)))
+        optima.append(_smooth_bottom(tuple(means.index), tuple(means)))
         x, lowest = means.index.to_numpy(float), int(means.to_numpy().argmin())
         centre = int(np.clip(lowest + rng.integers(0, 2), 4, len(x) - 5))
         chosen = rng.choice(runs.seed.unique(), 3, replace=False)
@@ -164,7 +165,8 @@ def redraw(points: pd.DataFrame, hidden: float, hidden_optimum: float, seed: int
     return Ladder(made, np.array(optima), hidden_optimum, place)
 
 
-def _smooth_bottom(x: np.ndarray, y: np.ndarray) -> float:
+@cache
+def _smooth_bottom(x: tuple[float, ...], y: tuple[float, ...]) -> float:
     fine = np.linspace(x[0], x[-1], 2001)
     return float(fine[np.argmin(make_smoothing_spline(x, y)(fine))])
 
