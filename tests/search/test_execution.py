@@ -125,7 +125,7 @@ def test_a_study_keeps_to_its_way_and_another_is_refused(tmp_path: Path) -> None
     way = yaml.safe_load((folder / "config.yaml").read_text())["inputs"]["config"]["loop"]
     assert {key: way[key] for key in ("dtype", "compile")} == {"dtype": "float32", "compile": False}
     assert way["threads"] in range(1, default_workers() + 1)
-    again = doors.run("sweep", *SWEEP, *OPEN, f"out={tmp_path}").stdout
+    again = doors.run("sweep", *SWEEP, *OPEN, f"out={tmp_path}", "dry_run=true").stdout
     assert re.search(r"plan       1 worker of (one thread|\d+ threads), float32, ", again)
     assert "measured" not in again
     refused = doors.run("sweep", *SWEEP, "loop.dtype=bfloat16", f"out={tmp_path}", expect=2).stderr
