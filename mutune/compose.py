@@ -192,7 +192,7 @@ def _all_keys(cls: type, key: str = "") -> list[str]:
     return keys
 
 
-def _convert(hint: Any, value: Any, key: str, example: Any = None) -> Any:
+def _convert(hint: Any, value: Any, key: str, example: Any = dataclasses.MISSING) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -215,7 +215,7 @@ def _convert(hint: Any, value: Any, key: str, example: Any = None) -> Any:
 
 
 def _scalar(hint: type, value: Any, key: str, example: Any) -> Any:
-    """`value` as a `hint`; `example` is the field's default, for the message where there is one."""
+    """`value` as a `hint`; `example` is the field's default, which works, where there is one."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
@@ -229,8 +229,8 @@ def _scalar(hint: type, value: Any, key: str, example: Any) -> Any:
         return str(value)
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
-    works = str(example).lower() if isinstance(example, bool) else example
-    works = works if isinstance(example, hint) and works != "" else _EXAMPLES[hint]
+    works = str(example).lower() if isinstance(example, bool) else "null" if example is None else example
+    works = works if isinstance(example, (hint, types.NoneType)) and works != "" else _EXAMPLES[hint]
     raise Refusal(f"{key}={shown(value)} must be {_NAMES[hint]}; for example {key}={works}.")
 
 

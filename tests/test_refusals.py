@@ -27,6 +27,7 @@ SWEEP = [
     (["+sweep=smoke", "model.widht=3"], "unknown key model.widht; did you mean model.width?"),
     (["+sweep=smoke", "+model.widht=3"], "unknown key model.widht; did you mean model.width?"),
     (["+sweep=smoke", "+foo=3"], "unknown key foo;"),
+    (["+sweep=smoke", "search.pruner=[a]"], "search.pruner=['a'] must be a word; for example search.pruner=null."),
     (["+sweep=smoke", "model.width=abc"], "model.width=abc must be a whole number; for example model.width=32."),
     (["+sweep=smoke", "model.width=1.5"], "model.width=1.5 must be a whole number"),
     (["+sweep=smoke", "dry_run=maybe"], "dry_run=maybe must be true or false"),
