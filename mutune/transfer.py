@@ -127,10 +127,10 @@ def _from_table(config: TransferConfig) -> int:
         else:
             tables = read_tables(source)
         data = from_runs(tables, asked, source)
-    print("\n".join(spoken(data)))
+    print("\n".join([*_question(config, data), *spoken(data)]))
     code = NOT_GO if config.require_go and data["verdict"] != "GO" else OK
     if config.dry_run:
-        print(NOTHING_WRITTEN)
+        print("dry run: nothing was written; leave out dry_run=true to keep the certificate.")
         return code
     require_writable(Path(config.out))
     directory = Path(config.out) / "transfer" / f"{_stem(source)}--{_asked_about(data)}"
@@ -148,7 +148,20 @@ def _from_table(config: TransferConfig) -> int:
         pages = drawn(lambda: [transfer_page(directory, next_step)], "report")
     names = ["certificate.md", "certificate.json", *_names(figures), *(page.name for page in pages)]
     print(f"written    {directory}/: {', '.join(names)}")
+    print("\n".join(f"next       {line}" for line in next_step.splitlines()))
     return code
+
+
+def _question(config: TransferConfig, data: dict[str, Any]) -> list[str]:
+    """What is answered: the target, and the rate that is judged, with where they are from."""
+    width, narrowest = data["target"]["width"], min(found["width"] for found in data.get("optima") or data["rungs"])
+    asked = "" if config.target_width else ", twice the widest; target_width= asks about another"
+    given = config.hyperparameters.learning_rate is not None
+    whose = "hyperparameters.learning_rate=" if given else f"the optimum at width {narrowest:,.10g}"
+    return [
+        f"target     width {width:,.10g}{asked}",
+        f"rate       {data['learning_rate']:.5g} is the transferred one: {whose}",
+    ]
 
 
 def _names(figures: list[Path]) -> list[str]:

@@ -18,6 +18,8 @@ from mutune.certificate.points import AXES
 from mutune.certificate.verdict import FAR_OCTAVES, Verdict
 from mutune.files import write_json, write_text
 
+BOUNDS = {"low": "≤ ", "high": "≥ ", None: ""}  # of an optimum at the edge of the tried rates, or beyond
+
 
 def certificate(
     target: Mapping[str, Any],
@@ -97,10 +99,11 @@ def spoken(data: Mapping[str, Any]) -> list[str]:
     for rung in data["rungs"]:
         where, (low, high) = ", ".join(f"{axis} {rung[axis]:,}" for axis in axes), rung["interval_log2"]
         lines.append(
-            f"{where}: optimum 2^{rung['optimum_log2']:.2f} ({low:.2f} to {high:.2f}), "
+            f"{where}: optimum {BOUNDS[rung['edge']]}2^{rung['optimum_log2']:.2f} ({low:.2f} to {high:.2f}), "
             f"{rung['octaves_from_base']:+.2f} octaves from the base, "
             f"loss {rung['loss']:.4f} ± {rung['loss_error']:.4f}"
         )
+    lines += [f"diverged   {line}" for line in _diverged(data["rungs"], axes)]
     lines.append(f"verdict    {data['verdict']}")
     lines += [f"           - {reason}" for reason in data["reasons"]]
     lines += [f"settles it {cure}" for cure in data["settle"]]
@@ -111,9 +114,35 @@ def spoken(data: Mapping[str, Any]) -> list[str]:
             f"({cost['low']:.4f} to {cost['high']:.4f}); least at {cost['recommended_learning_rate']:.4g}: "
             f"{cost['recommended']:.4f}"
         )
+        if price := _price(cost):
+            lines.append(f"price      {price}")
     if data.get("prediction"):
         lines.append(f"prediction {Prediction(**data['prediction'])}")
     return lines
+
+
+def _diverged(rungs: list[dict[str, Any]], axes: list[str]) -> list[str]:
+    """The runs that diverged, a line for each rung that has any."""
+    lines = []
+    for rung in rungs:
+        rates = [point["learning_rate"] for point in rung["points"] if point["diverged"]]
+        if rates:
+            where = ", ".join(f"{axis} {rung[axis]:,}" for axis in axes)
+            lines.append(
+                f"{where}: {len(rates)} of {len(rung['points'])} runs, the lowest at 2^{math.log2(min(rates)):.2f}"
+            )
+    return lines
+
+
+def _price(regret: Mapping[str, Any]) -> str:
+    """What would win the regret back, in words; empty where that is not known."""
+    if regret.get("tokens") is None:
+        return ""
+    parts = [f"{regret['tokens']:.3g} tokens more"]
+    if regret["flops"] is not None:
+        parts.append(f"{regret['flops']:.3g} FLOPs, {regret['gpu_hours']:,.3g} GPU-hours")
+        parts.append(f"{regret['money']:,.2f} {regret['currency']}")
+    return f"winning that back takes {', '.join(parts)} ({regret['tokens_source']}; prices.*)"
 
 
 def _target(target: Mapping[str, Any]) -> str:
@@ -188,17 +217,15 @@ def _ladder(rungs: list[dict[str, Any]]) -> list[str]:
     head = [*axes, "optimum, log2", "90 % interval", "octaves from the base", "loss", "an octave down", "up", "seeds"]
     lines = ["", "## Ladder", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for rung in rungs:
-        mark = {"low": "≤ ", "high": "≥ ", None: ""}[rung["edge"]]
+        mark = BOUNDS[rung["edge"]]
         low, high = rung["interval_log2"]
         cells = [*(f"{rung[axis]:,}" for axis in axes), f"{mark}{rung['optimum_log2']:.2f}", f"{low:.2f} to {high:.2f}"]
         cells += [f"{rung['octaves_from_base']:+.2f}", f"{rung['loss']:.4f} ± {rung['loss_error']:.4f}"]
         cells += [f"+{rung['octave_down']:.4f}", f"+{rung['octave_up']:.4f}", str(rung["seeds"])]
         lines.append(f"| {' | '.join(cells)} |")
-    return [
-        *lines,
-        "",
-        "Optima in log2 of the base learning rate, losses in nats per token. A `≤` or `≥` marks a bound.",
-    ]
+    lines += ["", "Optima in log2 of the base learning rate, losses in nats per token. A `≤` or `≥` marks a bound."]
+    lost = _diverged(rungs, axes)
+    return [*lines, "", "Diverged:", "", *(f"- {line}" for line in lost)] if lost else lines
 
 
 def _at_the_target(data: dict[str, Any]) -> list[str]:
@@ -220,13 +247,7 @@ def _at_the_target(data: dict[str, Any]) -> list[str]:
         f"- Least expected cost: base rate {regret['recommended_learning_rate']:.5g} "
         f"({regret['offset']:+.2f} octaves), {regret['recommended']:.4f} nats per token."
     )
-    if regret.get("tokens") is not None:
-        parts = [f"{regret['tokens']:.3g} tokens more would win back"]
-        if regret["flops"] is not None:
-            parts.append(f"{regret['flops']:.3g} FLOPs, {regret['gpu_hours']:,.3g} GPU-hours")
-            parts.append(f"{regret['money']:,.2f} {regret['currency']}")
-        lines.append(f"- That is what {', '.join(parts)} ({regret['tokens_source']}).")
-    return lines
+    return [*lines, f"- {price[0].upper()}{price[1:]}."] if (price := _price(regret)) else lines
 
 
 def _difference_row(difference: dict[str, Any]) -> str:

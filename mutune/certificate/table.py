@@ -164,7 +164,11 @@ def _read(path: str, key: str = "runs") -> pd.DataFrame:
         )
     except FileNotFoundError:
         raise Refusal(f"{key}={path} does not exist; {example}.") from None
-    except (OSError, UnicodeDecodeError, csv.Error, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+    except IsADirectoryError:
+        raise Refusal(f"{key}={path} is a folder; {example}.") from None
+    except pd.errors.EmptyDataError:
+        raise Refusal(f"{key}={path} is empty; {example}.") from None
+    except (OSError, UnicodeDecodeError, csv.Error, pd.errors.ParserError) as error:
         raise Refusal(f"{key}={path} cannot be read as CSV ({first_line(error)}); {example}.") from None
 
 
@@ -201,10 +205,11 @@ def _check_copies(points: pd.DataFrame, key: str) -> None:
 def _check_repeats(points: pd.DataFrame, key: str) -> None:
     same = points.duplicated([*AXES, "learning_rate", "seed"], keep=False)
     if same.any():
-        row = points[same].iloc[0]
+        row, again = points[same].iloc[0], points.duplicated([*AXES, "learning_rate", "seed"])
         raise Refusal(
-            f"{key} has width {row.width:g} at lr {row.learning_rate:g} more than once with the same seed "
-            f"({int(same.sum())} such rows); keep one of each, or give them a column seed."
+            f"{key} has width {row.width:g} at lr {row.learning_rate:.10g} more than once with the same seed "
+            f"({int(again.sum())} rows too many, the first is row {int(again.argmax()) + 1} of the data); keep one of "
+            "each, or give them seeds of their own."
         )
 
 

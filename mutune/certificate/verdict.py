@@ -77,7 +77,7 @@ def verdict_of(case: Case) -> str:
     distance = case.assessment.distance
     risk, centre = drift.chance(abs(distance) > FAR_OCTAVES), drift.quantiles(distance)[1]
     sure = abs(centre) <= GO_OCTAVES and risk <= GO_RISK and not case.assessment.unmeasured
-    return "GO" if sure else "GO WITH CARE"
+    return "GO" if sure and not _diverged(case.assessment) else "GO WITH CARE"
 
 
 def judge(case: Case) -> Verdict:
@@ -100,11 +100,31 @@ def judge(case: Case) -> Verdict:
     near = f"{said}: within {FAR_OCTAVES:g} octave with {_percent(1 - risk)}"
     if verdict == "GO":
         return Verdict(verdict, [near, *decided])
-    short = f"which is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})"
+    short = []
     if alone := assessment.unmeasured:
-        short = f"but no rung varies its {' and '.join(alone)}, and laws alone make no GO"
+        short.append(f"but no rung varies its {' and '.join(alone)}, and laws alone make no GO")
         settle = [_next_rung(case)]
-    return Verdict(verdict, [f"{near}, {short}", *decided], settle)
+    if lost := _diverged(assessment):
+        short.append(f"but {lost}")
+        lower = 2.0 ** (assessment.log2_rate - 1)
+        settle = [*settle, f"hyperparameters.learning_rate={lower:.4g}, an octave lower, judged in its place"]
+    short = short or [f"which is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})"]
+    return Verdict(verdict, [f"{near}, {', and '.join(short)}", *decided], settle)
+
+
+def _diverged(assessment: Assessment) -> str:
+    """How many runs diverged so close to the transferred rate that others may; empty where none did."""
+    if assessment.points.empty:
+        return ""
+    points = assessment.points
+    near = points[(np.log2(points.learning_rate) - assessment.log2_rate).abs() <= GO_OCTAVES + 1e-9]
+    lost = near[near.diverged.astype(bool)]
+    if lost.empty:
+        return ""
+    where = ", ".join(f"{width:,.10g}" for width in sorted(set(lost.width)))
+    return (
+        f"{len(lost)} of {len(near)} runs within {GO_OCTAVES:g} octave of the transferred rate diverged (width {where})"
+    )
 
 
 def _far(assessment: Assessment) -> tuple[float, float]:
@@ -199,7 +219,8 @@ def _decided(assessment: Assessment) -> list[str]:
     axes = [axis for axis in AXES if assessment.valleys.rungs[axis].nunique() > 1]
     where = ", ".join(f"{axis} {rung[axis]:,.10g}" for axis in axes)
     return [
-        f"the rung that decides most is {where}: without it, the target's optimum is expected {shift:+.2f} octaves off"
+        f"the rung that decides most is {where}: without it, the target's optimum would be expected "
+        f"{shift:+.2f} octaves from where it is"
     ]
 
 

@@ -60,7 +60,7 @@ def study_page(directory: Path, next_step: str) -> Path:
         ]
     hyperparameters = _pairs(_get(best, "hyperparameters", directory / "best.yaml", dict))
     parts += [
-        _table("Best trials", frames.best_trials(runs)),
+        _table("Trials of the lowest losses, before any was confirmed", frames.best_trials(runs)),
         _table("What was searched", frames.search_space(directory)),
         _table("Base hyperparameters of the best trial", hyperparameters),
     ]

@@ -156,7 +156,7 @@ def lines(rows: list[tuple[Any, ...]], head: str = HEAD) -> str:
 
 
 REFUSED = [
-    ("", "cannot be read as CSV"),
+    ("", "is empty; for example"),
     (HEAD, "has no rows"),
     ("a,b\n1,2", "has no column width and lr and loss"),
     (lines(GRID, "width,lr,accuracy"), "has no column loss"),
@@ -202,6 +202,7 @@ def test_a_file_that_does_not_serve_gets_one_sentence(
     ("arguments", "sentence"),
     [
         (["runs=nowhere.csv"], "runs=nowhere.csv does not exist"),
+        (["runs=tests"], "runs=tests is a folder; for example a file with the columns width,lr,loss,seed."),
         (["runs=sqlite:///nowhere.db"], "runs=sqlite:///nowhere.db: there is no file nowhere.db"),
         (["runs=a.csv", "optima=b.csv"], "are two questions"),
         (["runs="], "runs= is empty; for example runs=mine.csv."),
@@ -441,3 +442,44 @@ def test_runs_that_all_have_rates_of_their_own_are_judged_as_fast(tmp_path: Path
     began = time.process_time()
     assert certificate(out, f"runs={path}")["verdict"] == "GO"
     assert time.process_time() - began < 60  # asked for: 20 s, on a machine that does nothing else
+
+
+def test_runs_that_diverge_near_the_transferred_rate_make_no_go(
+    runs: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One seed at the tried rate next to the transferred one, at the widest; far from it they change nothing."""
+    points = pd.read_csv(runs)
+    rate = certificate(out, f"runs={runs}")["learning_rate"]
+    octaves = np.log2(points.iloc[:, 1] / rate)
+    first = (points.width == points.width.max()) & (points.seed == points.seed.min())
+    for name, lost, verdict in (("far", octaves > 1.1, "GO"), ("near", octaves.abs() <= 0.5, "GO WITH CARE")):
+        path = write(tmp_path / f"{name}.csv", points.assign(loss=points.loss.where(~(first & lost))))
+        capsys.readouterr()
+        data = certificate(out / name, f"runs={path}")
+        assert data["verdict"] == verdict
+        said = capsys.readouterr().out
+        assert f"diverged   width {points.width.max()}: " in said
+        assert "Diverged:" in next((out / name).rglob("certificate.md")).read_text()
+        if name == "near":
+            assert "runs within 0.5 octave of the transferred rate diverged (width 256)" in data["reasons"][0]
+            assert "an octave lower, judged in its place" in data["settle"][0]
+
+
+def test_the_question_and_the_next_step_are_said(runs: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = certificate(out, f"runs={runs}")
+    said = capsys.readouterr().out
+    assert "target     width 512, twice the widest; target_width= asks about another" in said
+    assert f"rate       {data['learning_rate']:.5g} is the transferred one: the optimum at width 32" in said
+    assert f"next       train the target at the base learning rate {data['learning_rate']:.5g}" in said
+    assert main([f"runs={runs}", "target_width=300", "dry_run=true", "hyperparameters.learning_rate=0.01"]) == 0
+    said = capsys.readouterr().out
+    assert "target     width 300\n" in said
+    assert "is the transferred one: hyperparameters.learning_rate=" in said
+    assert "dry run: nothing was written; leave out dry_run=true to keep the certificate." in said
+
+
+def test_a_copy_of_a_row_is_named(runs: str, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = pd.read_csv(runs)
+    path = write(tmp_path / "copies.csv", pd.concat([points, points.iloc[3:5]]))
+    assert main([f"runs={path}", f"out={out}"]) == 2
+    assert f"2 rows too many, the first is row {len(points) + 1} of the data" in capsys.readouterr().err
