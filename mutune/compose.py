@@ -25,6 +25,7 @@ FREE = {
     "resources": "+resources.timeout_min=60",
 }
 _NAMES = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
+MANY = 20  # keys that are not listed one by one
 _EXAMPLES = {int: "32", float: "0.01", str: "runs", bool: "true"}
 
 
@@ -71,7 +72,9 @@ def plain(config: Any) -> dict[str, Any]:
 def unknown_key(key: str, known: Sequence[str]) -> str:
     """The sentence for a key that no dataclass has."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}."
+    groups = list(dict.fromkeys(name.partition(".")[0] for name in known)) if len(known) > MANY else known
+    more = "; --help tells what is below them" if groups is not known else ""
+    hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(groups)}{more}."
     return f"unknown key {key}; {hint}"
 
 
