@@ -294,7 +294,7 @@ class TrainConfig(DoorConfig):
         name: names the run's folder; null takes the target's name.
         checkpoint_every: steps between checkpoints; null makes it a twentieth of the run.
         keep_checkpoints: how many of the newest checkpoints stay.
-        threads: CPU threads; null takes the number of cores.
+        threads: CPU threads; null takes the target's loop.threads, or the number of cores.
     """
 
     transfer: str | None = None

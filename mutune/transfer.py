@@ -148,7 +148,8 @@ def _from_table(config: TransferConfig) -> int:
         pages = drawn(lambda: [transfer_page(directory, next_step)], "report")
     names = ["certificate.md", "certificate.json", *_names(figures), *(page.name for page in pages)]
     print(f"written    {directory}/: {', '.join(names)}")
-    print("\n".join(f"next       {line}" for line in next_step.splitlines()))
+    if not data["settle"]:  # which were said already
+        print(f"next       {next_step}")
     return code
 
 

@@ -138,11 +138,12 @@ def _price(regret: Mapping[str, Any]) -> str:
     """What would win the regret back, in words; empty where that is not known."""
     if regret.get("tokens") is None:
         return ""
-    parts = [f"{regret['tokens']:.3g} tokens more"]
+    parts, source = [f"{regret['tokens']:.3g} tokens more"], regret["tokens_source"]
     if regret["flops"] is not None:
         parts.append(f"{regret['flops']:.3g} FLOPs, {regret['gpu_hours']:,.3g} GPU-hours")
         parts.append(f"{regret['money']:,.2f} {regret['currency']}")
-    return f"winning that back takes {', '.join(parts)} ({regret['tokens_source']}; prices.*)"
+        source = f"{source}; at prices.*"
+    return f"winning that back takes {', '.join(parts)} ({source})"
 
 
 def _target(target: Mapping[str, Any]) -> str:

@@ -74,9 +74,7 @@ def verdict_of(case: Case) -> str:
         return "NO-GO"
     if any(rule.reason(case) for rule in NOT_CERTIFIED):
         return "NOT CERTIFIED"
-    distance = case.assessment.distance
-    risk, centre = drift.chance(abs(distance) > FAR_OCTAVES), drift.quantiles(distance)[1]
-    sure = abs(centre) <= GO_OCTAVES and risk <= GO_RISK and not case.assessment.unmeasured
+    sure = _is_near(case.assessment) and not case.assessment.unmeasured
     return "GO" if sure and not _diverged(case.assessment) else "GO WITH CARE"
 
 
@@ -102,14 +100,23 @@ def judge(case: Case) -> Verdict:
         return Verdict(verdict, [near, *decided])
     short = []
     if alone := assessment.unmeasured:
-        short.append(f"but no rung varies its {' and '.join(alone)}, and laws alone make no GO")
+        short.append(f"no rung varies its {' and '.join(alone)}, and laws alone make no GO")
         settle = [_next_rung(case)]
     if lost := _diverged(assessment):
-        short.append(f"but {lost}")
+        short.append(lost)
         lower = 2.0 ** (assessment.log2_rate - 1)
         settle = [*settle, f"hyperparameters.learning_rate={lower:.4g}, an octave lower, judged in its place"]
-    short = short or [f"which is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})"]
-    return Verdict(verdict, [f"{near}, {', and '.join(short)}", *decided], settle)
+    if not _is_near(assessment):
+        short.insert(0, f"that is short of GO ({GO_OCTAVES:g} and {_percent(1 - GO_RISK)})")
+    return Verdict(verdict, [f"{near}, but {'; '.join(short)}", *decided], settle)
+
+
+def _is_near(assessment: Assessment, margin: float = 1.0) -> bool:
+    """Whether the target's optimum is as near, and as surely, as GO asks; within `margin` of its distance and risk."""
+    drift, distance = assessment.drift, assessment.distance
+    assert drift is not None
+    risk, centre = drift.chance(abs(distance) > FAR_OCTAVES), drift.quantiles(distance)[1]
+    return bool(risk <= margin * GO_RISK and abs(centre) <= margin * GO_OCTAVES)
 
 
 def _diverged(assessment: Assessment) -> str:
@@ -170,9 +177,7 @@ def is_clear(case: Case) -> bool:
         return far > 1 - CLEAR * (1 - NO_GO_CHANCE)
     if any(rule.lasting and rule.reason(case) for rule in NOT_CERTIFIED):
         return far < CLEAR
-    distance = case.assessment.distance
-    risk, centre = drift.chance(abs(distance) > FAR_OCTAVES), drift.quantiles(distance)[1]
-    return said == "GO" and risk <= CLEAR * GO_RISK and abs(centre) <= CLEAR * GO_OCTAVES
+    return said == "GO" and _is_near(case.assessment, CLEAR)
 
 
 def _said(assessment: Assessment) -> str:

@@ -63,7 +63,8 @@ class LoopConfig:
             pay, elsewhere float32.
         attention: `sdpa`, torch's fused kernel, or `explicit`; null is what a sweep measures to pay, elsewhere sdpa.
         compile: whether the model is compiled; null is what a sweep measures to pay, elsewhere false.
-        threads: CPU threads of a run; null is what a sweep measures to pay where cores would idle, elsewhere 1.
+        threads: CPU threads of a run; null is what a sweep measures to pay where cores would idle, elsewhere 1;
+            a target takes all cores.
     """
 
     clip_norm: float = 1.0

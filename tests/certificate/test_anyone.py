@@ -483,3 +483,13 @@ def test_a_copy_of_a_row_is_named(runs: str, out: Path, tmp_path: Path, capsys: 
     path = write(tmp_path / "copies.csv", pd.concat([points, points.iloc[3:5]]))
     assert main([f"runs={path}", f"out={out}"]) == 2
     assert f"2 rows too many, the first is row {len(points) + 1} of the data" in capsys.readouterr().err
+
+
+def test_every_reason_why_go_is_not_given_is_said(tmp_path: Path, out: Path) -> None:
+    points = make_ladder(Family(total=0.9), 7).points
+    rate = certificate(out / "all", f"runs={write(tmp_path / 'all.csv', points)}")["learning_rate"]
+    near = (np.log2(points.learning_rate / rate).abs() <= 0.5) & (points.seed == 0) & (points.width == 256)
+    lost = write(tmp_path / "lost.csv", points.assign(loss=points.loss.where(~near)))
+    data = certificate(out / "lost", f"runs={lost}")
+    assert data["verdict"] == "GO WITH CARE"
+    assert "but that is short of GO (0.5 and 93 %); 1 of " in data["reasons"][0]

@@ -23,7 +23,7 @@ NEAR, FAR = 0.25, 1.0  # octaves of true drift at the target
 DRIFTS = ((0.0, NEAR), (NEAR, FAR), (FAR, 3.0))  # a third of the ladders each
 STORED = Path(__file__).parent / "curves"
 #: What the quick tests measure, 201 ladders each.
-QUICK = ("kink 1.5, saturating", "kink 4, accelerating", "arms 2, linear", "noise 0.01")
+QUICK = ("kink 1, linear", "kink 1.5, saturating", "kink 4, accelerating", "arms 2, linear", "noise 0.01", "five rungs")
 
 
 def outcome(ladder: Ladder) -> dict[str, Any]:

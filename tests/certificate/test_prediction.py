@@ -126,7 +126,7 @@ def of_moves(move: tuple[float, float, float], count: int) -> list[tuple[bool, f
 
 def test_the_cost_of_a_rate_left_behind_is_part_of_the_prediction() -> None:
     found = of_moves((-0.2, 2.0, 2.0), 40)
-    assert fmean(inside for inside, _ in found) >= 0.8  # 48 % where it is not
+    assert fmean(inside for inside, _ in found) >= 0.8
 
 
 @pytest.mark.soak

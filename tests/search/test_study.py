@@ -70,9 +70,7 @@ def kill_and_compare(
     return {"trials": len(finished(calm)), "finished before the kill": len(before), "equal": True}
 
 
-@pytest.mark.parametrize(  # everything at once: tests/search/test_storages.py too
-    "whole_group", [pytest.param(True, marks=pytest.mark.soak), False], ids=["everything", "parent-only"]
-)
+@pytest.mark.parametrize("whole_group", [True, False], ids=["everything", "parent-only"])
 def test_a_killed_study_ends_with_the_trials_of_an_undisturbed_one(tmp_path: Path, whole_group: bool) -> None:
     arguments = [*QUICK, "search.n_trials=9", "run.num_steps=90"]
     doors.run("sweep", *arguments, f"out={tmp_path / 'calm'}")

@@ -219,6 +219,8 @@ def test_bad_input_is_refused_before_anything_is_written(
 
 def test_a_users_own_family_is_checked_in_a_notebook_and_on_the_command_line(tmp_path: Path) -> None:
     quick: dict[str, Any] = {"training": Text(context_length=32), "seeds": 1}
+    right = coordinate_check(llama.family, [64, 128, 256], **quick)
+    assert right.passed, said(right)
     assert not coordinate_check(llama.family, [64, 128, 256], table="sp", **quick).passed
     arguments = ["family=examples.llama:family", "widths=[64,128,256]", "seeds=1", "run.context_length=32"]
     done = doors.run("check", *arguments, f"out={tmp_path}")
@@ -228,6 +230,8 @@ def test_a_users_own_family_is_checked_in_a_notebook_and_on_the_command_line(tmp
 
 def test_a_users_own_family_is_checked_over_depth(tmp_path: Path) -> None:
     quick: dict[str, Any] = {"axis": DEPTH, "shapes": llama.at_depth, "training": Text(context_length=32), "seeds": 1}
+    right = coordinate_check(llama.deep, [2, 4, 8], table="completep", **quick)
+    assert right.passed, said(right)
     assert not coordinate_check(llama.deep, [2, 4, 8], table="mup", **quick).passed
     names = ["family=examples.llama:deep", "shapes=examples.llama:at_depth", "widths=[]", "depths=[2,4,8]"]
     small = ["parametrization=completep", "seeds=1", "run.context_length=32"]
