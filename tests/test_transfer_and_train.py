@@ -292,14 +292,16 @@ def test_the_transfer_file_carries_the_best_trial(house: Path) -> None:
     assert transfer["provenance"]["data_hash"]
 
 
-def test_a_ladder_continues_where_it_was_killed(house: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
+def test_a_ladder_continues_where_it_was_killed(signum: signal.Signals, code: int, house: Path, tmp_path: Path) -> None:
     doors.run("sweep", *TINY_SWEEP, f"out={tmp_path}")
     arguments = [*TINY_TARGET, *TINY_LADDER, f"out={tmp_path}"]
     process = doors.start("transfer", *arguments)
     ladder = tmp_path / "transfer/proxy--tiny/ladder"
     doors.wait_until(lambda: len(list(ladder.glob("*/result.json"))) >= 3, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    os.killpg(process.pid, signum)
+    process.communicate(timeout=60)
+    assert process.returncode == code
     done = {path: path.stat().st_mtime_ns for path in ladder.glob("*/result.json")}
     doors.run("transfer", *arguments)
     assert {path: path.stat().st_mtime_ns for path in done} == done
