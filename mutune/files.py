@@ -13,6 +13,10 @@ import yaml
 
 from mutune.errors import Refusal
 
+#: libyaml's where PyYAML was built with it: seven times as fast, to the same result.
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically: temporary name, fsync, rename."""
@@ -45,7 +49,7 @@ def write_json(path: Path, data: Any) -> None:
 def write_yaml(path: Path, data: Mapping[str, Any], comment: str = "") -> None:
     """Write `data` as YAML in its own key order, atomically, under an optional comment line."""
     head = f"# {comment}\n" if comment else ""
-    write_text(path, head + yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True))
+    write_text(path, head + yaml.dump(dict(data), Dumper=DUMPER, sort_keys=False, allow_unicode=True))
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         Refusal: the file is missing, is not YAML, or holds no mapping.
     """
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(), LOADER)
     except (OSError, UnicodeDecodeError) as error:
         raise Refusal(f"the {what} {path} cannot be read ({type(error).__name__}); check the path.") from error
     except yaml.YAMLError as error:

@@ -60,7 +60,7 @@ from mutune.search.storage import check_storage
 from mutune.search.study import best_trial, run_study
 from mutune.search.workers import UserCodeError, WorkError, Workers, default_workers
 from mutune.training.config import MAX_SEED
-from mutune.training.run import RunResult
+from mutune.training.result import RunResult
 
 Pool: TypeAlias = Workers[Any, RunResult]  # of `Trial`s and `OwnRung`s
 

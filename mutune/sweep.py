@@ -52,7 +52,8 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
     from mutune.search.launch import check_launcher
     from mutune.search.proposals import total_trials
     from mutune.search.study import check_space
-    from mutune.training.run import check_data
+    from mutune.search.workers import WorkError
+    from mutune.training.fit import check_data
 
     if not config.study:
         raise Refusal("no sweep was chosen; write for example +sweep=proxy (or study=NAME with a search.space).")
@@ -76,7 +77,10 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
     steps = _whole_runs(config, total) * spec.num_steps
     lack = _memory(config, spec, space, config.workers or 1)
     if not lack:
-        plan = plan_execution(spec, directory, config.device, steps, config.workers, total)
+        try:
+            plan = plan_execution(spec, directory, config.device, steps, config.workers, total)
+        except WorkError as error:
+            raise WorkFailed(str(error)) from error
         print(plan.line(steps), _share(config, steps), sep="\n")
         lack = _memory(config, spec, space, plan.workers)
     if config.dry_run:
@@ -148,7 +152,7 @@ def _memory(config: SweepConfig, spec: RunSpec, space: list[Dimension], workers:
     """Why the sweep's largest trials do not fit side by side on this host; None where they do, or run elsewhere."""
     from mutune.search.proposals import total_trials
     from mutune.search.trial import trial_spec
-    from mutune.training.memory import require_memory
+    from mutune.training.fit import require_memory
 
     if config.launcher != "local":
         return None

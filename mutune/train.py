@@ -51,7 +51,7 @@ def work(config: TrainConfig) -> int:
         print(price_table(name, spec))
         print("dry run: nothing was allocated or written; leave out dry_run=true to start.")
         return OK
-    from mutune.training.memory import require_memory
+    from mutune.training.fit import require_memory
 
     require_writable(Path(config.out))
     cure = (
@@ -71,7 +71,7 @@ def work(config: TrainConfig) -> int:
 def _check_data(transfer: TransferFile, spec: RunSpec) -> str:
     """The hash of the run's data; where it is the study's data, it must not have changed."""
     from mutune.data.prepare import prepare
-    from mutune.training.run import check_data
+    from mutune.training.fit import check_data
 
     corpus = prepare(spec.data, spec.tokenizer)
     check_data(spec, corpus, "target.stages[{}]")
@@ -87,7 +87,9 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
     from mutune.reporting.page import train_page
     from mutune.search.workers import default_workers
     from mutune.training.checkpoint import check_meta, newest, restore
-    from mutune.training.run import METRICS, Run, describe, resolve_device
+    from mutune.training.device import resolve_device
+    from mutune.training.result import METRICS
+    from mutune.training.run import Run, describe
 
     torch.set_num_threads(config.threads or spec.loop.threads or default_workers())
     checkpoint = newest(directory / "checkpoints")
@@ -139,7 +141,7 @@ def _compare(config: TrainConfig, transfer: TransferFile, directory: Path, loss:
 
 def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, meta: dict[str, Any]) -> None:
     from mutune.training.checkpoint import save
-    from mutune.training.run import METRICS
+    from mutune.training.result import METRICS
 
     total = run.spec.num_steps
     every = config.checkpoint_every or max(1, total // 20)

@@ -197,8 +197,7 @@ def _plan_ladders(config: TransferConfig, source: Source, target: RunSpec, direc
     from mutune.certificate.judged import under
     from mutune.certificate.planned import plan_ladder
     from mutune.data.prepare import prepare
-    from mutune.training.memory import require_memory
-    from mutune.training.run import check_data
+    from mutune.training.fit import check_data, require_memory
 
     if (proxy := source.proxy) is None:
         return {}
@@ -227,7 +226,7 @@ def _plan_ladders(config: TransferConfig, source: Source, target: RunSpec, direc
 def _check_target_data(transfer: TransferFile, target: RunSpec) -> None:
     """Refuse a target whose text is here and does not serve it; text that lies elsewhere is for `mutune.train`."""
     from mutune.data.prepare import prepare
-    from mutune.training.run import check_data
+    from mutune.training.fit import check_data
 
     same = (target.data, target.tokenizer) == (transfer.data, transfer.tokenizer)
     if same or transfer.target.data is not None:
@@ -240,7 +239,7 @@ def _from_study(config: TransferConfig) -> Source:
     from mutune.search.results import check_best, load_study
     from mutune.search.study import finished_trials
     from mutune.search.trial import trial_spec
-    from mutune.training.run import METRICS
+    from mutune.training.result import METRICS
 
     study = load_study(Path(config.out) / "sweeps", config.study)
     try:

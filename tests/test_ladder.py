@@ -15,7 +15,7 @@ import yaml
 
 from mutune.certificate import climb
 from mutune.certificate.ladder import LadderRun
-from mutune.training.run import RunResult
+from mutune.training.result import RunResult
 from mutune.transfer import main
 from tests import doors, studies
 

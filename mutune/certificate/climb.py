@@ -24,7 +24,7 @@ from mutune.folders import CONFIG
 from mutune.search.once import RESULT, finished, run_open
 from mutune.search.workers import Workers
 from mutune.training.price import price
-from mutune.training.run import RunResult
+from mutune.training.result import RunResult
 
 #: (finished, planned, names of the running)
 Report: TypeAlias = Callable[[int, int, list[str]], None]

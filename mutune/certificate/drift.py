@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from mutune.certificate.points import AXES
 from mutune.certificate.valleys import Fit, Valleys
@@ -191,7 +191,7 @@ def _bounded(optima: np.ndarray, valleys: Valleys) -> np.ndarray:
     past = sides * (valleys.bounds[edges] - optima[:, edges])
     tolerance = EDGE
     while True:
-        logs = stats.norm.logcdf(past / tolerance).sum(axis=1)
+        logs = special.log_ndtr(past / tolerance).sum(axis=1)
         weights = np.exp(logs - logs.max())
         weights /= weights.sum()
         if not 1 / np.sum(weights**2) < EFFECTIVE:

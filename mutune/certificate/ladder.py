@@ -9,7 +9,7 @@ from typing import Any
 from mutune.search.once import Once, fingerprint
 from mutune.search.workers import saving
 from mutune.training.config import RunSpec
-from mutune.training.run import RunResult, run_to_end
+from mutune.training.result import RunResult
 
 
 @dataclass(frozen=True)
@@ -63,5 +63,7 @@ def _move(folder: Path, place: Path) -> None:
 
 def train_rung(run: LadderRun) -> RunResult:
     """One run of the ladder; a worker's whole job."""
+    from mutune.training.run import run_to_end
+
     with saving() as stop:
         return run_to_end(run.spec, run.directory, run.device, run.note, stop=stop)

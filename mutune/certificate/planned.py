@@ -16,7 +16,7 @@ from mutune.search.once import fingerprint
 from mutune.search.workers import default_workers
 from mutune.training.config import MAX_SEED, RunSpec
 from mutune.training.price import price
-from mutune.training.run import RunResult
+from mutune.training.result import RunResult
 
 GRID_SEEDS, DESIGN_SEEDS = 2, 8
 

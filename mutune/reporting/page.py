@@ -18,6 +18,7 @@ from mutune.compose import build
 from mutune.errors import Refusal, first_line, require
 from mutune.files import read_yaml, write_text
 from mutune.reporting import frames
+from mutune.training.result import METRICS
 
 REPORT = "report.html"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is fetched, whatever the page holds
@@ -102,7 +103,7 @@ def train_page(directory: Path, next_step: str) -> Path:
     inputs = _get(_read(path), "inputs", path, dict)
     run = _get(inputs, "run", path, dict)
     runs, records = frames.load_runs(directory), frames.load_records(directory)
-    require("step" in records, f"{directory / frames.METRICS} holds no record; train again with the same command.")
+    require("step" in records, f"{directory / METRICS} holds no record; train again with the same command.")
     columns = ["step", "tokens", "context_length", "loss", "heldout_loss", "heldout_bits_per_byte"]
     facts = runs[["heldout_loss", "heldout_bits_per_byte", "steps", "tokens", "seconds"]].iloc[0].to_dict()
     facts["verdict of its transfer"] = _get(inputs, "verdict", path)

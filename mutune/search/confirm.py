@@ -17,7 +17,7 @@ from mutune.search.study import finished_by_loss, result_of
 from mutune.search.trial import Confirmation, trial_spec
 from mutune.search.workers import RunAll
 from mutune.training.config import MAX_SEED, RunSpec
-from mutune.training.run import RunResult
+from mutune.training.result import RunResult
 
 FOLDER = "confirm"
 

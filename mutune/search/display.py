@@ -14,7 +14,7 @@ from mutune.search.results import read_best, write_best
 from mutune.search.storage import TRIALS
 from mutune.search.study import Progress
 from mutune.search.trial import last_record
-from mutune.training.run import METRICS
+from mutune.training.result import METRICS
 from mutune.training.schedule import ScheduleConfig
 
 

@@ -13,7 +13,7 @@ from mutune.compose import build
 from mutune.files import write_json
 from mutune.search.claims import Claims
 from mutune.search.workers import POLL_SECONDS, RunAll
-from mutune.training.run import RunResult, discard
+from mutune.training.result import RunResult, discard
 
 RESULT = "result.json"
 

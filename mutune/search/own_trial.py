@@ -26,7 +26,8 @@ from mutune.parametrization.parametrized import Parametrized
 from mutune.parametrization.plan import Plan
 from mutune.search.trial import Trial
 from mutune.search.workers import UserCodeError
-from mutune.training.run import METRICS, RunResult, write_plan
+from mutune.training.result import METRICS, RunResult
+from mutune.training.run import write_plan
 from mutune.versions import versions
 
 #: (model, optimizer, seed, report) → final held-out loss.

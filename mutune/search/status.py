@@ -13,7 +13,7 @@ from mutune.search.results import BEST, read_best
 from mutune.search.storage import TRIALS, read_study
 from mutune.search.study import TOTAL
 from mutune.search.trial import last_record
-from mutune.training.run import METRICS
+from mutune.training.result import METRICS
 
 
 def status_lines(directory: Path, storage: str, num_steps: int) -> list[str]:

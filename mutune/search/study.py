@@ -32,7 +32,7 @@ from mutune.search.storage import TRIALS, open_study, patiently, read_study
 from mutune.search.trial import Trial, trial_spec
 from mutune.search.workers import POLL_SECONDS, RunAll
 from mutune.training.config import RunSpec
-from mutune.training.run import RunResult, discard
+from mutune.training.result import RunResult, discard
 
 TOTAL = "n_trials"  # the user attribute of a study that tells how many it was last asked for
 #: What `parametrization.decay=horizon` does not read and what it does; every other decay has it the other way round.

@@ -9,7 +9,7 @@ from mutune.parametrization.hyperparameters import NAMES
 from mutune.search.config import SCHEDULE
 from mutune.search.workers import saving
 from mutune.training.config import RunSpec
-from mutune.training.run import RunResult, run_to_end
+from mutune.training.result import RunResult
 
 TAIL = 4096  # bytes of a file of records in which the last one lies
 
@@ -74,6 +74,8 @@ def trial_spec(spec: RunSpec, params: dict[str, Any]) -> RunSpec:
 
 def run_trial(spec: RunSpec, device: str, trial: Trial) -> RunResult:
     """A trial of the house's own decoder; `spec` is the run at the base values."""
+    from mutune.training.run import run_to_end
+
     with saving() as stop:
         return run_to_end(
             trial_spec(spec, trial.params), trial.directory, device, trial.note, until=trial.until, stop=stop

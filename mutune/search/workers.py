@@ -40,7 +40,7 @@ MAX_LOSSES = 3
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 8.0  # for saving, once the work is to end
 #: What workers have loaded when they are forked. None of it starts a thread or touches a GPU.
-PRELOADED = ["torch", "mutune.training.run"]
+PRELOADED = ["torch", "torch._dynamo", "mutune.training.run"]  # dynamo: every optimizer of torch does load it
 PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
 
 

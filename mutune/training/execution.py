@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -21,6 +21,7 @@ from mutune.model.decoder import Decoder
 from mutune.parametrization.multiplier import Multiplier
 from mutune.training.config import LoopConfig
 from mutune.training.loop import Loss
+from mutune.training.price import Timing
 
 WARM_UP, TIMED = 4, 4  # steps
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -61,24 +62,6 @@ def loss_functions(model: Decoder, loop: LoopConfig) -> tuple[Loss, Loss]:
             return model.loss(ids_BT, targets_BT)
 
     return (torch.compile(loss) if loop.compile else loss), loss
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What one way of computing costs.
-
-    Attributes:
-        loop: the way. seconds: of a step, CPU seconds where it has one thread. compiling: seconds before its steps are
-            as fast as that.
-        busy: share of the time in which a GPU computes; 1 on a CPU.
-        memory: bytes that a GPU holds at most; 0 on a CPU.
-    """
-
-    loop: LoopConfig
-    seconds: float
-    compiling: float
-    busy: float = 1.0
-    memory: int = 0
 
 
 def time_steps(

@@ -1,4 +1,6 @@
-"""What a run would cost: parameters, steps, tokens, FLOPs and memory, without allocating anything."""
+"""What a run would cost, without allocating anything: parameters, steps, tokens, FLOPs and memory; and what a step was
+measured to take.
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +12,7 @@ from mutune.scaling.arithmetic import (
     state_bytes,
     train_flops_per_token,
 )
-from mutune.training.config import RunSpec, StageConfig, stage_ends
+from mutune.training.config import LoopConfig, RunSpec, StageConfig, stage_ends
 from mutune.training.schedule import multiplier
 
 
@@ -54,6 +56,24 @@ class Price:
     def bytes(self) -> int:
         """Memory of one device that trains alone."""
         return self.state_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one way of computing costs.
+
+    Attributes:
+        loop: the way. seconds: of a step, CPU seconds where it has one thread. compiling: seconds before its steps are
+            as fast as that.
+        busy: share of the time in which a GPU computes; 1 on a CPU.
+        memory: bytes that a GPU holds at most; 0 on a CPU.
+    """
+
+    loop: LoopConfig
+    seconds: float
+    compiling: float
+    busy: float = 1.0
+    memory: int = 0
 
 
 def price(spec: RunSpec) -> Price:

@@ -4,11 +4,10 @@ import bisect
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
@@ -29,41 +28,19 @@ from mutune.parametrization.opinion import second_opinion
 from mutune.parametrization.plan import Plan
 from mutune.training import checkpoint
 from mutune.training.config import RunSpec, StageConfig, stage_ends
+from mutune.training.device import resolve_device
 from mutune.training.execution import keep_memory, loss_functions, threaded
 from mutune.training.loop import Heldout, Record, evaluate, train
+from mutune.training.result import CHECKPOINTS, METRICS, RunResult, discard
 from mutune.training.schedule import multiplier
 from mutune.versions import versions
 
-METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
 WRITER = ".writer.lock"  # held by the process that trains: what a killed parent leaves running ends first
 SAVE_SECONDS = 30.0  # between the checkpoints of a trial or of a ladder's run
 SMOOTHED = 0.05  # of a run: over how many steps a paused run's training loss is averaged
 
 #: Tokens of the first batch that the first audit runs through the model; what multipliers do does not depend on them.
 PROBE_TOKENS = 8
-
-
-def check_data(spec: RunSpec, corpus: TokenizedCorpus, key: str) -> None:
-    """Refuse a run whose windows the text cannot give, before anything is written.
-
-    Args:
-        key: what a stage is called, for the message; `{}` is its number.
-    """
-    tokens, split = min((corpus.train_tokens, "training"), (corpus.heldout_tokens, "held-out"))
-    for i, stage in enumerate(spec.stages):
-        context = f"{key.format(i)}.context_length"
-        works = f"{context}={min(128, tokens - 1)}" if tokens > 1 else "a longer text"
-        require(
-            stage.context_length < tokens,
-            f"{context}={stage.context_length} does not fit into the {tokens:,} {split} tokens of {corpus.name}; "
-            f"for example {works}.",
-        )
-        windows = heldout_windows(corpus.heldout, stage.context_length, spec.loop.heldout_windows)
-        require(
-            bool(corpus.tokenizer.token_bytes[windows[:, 1:]].any()),
-            f"the held-out documents of {corpus.name} hold no text, so nothing can be measured on them; "
-            "for example twenty documents that are not empty.",
-        )
 
 
 def window_loader(spec: RunSpec, corpus: TokenizedCorpus) -> WindowLoader:
@@ -173,7 +150,8 @@ class Run:
             betas=self._betas,
             forward=lambda: self.model(ids_BT),
         )
-        found += second_opinion_of(self.spec, self.plan)
+        if start_step == 0:  # a checkpoint's plan is compared, and had its opinion
+            found += second_opinion_of(self.spec, self.plan)
         if found:
             raise AuditError(found)
 
@@ -205,35 +183,6 @@ def tokens_after(stages: tuple[StageConfig, ...], step: int) -> int:
     for end, stage in zip(ends, stages, strict=True):
         done += stage.tokens_per_step * max(0, min(step, end) - (end - stage.num_steps))
     return done
-
-
-def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run that is over has to say.
-
-    Attributes:
-        value: final held-out loss in nats per token; for a diverged run the worst finite loss it saw, and at least
-            ln(vocabulary), so that a search can learn from it.
-        diverged: whether the run left the stated bounds and stopped.
-        bits_per_byte: final held-out bits per byte; None for a diverged run.
-        num_steps: updates done.
-        seconds: wall time.
-        finished: whether it is over. One that is paused has its smoothed training loss as `value`.
-    """
-
-    value: float
-    diverged: bool
-    bits_per_byte: float | None
-    num_steps: int
-    seconds: float
-    finished: bool = True
 
 
 class Stopped(Exception):
@@ -271,7 +220,8 @@ def _to_end(run: Run, directory: Path, note: dict[str, Any], until: int | None, 
     spec = run.spec
     root, end = directory / CHECKPOINTS, min(until or spec.num_steps, spec.num_steps)
     start, records = _resume(run, directory)
-    describe(directory, run, note)
+    if not start:
+        describe(directory, run, note)
     write_text(directory / METRICS, "".join(json.dumps(record) + "\n" for record in records))
     before, saved = records[-1]["seconds"] if records else 0.0, time.monotonic()
 
@@ -294,11 +244,6 @@ def _to_end(run: Run, directory: Path, note: dict[str, Any], until: int | None, 
             if step == end:
                 break
     return _result(run, records)
-
-
-def discard(directory: Path) -> None:
-    """Drop the checkpoint of a run that does not go on; once its result is kept, where it has one."""
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
 
 
 def _result(run: Run, records: list[Record]) -> RunResult:

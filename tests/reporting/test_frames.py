@@ -14,12 +14,7 @@ from mutune.certificate.anyone import Asked, from_runs
 from mutune.certificate.table import to_tables
 from mutune.errors import Refusal
 from mutune.reporting import frames
-from mutune.training.run import METRICS
 from tests.reporting.runs import NUM_STEPS, VOCAB_SIZE, cut, diverge, write_run, write_search, write_valleys
-
-
-def test_records_are_looked_for_under_the_name_that_runs_write() -> None:
-    assert frames.METRICS == METRICS
 
 
 def test_one_row_per_run_says_what_the_run_was_and_how_it_ended(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import math
 
 from mutune.search.confirm import choose
-from mutune.training.run import RunResult
+from mutune.training.result import RunResult
 
 
 def runs(*losses: float) -> list[RunResult]:

@@ -1,21 +1,22 @@
 """How a study computes: what is measured to pay is chosen, and kept."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from mutune.compose import compose
 from mutune.config import SweepConfig
-from mutune.search import execution
+from mutune.search import execution, measure
 from mutune.search.execution import ExecutionPlan, agreed, kept, plan_execution
-from mutune.search.workers import default_workers
+from mutune.search.workers import WorkError, default_workers
 from mutune.training.config import LoopConfig
-from mutune.training.execution import Timing
+from mutune.training.price import Timing
 from tests import doors
 
 OPEN = ["loop.dtype=null", "loop.attention=null", "loop.compile=null", "loop.threads=null"]
@@ -36,7 +37,8 @@ def timer(seconds: dict[str, float], compiling: float = 20.0) -> Callable[..., T
 def chosen(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, seconds: dict[str, float], steps: float, *words: str
 ) -> str:
-    monkeypatch.setattr(execution, "time_steps", timer(seconds))
+    monkeypatch.setattr(execution, "APART", 0)
+    monkeypatch.setattr(measure, "time_steps", timer(seconds))
     spec = compose("sweep", SweepConfig, [*SWEEP, *OPEN, *words]).spec()
     plan = plan_execution(spec, tmp_path / "none", "cpu", steps, None, 8)
     assert isinstance(plan.loop.compile, bool)
@@ -97,7 +99,8 @@ def test_cores_that_would_idle_become_threads_where_that_pays(
         return Timing(loop, 0.02 * (together if loop.threads != 1 else 1.0), 20.0)
 
     monkeypatch.setattr(execution, "default_workers", lambda: 8)
-    monkeypatch.setattr(execution, "time_steps", time_steps)
+    monkeypatch.setattr(execution, "APART", 0)
+    monkeypatch.setattr(measure, "time_steps", time_steps)
     spec = compose("sweep", SweepConfig, [*SWEEP, *OPEN]).spec()
     plan = plan_execution(spec, tmp_path / "none", "cpu", 1000, workers, at_once)
     assert (plan.workers, plan.loop.threads) == expected
@@ -115,6 +118,25 @@ def test_what_is_said_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     seconds = {**dict.fromkeys(WAYS, 0.02), "bfloat16 explicit compiled": 0.5}
     words = ["loop.dtype=bfloat16", "loop.attention=explicit", "loop.compile=true"]
     assert chosen(monkeypatch, tmp_path, seconds, 10, *words) == "bfloat16 explicit compiled"
+
+
+def test_a_sweep_leaves_torch_to_its_workers(tmp_path: Path) -> None:
+    """A command that only waits does not load it, which takes seconds and, on a GPU, memory."""
+    code = (
+        "import sys; from mutune.sweep import main; code = main(sys.argv[1:]); sys.exit(code or 'torch' in sys.modules)"
+    )
+    words = [*SWEEP, *OPEN, "device=cpu", f"out={tmp_path}"]
+    subprocess.run([sys.executable, "-c", code, *words], cwd=doors.ROOT, check=True, capture_output=True)
+
+
+def test_a_timing_that_dies_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def dies(*_: Any) -> None:
+        raise WorkError("worker processes keep dying, the last one in the timing of its steps; is memory short?")
+
+    monkeypatch.setattr(execution, "_measured", dies)
+    failed = doors.run("sweep", *SWEEP, *OPEN, f"out={tmp_path}", expect=1).stderr
+    assert "in the timing of its steps; is memory short?" in failed
+    assert not (tmp_path / "sweeps").exists()
 
 
 def test_a_study_keeps_to_its_way_and_another_is_refused(tmp_path: Path) -> None:
@@ -164,7 +186,7 @@ def test_a_gpu_gets_as_many_processes_as_keep_it_busy_and_fit(monkeypatch: pytes
     monkeypatch.setattr(execution, "default_workers", lambda: 16)
 
     def workers(busy: float, memory: int) -> int:
-        return execution._workers(spec, Timing(spec.loop, 0.01, 0.0, busy, memory), torch.device("cuda"))
+        return execution._workers(spec, Timing(spec.loop, 0.01, 0.0, busy, memory), "cuda")
 
     assert [workers(busy, 2**30) for busy in (1.0, 0.5, 0.2, 0.01)] == [1, 2, 5, 6]  # six contexts fit
     assert workers(0.2, 9 * 2**30) == 1

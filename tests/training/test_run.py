@@ -13,7 +13,9 @@ from mutune.data import DataConfig, TokenizerConfig, prepare
 from mutune.errors import Refusal
 from mutune.training import run
 from mutune.training.config import RunSpec
-from mutune.training.run import CHECKPOINTS, METRICS, RunResult, Stopped, check_data, discard, run_to_end
+from mutune.training.fit import check_data
+from mutune.training.result import CHECKPOINTS, METRICS, RunResult, discard
+from mutune.training.run import Stopped, run_to_end
 
 SMOKE = ["+sweep=smoke", "loop.heldout_windows=4", "schedule=constant", "schedule.warmup_fraction=0"]
 

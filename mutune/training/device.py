@@ -1,0 +1,49 @@
+"""Where runs compute, and how much memory is free there."""
+
+import runpy
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    import torch
+
+
+def device_name(device: str) -> str:
+    """`auto` is CUDA where there is one, else the CPU. A torch that was built for CPUs alone is not loaded for that."""
+    if device != "auto":
+        return device
+    if _is_for_cpus():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_device(device: str) -> "torch.device":
+    """The device of that name, as `device_name` has it."""
+    import torch
+
+    return torch.device(device_name(device))
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on `device`."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+@cache
+def _is_for_cpus() -> bool:
+    """Whether the installed torch says of itself that it was built for neither CUDA nor ROCm."""
+    spec = find_spec("torch")
+    assert spec is not None, "torch is one of mutune's requirements"
+    assert spec.origin is not None
+    build = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    return build.get("cuda", "?") is None and build.get("hip", "?") is None
