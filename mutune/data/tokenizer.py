@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -71,6 +71,7 @@ def tokenizer_name(config: TokenizerConfig) -> str:
     return f"bpe-{config.vocab_size}" if config.kind == "bpe" else config.kind
 
 
+@lru_cache(maxsize=4)  # a worker's trials share one, and GPT-2's takes half a second
 def tokenizer_from_json(name: str, text: str) -> Tokenizer:
     """A tokenizer from the `tokenizer.json` that `Tokenizer.json` holds."""
     stored = json.loads(text)

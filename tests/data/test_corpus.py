@@ -1,8 +1,10 @@
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -104,6 +106,44 @@ def test_the_hash_of_a_file_is_found_without_parsing_it(tmp_path: Path) -> None:
     assert corpus_hash(DataConfig()) == SOTU_HASH
 
 
+def packed(*lines: str) -> bytes:
+    """A shard as SlimPajama has them; two frames, as files that were joined have."""
+    half = len(lines) // 2
+    return b"".join(zstandard.compress("\n".join(part).encode()) for part in (lines[:half], ("", *lines[half:])))
+
+
+def test_a_folder_of_shards_is_one_corpus_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name, content in {
+        "chunk2/example_train_0.jsonl.zst": packed('{"text": "d", "meta": {"set": "C4"}}', '{"text": "e"}'),
+        "chunk1/example_train_1.jsonl": b'{"text": "b"}\n\n{"text": "c", "id": "named"}',
+        "a.txt": b"a whole\n\ndocument",
+        "readme.md": b"# not text to train on",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    config = DataConfig("text", str(tmp_path))
+    corpus = load_corpus(config)
+    assert [(document.id, document.text) for document in corpus.documents] == [
+        ("a.txt", "a whole\n\ndocument"),
+        ("chunk1/example_train_1.jsonl:000001", "b"),
+        ("chunk1/example_train_1.jsonl:named", "c"),
+        ("chunk2/example_train_0.jsonl.zst:000001", "d"),
+        ("chunk2/example_train_0.jsonl.zst:000002", "e"),
+    ]
+    assert (corpus_name(config), corpus_hash(config)) == (tmp_path.name, corpus.content_hash)
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    assert load_corpus(config).content_hash == corpus_hash(config) != corpus.content_hash
+
+
+def test_a_hash_is_found_anew_once_its_file_has_changed(tmp_path: Path) -> None:
+    config, path = DataConfig("text", str(tmp_path / "a.txt")), tmp_path / "a.txt"
+    path.write_text("one\n\ntwo")
+    first = corpus_hash(config)
+    path.write_text("one\n\ntwO")
+    os.utime(path, ns=(1, 1))
+    assert corpus_hash(config) == load_corpus(config).content_hash != first
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -114,7 +154,14 @@ def test_the_hash_of_a_file_is_found_without_parsing_it(tmp_path: Path) -> None:
         ("one.jsonl", b'{"text": "alone"}', "holds one document, so none can be held out; for example"),
         ("nul.txt", b"PK\x03\x04\0\0", "holds NUL bytes, so it is not UTF-8 text; for example"),
         ("latin.txt", b"caf\xe9\n\nau lait", "is not UTF-8 text at byte 3; for example"),
-        ("corpus.md", b"# title", r"ends in neither .txt nor .jsonl; for example data.path=corpus.txt"),
+        ("corpus.md", b"# title", r"ends in none of .txt, .jsonl and .jsonl.zst; for example data.path=corpus.txt"),
+        (
+            "torn.jsonl.zst",
+            packed('{"text": "a"}', '{"text": "b"}')[:-3],
+            "is cut off; copy it again, and compare with",
+        ),
+        ("wrong.jsonl.zst", b'{"text": "a"}', "is not a zstd file; for example"),
+        ("key.jsonl.zst", packed('{"text": "a"}', '{"content": "b"}'), 'line 2 has no string under the key "text"'),
         ("torn.jsonl", b'{"text": "a"}\n{"text": "b', r"line 2 is not a JSON object; for example"),
         ("deep.jsonl", b"[" * 100_000, r"line 1 is not a JSON object; for example"),
         ("list.jsonl", b'["a"]', r"line 1 is not a JSON object; for example"),
@@ -134,7 +181,8 @@ def test_a_file_that_cannot_be_a_corpus_is_refused(tmp_path: Path, name: str, co
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=r"data.path=nowhere.txt does not exist; for example data.path=corpus.txt"):
         load_corpus(DataConfig("text", "nowhere.txt"))
-    with pytest.raises(Refusal, match=f"data.path={tmp_path} is a folder, not a file; for example"):
+    (tmp_path / "notes.md").write_text("# of another kind")
+    with pytest.raises(Refusal, match=f"data.path={tmp_path} holds no .txt, .jsonl or .jsonl.zst; for example"):
         load_corpus(DataConfig("text", str(tmp_path)))
 
 

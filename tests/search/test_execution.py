@@ -1,5 +1,6 @@
 """How a study computes: what is measured to pay is chosen, and kept."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+import zstandard
 
 from mutune.compose import compose
 from mutune.config import SweepConfig
@@ -170,6 +172,19 @@ def test_a_dry_run_prices_what_does_not_fit_and_says_so(tmp_path: Path) -> None:
     refused = doors.run("sweep", *large, f"out={tmp_path}", expect=2).stderr
     assert "this run needs about " in refused
     assert refused.rstrip().endswith("choose a smaller model.width, or loop.micro_sequences=1.")
+
+
+def test_btlm_s_search_reads_a_folder_of_slimpajama_s_shards(tmp_path: Path) -> None:
+    shards, few = tmp_path / "slimpajama/chunk1", ["search.n_trials=2", "search.pruner=none", "search.confirm=0"]
+    shards.mkdir(parents=True)
+    for i, texts in enumerate((["We the people. " * 40] * 9, ["In order to form a union. " * 40] * 9)):
+        lines = [json.dumps({"text": text, "meta": {"redpajama_set_name": "RedPajamaC4"}}) for text in texts]
+        (shards / f"example_train_{i}.jsonl.zst").write_bytes(zstandard.compress("\n".join(lines).encode()))
+    small = ["model.width=64", "model.depth=1", "run.context_length=32", "run.batch_sequences=2", "run.num_steps=3"]
+    words = ["+sweep=btlm_proxy", f"data.path={shards.parent}", *small, *few, "schedule.warmup_steps=1"]
+    assert "best       trial " in doors.run("sweep", *words, f"out={tmp_path}").stdout
+    run = yaml.safe_load((tmp_path / "sweeps/btlm_proxy/trials/0/config.yaml").read_text())
+    assert run["vocab_size"] == 50257
 
 
 def test_the_plan_says_what_share_of_the_target_the_study_costs(tmp_path: Path) -> None:
