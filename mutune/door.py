@@ -18,9 +18,19 @@ from mutune.help import help_text
 
 T = TypeVar("T", bound="DoorConfig")
 
-NOTHING_WRITTEN = "dry run: nothing was written but tokenized text in the cache; leave out dry_run=true to start."
-
+CACHED = "tokenized text in the cache"
 OK, FAILED, REFUSED, NOT_GO, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+
+
+def nothing_written(but: str, lack: Refusal | None = None) -> str:
+    """The last lines of a dry run.
+
+    Args:
+        but: what was written all the same, or nothing.
+        lack: why the work would be refused here.
+    """
+    written = f"dry run: nothing was written{f' but {but}' if but else ''}"
+    return f"memory     {lack}\n{written}." if lack else f"{written}; leave out dry_run=true to start."
 
 
 class WorkFailed(Exception):

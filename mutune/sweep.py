@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mutune.compose import build, compose
 from mutune.config import SweepConfig, TransferConfig
-from mutune.door import NOTHING_WRITTEN, OK, WorkFailed, drawn, enter
+from mutune.door import CACHED, OK, WorkFailed, drawn, enter, nothing_written
 from mutune.errors import Refusal
 from mutune.files import read_yaml, require_writable
 from mutune.folders import CONFIG, check_claim, claim, entered
@@ -84,7 +84,7 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
         print(plan.line(steps), _share(config, steps), sep="\n")
         lack = _memory(config, spec, space, plan.workers)
     if config.dry_run:
-        print(*([f"memory     {lack}"] if lack else []), NOTHING_WRITTEN, sep="\n")
+        print(nothing_written(CACHED, lack))
         return OK
     if lack:
         raise lack

@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 from mutune.certificate.config import TransferFile
 from mutune.compose import build, plain
 from mutune.config import TrainConfig
-from mutune.door import OK, StopRequest, WorkFailed, drawn, enter
+from mutune.door import OK, StopRequest, WorkFailed, drawn, enter, nothing_written
 from mutune.errors import Refusal, require
 from mutune.files import read_yaml, require_writable, write_json, write_text
 from mutune.folders import check_claim, claim, locked
 from mutune.parametrization.finding import AuditError
 from mutune.progress import ProgressLine, clock
 from mutune.training.config import RunSpec
-from mutune.training.price import price_table
+from mutune.training.price import price, price_table
 
 PREDICTION = "prediction.json"
+FIRST_STEPS = 4  # after which it is known how long the run will take
 
 if TYPE_CHECKING:
     from mutune.training.loop import Record
@@ -47,17 +48,13 @@ def work(config: TrainConfig) -> int:
     spec = transfer.spec(config.seed)
     transfer.check_seal()
     name = config.name or transfer.target.name
+    lack = _memory(config, spec)
     if config.dry_run:
-        print(price_table(name, spec))
-        print("dry run: nothing was allocated or written; leave out dry_run=true to start.")
+        print(price_table(name, spec), nothing_written("", lack), sep="\n")
         return OK
-    from mutune.training.fit import require_memory
-
     require_writable(Path(config.out))
-    cure = (
-        "dry_run=true prices it; transfer to a smaller target, as in target=small (several devices are not built yet)"
-    )
-    require_memory([spec], config.device, cure)
+    if lack:
+        raise lack
     data_hash = _check_data(transfer, spec)
     directory = Path(config.out) / "train" / name
     inputs = {"run": plain(spec), "data_hash": data_hash, "verdict": transfer.verdict}
@@ -66,6 +63,20 @@ def work(config: TrainConfig) -> int:
         claim(directory, inputs, "name", config.overwrite)
         _train(config, spec, directory, {"inputs": inputs}, transfer)
     return OK
+
+
+def _memory(config: TrainConfig, spec: RunSpec) -> Refusal | None:
+    """Why the run does not fit here; None where it does."""
+    from mutune.training.fit import require_memory
+
+    cure = (
+        "dry_run=true prices it; transfer to a smaller target, as in target=small (several devices are not built yet)"
+    )
+    try:
+        require_memory([spec], config.device, cure)
+    except Refusal as refusal:
+        return refusal
+    return None
 
 
 def _check_data(transfer: TransferFile, spec: RunSpec) -> str:
@@ -95,7 +106,8 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
     checkpoint = newest(directory / "checkpoints")
     start = 0 if checkpoint is None else checkpoint.step
     records = _records_until(directory / METRICS, start, finished=start == spec.num_steps)
-    run = Run(spec, resolve_device(config.device))
+    where = resolve_device(config.device)
+    run = Run(spec, where)
     meta = {
         "run": plain(spec),
         "data_hash": run.corpus.content_hash,
@@ -106,8 +118,14 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
         restore(checkpoint, run.model, run.optimizer)
     describe(directory, run, note)
     write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
-    if start:
-        print(f"resuming   {directory.name} at step {start:,} of {spec.num_steps:,}", file=sys.stderr)
+    how = (
+        f"resuming   {directory.name} at step {start:,} of {spec.num_steps:,}"
+        if start
+        else f"training   {directory.name}: {price(spec).parameters:,} parameters, {spec.num_steps:,} steps"
+    )
+    threads = torch.get_num_threads()
+    on = f"{threads} thread{'s' if threads > 1 else ''}" if where.type == "cpu" else str(where)
+    print(f"{how}, by {on} → {directory}/", file=sys.stderr)
     if start < spec.num_steps:
         try:
             _run_to_end(config, run, directory, start, meta)
@@ -154,7 +172,8 @@ def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, me
             if step % every == 0 or step == total or stop.requested:
                 os.fsync(lines.fileno())  # a checkpoint never knows a step that the records do not
                 save(directory / "checkpoints", step, run.model, run.optimizer, run.plan, meta, config.keep_checkpoints)
-            line.show(_progress(directory.name, record, start, total, line.elapsed), change=step % every == 0)
+            told = step % every == 0 or step == start + FIRST_STEPS
+            line.show(_progress(directory.name, record, start, total, line.elapsed), change=told)
             if stop.requested and step < total:
                 stop.obey()
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mutune.certificate.config import Provenance, TransferFile
 from mutune.compose import build, compose, data_dir, plain
 from mutune.config import PUBLISHED, SweepConfig, TransferConfig
-from mutune.door import NOT_GO, NOTHING_WRITTEN, OK, WorkFailed, drawn, enter
+from mutune.door import CACHED, NOT_GO, OK, WorkFailed, drawn, enter, nothing_written
 from mutune.errors import Refusal, require
 from mutune.files import read_yaml, require_writable, write_yaml
 from mutune.folders import check_claim, claim, locked
@@ -89,7 +89,7 @@ def work(config: TransferConfig) -> int:
     advice, unable = _advice(source.proxy, target, own), _foreseen(config, source, target, own)
     if config.dry_run:
         tuning = [f"tuning     {words}" for words in _tuning(source, target)]
-        print("\n".join([_dry_run(config, ladders, target, advice), *tuning, *unable, NOTHING_WRITTEN]))
+        print("\n".join([_dry_run(config, ladders, target, advice), *tuning, *unable, nothing_written(CACHED)]))
         return OK
     for line in unable:
         print(line, flush=True)

@@ -5,6 +5,7 @@ import hashlib
 import html
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -90,11 +91,13 @@ def test_the_dry_run_of_the_3b_target_prices_it_without_allocating_it(
 
     folder = published(tmp_path)
     capsys.readouterr()
-    assert main([f"transfer={folder / 'transfer.yaml'}", "dry_run=true", f"out={tmp_path / 'none'}"]) == 0
+    assert main([f"transfer={folder / 'transfer.yaml'}", "dry_run=true", "device=cpu", f"out={tmp_path / 'none'}"]) == 0
     printed = capsys.readouterr().out
     for fact in ("2,646,255,744 in 451 tensors", "119,727 steps", "39,909 steps", "627,714,293,760 tokens"):
         assert fact in printed
     assert "1.217e+22 FLOPs" in printed
+    assert printed.splitlines()[-2].startswith("memory     device=cpu has ")  # so it is not invited to start
+    assert printed.endswith("dry run: nothing was written.\n")
     assert not (tmp_path / "none").exists()
 
 
@@ -356,6 +359,8 @@ def test_an_interrupted_target_resumes_to_the_same_weights(
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[signum]
+    assert re.search(r"^training   tiny: [\d,]+ parameters, 40 steps, by \d+ thread", stderr)
+    assert "tiny step 4/40 · loss " in stderr  # long before a twentieth of a long run
     if signum != signal.SIGKILL:
         assert "the same command continues" in stderr
         assert "Traceback" not in stderr
