@@ -151,7 +151,7 @@ def drift_figure(valleys: pd.DataFrame) -> Figure:
         for row in frames.drift(valleys).dropna(subset=["octaves_per_doubling"]).to_dict("records")
     ]
     if words:
-        axes.set_title(f"{', '.join(words)} octaves per doubling of the width", loc="left")
+        axes.set_title(f"{', '.join(words)}\noctaves per doubling of the width, by these points alone", loc="left")
     return figure
 
 
