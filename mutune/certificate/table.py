@@ -11,6 +11,7 @@ import pandas as pd
 
 from mutune.certificate.points import AXES, COLUMNS
 from mutune.errors import Refusal, first_line, require
+from mutune.folders import CONFIG
 
 #: Column of a file → what it is here; `lr` is how most people call it.
 NAMES = {"lr": "learning_rate", "learning_rate": "learning_rate", "val_loss": "loss"}
@@ -139,6 +140,9 @@ def read_optima(path: str) -> dict[float, float]:
 
 def _read(path: str, key: str = "runs") -> pd.DataFrame:
     example = EXAMPLE if key == "runs" else OPTIMA
+    for folder in (Path(path), Path(path).parent):
+        if (folder / "trials").is_dir() and (folder / CONFIG).is_file() and Path(path).suffix != ".csv":
+            raise Refusal(f"{key}={path} is of a study of mutune's own; ask with study={folder.name} in its place.")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         head = text.partition("\n")[0]

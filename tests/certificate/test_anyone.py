@@ -198,6 +198,16 @@ def test_a_file_that_does_not_serve_gets_one_sentence(
     assert not out.exists()
 
 
+def test_a_study_of_our_own_is_asked_as_a_study(tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "sweeps/mine"
+    (folder / "trials").mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    (folder / "study.db").write_bytes(b"SQLite format 3\0\xfb")
+    for path in (folder, folder / "study.db"):
+        assert main([f"runs={path}", f"out={out}"]) == 2
+        assert capsys.readouterr().err.endswith("is of a study of mutune's own; ask with study=mine in its place.\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
