@@ -316,15 +316,28 @@ def _depth(case: Case) -> str:
 
 
 def _edges(case: Case) -> str:
-    valleys, base = case.assessment.valleys, case.assessment.base
-    found = []
+    edges = case.assessment.valleys.edges
+    found = [f"{name} ({edges[rung]})" for rung, name in _at_edges(case).items()]
+    return f"the optimum is at the edge of the tried rates, or beyond it, at {' and '.join(found)}" if found else ""
+
+
+def _past_edges(case: Case) -> str:
+    valleys = case.assessment.valleys
+    rates = [
+        f"{'below' if valleys.edges[rung] == 'low' else 'above'} {2 ** valleys.bounds[rung]:.3g} at {name}"
+        for rung, name in _at_edges(case).items()
+    ]
+    return f"learning rates {' and '.join(rates)}"
+
+
+def _at_edges(case: Case) -> dict[int, str]:
+    """Rung → its name, of those next to the target and the base, where its optimum is at an edge of its rates."""
+    valleys, found = case.assessment.valleys, dict[int, str]()
     for axis in AXES:
         nearest = case.assessment.nearest(axis)
-        if nearest != base and (edge := valleys.edges[nearest]):
-            found.append(f"{axis} {valleys.rungs[axis].iloc[nearest]:,.10g} ({edge})")
-    if edge := valleys.edges[base]:
-        found.append(f"the base ({edge})")
-    return f"the optimum is at the edge of the tried rates, or beyond it, at {' and '.join(found)}" if found else ""
+        if nearest != case.assessment.base and valleys.edges[nearest]:
+            found.setdefault(nearest, f"{axis} {valleys.rungs[axis].iloc[nearest]:,.10g}")
+    return found | ({case.assessment.base: "the base"} if valleys.edges[case.assessment.base] else {})
 
 
 def _flat(case: Case) -> str:
@@ -352,7 +365,8 @@ def _rungs(case: Case) -> str:
 def _more_widths(case: Case) -> str:
     rungs = case.assessment.valleys.rungs
     others = [axis for axis in AXES[1:] if rungs[axis].nunique() > 1]
-    return f"more widths{' at the same ' + ' and '.join(others) if others else ''}"
+    same = f" at the same {' and '.join(others)}" if others else ""
+    return f"more widths{same}, for example {2 * rungs['width'].max():,.10g}"
 
 
 def _wide(case: Case) -> str:
@@ -401,7 +415,7 @@ NOT_CERTIFIED = (
     _beyond("context", "sweep at a longer run.context_length"),
     _differs("schedule", "the best rate belongs to its schedule; sweep with the target's"),
     _beyond("decay share", "the best rate belongs to its schedule; sweep with the target's schedule.decay_fraction"),
-    Rule("edge", _edges, lambda case: "rates beyond the edge at those rungs", lasting=False),
+    Rule("edge", _edges, _past_edges, lasting=False),
     Rule("flat", _flat, lambda case: "rates further apart, or more seeds", lasting=False),
     Rule("rungs", _rungs, _more_widths, lasting=False),
     Rule("interval", _wide, _next_rung, lasting=False),

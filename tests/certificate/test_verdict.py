@@ -196,7 +196,7 @@ def test_an_optimum_at_the_edge_is_not_certified() -> None:
     result = verdict(wide(), {32: 0.0, 64: 0.0, 128: 1.3}, offsets=(-0.8, 0.0, 0.8))
     assert result.verdict == "NOT CERTIFIED"
     assert any("edge of the tried rates, or beyond it, at width 128 (high)" in reason for reason in result.reasons)
-    assert "rates beyond the edge at those rungs" in result.settle
+    assert result.settle == ["learning rates above 0.0272 at width 128"]
 
 
 def test_an_optimum_far_away_is_no_go_though_a_rung_has_it_at_the_edge() -> None:
