@@ -75,9 +75,19 @@ def work(config: CheckConfig) -> int:
         _write_verdict(directory, judgements, passed)
     print(f"written    {directory}: verdict.json, slopes, coordinates and figures by axis")
     print(f"verdict    {'PASS' if passed else 'FAIL'}: table {config.parametrization.table} over {_over(axes)}")
-    if passed and config.parametrization.table == "completep" and not config.depths:
-        print("next       completep is for depth too: add depths=[2,4,8,16] name=completep-depth")
+    print(f"next       {_next(config, passed)}")
     return OK if passed else FAILED
+
+
+def _next(config: CheckConfig, passed: bool) -> str:
+    table = config.parametrization.table
+    if not passed:
+        return "mend what is named above, in the model or in its table, and run the same command again"
+    if table == "completep" and not config.depths:
+        return "completep is for depth too: add depths=[2,4,8,16] name=completep-depth"
+    if config.family:
+        return "search its base hyperparameters with mutune.search.run, as README shows"
+    return f"search its base hyperparameters: python -m mutune.sweep +sweep=proxy parametrization={table}"
 
 
 def _default_name(config: CheckConfig) -> str:

@@ -159,6 +159,7 @@ def test_the_command_leaves_numbers_figures_and_a_verdict(tmp_path: Path) -> Non
     done = doors.run("check", "widths=[64,128,256]", "seeds=2", "model.depth=2", f"out={tmp_path}")
     folder = tmp_path / "checks" / "mup"
     assert "verdict    PASS: table mup over width 64-256" in done.stdout
+    assert "\nnext       search its base hyperparameters" in done.stdout
     assert json.loads((folder / "verdict.json").read_text()) == {"verdict": "PASS", "findings": []}
     rows = rows_of(folder / "slopes-width.csv")
     assert {"quantity", "place", "step", "mean", "half_width", "low", "high", "passed"} <= set(rows[0])
