@@ -250,9 +250,10 @@ def _add_cohort(
 
 def _tell(study: optuna.Study, trial: Trial, result: RunResult) -> None:
     """Store what a trial says; one that paused reports, at its stop."""
-    told = _live(study, trial.number)
-    if study.get_trials(deepcopy=False)[trial.number].state.is_finished():
+    stored = study.get_trials(deepcopy=False)[trial.number]
+    if stored.state.is_finished():
         return  # told before the storage went away
+    told = optuna.trial.Trial(study, stored._trial_id)
     for key in ("diverged", "bits_per_byte", "seconds"):
         told.set_user_attr(key, getattr(result, key))
     if result.finished:
@@ -272,12 +273,9 @@ def _prune(study: optuna.Study, search: SearchConfig, num_steps: int, stop: int,
         return
     for number in losers(search.prunes, num_steps, stop, cohorts):
         if not trials[number].state.is_finished():
-            study.tell(_live(study, number), state=TrialState.PRUNED, skip_if_finished=True)
+            pruned = optuna.trial.Trial(study, trials[number]._trial_id)
+            study.tell(pruned, state=TrialState.PRUNED, skip_if_finished=True)
         discard(_folder(directory, number))
-
-
-def _live(study: optuna.Study, number: int) -> optuna.trial.Trial:
-    return optuna.trial.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
 
 
 def _progress(
