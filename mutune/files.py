@@ -13,7 +13,7 @@ import yaml
 
 from mutune.errors import Refusal
 
-#: libyaml's where PyYAML was built with it: seven times as fast, to the same result.
+#: libyaml's where PyYAML was built with it: seven times as fast, to the same values.
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 

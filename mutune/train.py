@@ -69,9 +69,8 @@ def _memory(config: TrainConfig, spec: RunSpec) -> Refusal | None:
     """Why the run does not fit here; None where it does."""
     from mutune.training.fit import require_memory
 
-    cure = (
-        "dry_run=true prices it; transfer to a smaller target, as in target=small (several devices are not built yet)"
-    )
+    cure = "transfer to a smaller target, as in target=small (several devices are not built yet)"
+    cure = cure if config.dry_run else f"dry_run=true prices it; {cure}"
     try:
         require_memory([spec], config.device, cure)
     except Refusal as refusal:
@@ -162,7 +161,7 @@ def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, me
     from mutune.training.result import METRICS
 
     total = run.spec.num_steps
-    every = config.checkpoint_every or max(1, total // 20)
+    every, first = config.checkpoint_every or max(1, total // 20), 0.0
     with closing(ProgressLine()) as line, StopRequest() as stop, (directory / METRICS).open("a", buffering=1) as lines:
         for record in run.records(start):
             step = record["step"]
@@ -173,16 +172,16 @@ def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, me
                 os.fsync(lines.fileno())  # a checkpoint never knows a step that the records do not
                 save(directory / "checkpoints", step, run.model, run.optimizer, run.plan, meta, config.keep_checkpoints)
             told = step % every == 0 or step == start + FIRST_STEPS
-            line.show(_progress(directory.name, record, start, total, line.elapsed), change=told)
+            first = first or line.elapsed  # before which it is audited, and compiled
+            left = (line.elapsed - first) / max(1, step - start - 1) * (total - step)
+            line.show(_progress(directory.name, record, total, line.elapsed, left), change=told)
             if stop.requested and step < total:
                 stop.obey()
 
 
-def _progress(name: str, record: "Record", start: int, total: int, elapsed: float) -> str:
-    step = record["step"]
-    left = elapsed / (step - start) * (total - step)
+def _progress(name: str, record: "Record", total: int, elapsed: float, left: float) -> str:
     return (
-        f"{name} step {step:,}/{total:,} · loss {record['loss']:.4f} · lr {record['lr']:.3g} · "
+        f"{name} step {record['step']:,}/{total:,} · loss {record['loss']:.4f} · lr {record['lr']:.3g} · "
         f"{clock(elapsed)} elapsed · about {clock(left)} left"
     )
 

@@ -140,10 +140,8 @@ def read_optima(path: str) -> dict[float, float]:
 
 def _read(path: str, key: str = "runs") -> pd.DataFrame:
     example = EXAMPLE if key == "runs" else OPTIMA
-    for folder in (Path(path), Path(path).parent):
-        if (folder / "trials").is_dir() and (folder / CONFIG).is_file() and Path(path).suffix != ".csv":
-            raise Refusal(f"{key}={path} is of a study of mutune's own; ask with study={folder.name} in its place.")
     try:
+        _check_no_study(Path(path), key)
         text = Path(path).read_text(encoding="utf-8-sig")
         head = text.partition("\n")[0]
         mark = next((mark for mark in (",", ";", "\t") if mark in head), ",")
@@ -174,6 +172,15 @@ def _read(path: str, key: str = "runs") -> pd.DataFrame:
         raise Refusal(f"{key}={path} is empty; {example}.") from None
     except (OSError, UnicodeDecodeError, csv.Error, pd.errors.ParserError) as error:
         raise Refusal(f"{key}={path} cannot be read as CSV ({first_line(error)}); {example}.") from None
+
+
+def _check_no_study(path: Path, key: str) -> None:
+    """Refuse a study's folder, or its storage, which `study=` reads."""
+    folder = path.parent if path.suffix in (".db", ".journal") else path
+    out = folder.parent.parent
+    if folder.parent.name == "sweeps" and (folder / "trials").is_dir() and (folder / CONFIG).is_file():
+        where = "" if out == Path("runs") else f" out={out}"
+        raise Refusal(f"{key}={path} is of a study of mutune's own; ask with study={folder.name}{where} in its place.")
 
 
 def _positive(column: pd.Series, name: str, key: str) -> pd.Series:

@@ -363,10 +363,12 @@ def _rungs(case: Case) -> str:
 
 
 def _more_widths(case: Case) -> str:
-    rungs = case.assessment.valleys.rungs
+    rungs, target = case.assessment.valleys.rungs, case.assessment.target["width"]
     others = [axis for axis in AXES[1:] if rungs[axis].nunique() > 1]
     same = f" at the same {' and '.join(others)}" if others else ""
-    return f"more widths{same}, for example {2 * rungs['width'].max():,.10g}"
+    wider, narrower = 2 * rungs["width"].max(), rungs["width"].min() / 2
+    one = wider if wider < target else narrower  # a run of the target's own width would be the target
+    return f"more widths{same}" + (f", for example {one:,.10g}" if one >= 1 and one == int(one) else "")
 
 
 def _wide(case: Case) -> str:

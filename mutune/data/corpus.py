@@ -27,6 +27,7 @@ SOTU_HASH = "8b9d8fd9538b7b7ecbef55357fb2e619aa9bd7f9aaeb159c0257147a223b8a28"
 HELDOUT_ONE_IN = 20
 DOCUMENT_CHARACTERS = 16_384
 KINDS = (".txt", ".jsonl", ".jsonl.zst")
+BLOCK = 1 << 20  # bytes that are read at once
 EXAMPLE = "for example a .txt of twenty paragraphs with blank lines between them, or a .jsonl of twenty lines."
 LINE_END = re.compile(r"\n(?:\s*\n)?")  # longer than one character exactly where a blank line follows
 
@@ -61,7 +62,7 @@ def load_corpus(config: DataConfig, told: Callable[[int, int], None] = lambda do
 
 def corpus_name(config: DataConfig) -> str:
     """`sotu`, or the name of the user's file or folder without where it lies."""
-    return "sotu" if config.source == "sotu" else _text_path(config).resolve().name
+    return "sotu" if config.source == "sotu" else _name(_text_path(config))
 
 
 def corpus_hash(config: DataConfig) -> str:
@@ -73,7 +74,7 @@ def corpus_hash(config: DataConfig) -> str:
     hashes = []
     for shard in shards:
         state = shard.stat()
-        hashes.append(_file_hash(shard, state.st_ino, state.st_size, state.st_mtime_ns))
+        hashes.append(_file_hash(shard, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
     return _joined_hash(path, shards, hashes)
 
 
@@ -88,7 +89,7 @@ def _file_hash(path: Path, *state: int) -> str:
     """Of a user's file, which may be large: read once a process, as long as its `state` is the same."""
     digest = _begun_hash(path)
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
 
@@ -172,6 +173,11 @@ def _hash_documents(documents: tuple[Document, ...]) -> str:
     return digest.hexdigest()
 
 
+def _name(path: Path) -> str:
+    """Without where it lies; `.` has the name of its folder."""
+    return os.path.basename(os.path.abspath(path))
+
+
 def _kind(path: Path) -> str | None:
     """What a file of text ends in; None for any other file."""
     return next((kind for kind in KINDS if path.name.endswith(kind)), None)
@@ -182,17 +188,16 @@ def _text_path(config: DataConfig) -> Path:
     key, path = f"data.path={config.path}", Path(os.path.expanduser(str(config.path)))
     try:
         require(path.exists(), f"{key} does not exist; for example data.path=corpus.txt.")
+        shards = _shards(path)
         if path.is_dir():
-            require(
-                bool(_shards(path)), f"{key} holds no .txt, .jsonl or .jsonl.zst; for example data.path=corpus.txt."
-            )
+            _check_shards(key, path, shards)
         else:
             require(
                 _kind(path) is not None,
                 f"{key} ends in none of .txt, .jsonl and .jsonl.zst; for example "
                 f"data.path={path.with_suffix('.txt').name}.",
             )
-        for shard in _shards(path):
+        for shard in shards:
             with shard.open("rb") as file:
                 what = key if shard == path else f"{key}: {shard.relative_to(path)}"
                 require(file.read(1) != b"", f"{what} is empty; for example data.path=corpus.txt with two paragraphs.")
@@ -202,11 +207,36 @@ def _text_path(config: DataConfig) -> Path:
 
 
 def _shards(path: Path) -> list[Path]:
-    """The file, or the files of text in and below the folder, by their names."""
+    """The file, or the files of text in and below the folder, by their names; what is hidden is left out.
+
+    Raises:
+        OSError: a folder in it cannot be read.
+    """
     if not path.is_dir():
         return [path]
-    found = [file for file in path.rglob("*") if _kind(file) is not None and file.is_file()]
+    found, seen = [], set()
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    for place, folders, files in os.walk(path, followlinks=True, onerror=unreadable):
+        again = os.path.realpath(place) in seen  # by a link
+        seen.add(os.path.realpath(place))
+        folders[:] = [] if again else [folder for folder in folders if not folder.startswith(".")]
+        here = [Path(place, file) for file in ([] if again else files) if not file.startswith(".")]
+        found += [file for file in here if _kind(file) is not None and file.is_file()]
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
+
+
+def _check_shards(key: str, path: Path, shards: Sequence[Path]) -> None:
+    """Refuse a folder without shards, or with one that is empty, twice there, or of a name that is not text."""
+    require(bool(shards), f"{key} holds no .txt, .jsonl or .jsonl.zst; for example data.path=corpus.txt.")
+    names = {shard.relative_to(path).as_posix() for shard in shards}
+    for name in sorted(names):
+        shown = name.encode(errors="backslashreplace").decode()
+        require(_is_encodable(name), f"{key}: {shown} has a name that is not UTF-8; rename it, for example a.jsonl.")
+        twice = f"{key} has {shown} both packed and unpacked, so that its documents would count twice; remove one."
+        require(f"{name}.zst" not in names, twice)
 
 
 def _load_text(path: Path, told: Callable[[int, int], None]) -> Corpus:
@@ -220,7 +250,7 @@ def _load_text(path: Path, told: Callable[[int, int], None]) -> Corpus:
         told(number, len(shards))
     require(any(document.text.strip() for document in documents), f"data.path={path} holds only white space; {EXAMPLE}")
     require(len(documents) > 1, f"data.path={path} holds one document, so none can be held out; {EXAMPLE}")
-    return Corpus(path.resolve().name, tuple(documents), _joined_hash(path, shards, hashes))
+    return Corpus(_name(path), tuple(documents), _joined_hash(path, shards, hashes))
 
 
 def _documents_of(path: Path, shard: Path, content: bytes) -> list[Document]:
@@ -249,15 +279,18 @@ def _joined_hash(path: Path, shards: Sequence[Path], hashes: Sequence[str]) -> s
 
 def _unpacked(path: Path, content: bytes) -> bytes:
     """What zstd's frames hold, all of which have to be whole."""
-    parts = []
-    while content:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        try:
-            parts.append(frame.decompress(content))
-        except zstandard.ZstdError:
-            raise Refusal(f"data.path={path} is not a zstd file; for example zstd corpus.jsonl makes one.") from None
-        require(frame.eof, f"data.path={path} is cut off; copy it again, and compare with zstd -t {path.name}.")
-        content = frame.unused_data
+    parts, frame = list[bytes](), None
+    for start in range(0, len(content), BLOCK):
+        block = content[start : start + BLOCK]
+        while block:
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+            try:
+                parts.append(frame.decompress(block))
+            except zstandard.ZstdError as error:
+                works = "for example zstd corpus.jsonl makes one that can"
+                raise Refusal(f"data.path={path} cannot be unpacked by zstd ({error}); {works}.") from None
+            block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    require(frame is None, f"data.path={path} is cut off; copy it again, and compare with zstd -t {path.name}.")
     return b"".join(parts)
 
 

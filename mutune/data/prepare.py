@@ -145,16 +145,16 @@ class _Told:
     """What the building of a corpus is at, once that takes a while."""
 
     def __init__(self, name: str) -> None:
-        self._line, self._name, self._tenths = ProgressLine(), name, ("", 0)
+        self._line, self._name, self._share = ProgressLine(), name, ("", 0)
         self.close = self._line.close
 
     def share(self, done_so: str, things: str, done: int, total: int) -> None:
-        """So many of all; a line for each tenth where lines stay."""
-        tenths = (things, 10 * done // total)
-        if self._line.elapsed > QUIET_SECONDS:
+        """So many of all, at every hundredth; a line for each tenth where lines stay."""
+        share = (things, 100 * done // total)
+        if self._line.elapsed > QUIET_SECONDS and share != self._share:
             text = f"data       {self._name}: {done_so} {done:,} of {total:,} {things}"
-            self._line.show(text, change=tenths != self._tenths)
-        self._tenths = tenths
+            self._line.show(text, change=share[1] % 10 == 0)
+        self._share = share
 
 
 @contextlib.contextmanager

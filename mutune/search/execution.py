@@ -93,7 +93,7 @@ def _open(loop: LoopConfig) -> list[str]:
 
 
 def _measured(spec: RunSpec, device: str, steps: float, share: int) -> tuple[Timing, str]:
-    """What `measure` finds in a worker, as the runs have it: this process needs neither torch nor memory of a GPU."""
+    """What `measure` finds in a worker, as the runs have it; on CPUs this process needs no torch."""
     try:
         with Workers(partial(_measure, spec, device, steps, share), APART) as pool:
             return next(found for _, found in pool.run(["the timing of its steps"]))

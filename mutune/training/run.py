@@ -20,6 +20,7 @@ from mutune.data.prepare import TokenizedCorpus, prepare
 from mutune.data.windows import Stage, WindowLoader, heldout_windows
 from mutune.errors import Refusal, require
 from mutune.files import write_text, write_yaml
+from mutune.folders import CONFIG
 from mutune.model.decoder import Decoder
 from mutune.parametrization.apply import initialise, make_optimizer
 from mutune.parametrization.audit import audit, findings
@@ -220,7 +221,7 @@ def _to_end(run: Run, directory: Path, note: dict[str, Any], until: int | None, 
     spec = run.spec
     root, end = directory / CHECKPOINTS, min(until or spec.num_steps, spec.num_steps)
     start, records = _resume(run, directory)
-    if not start:
+    if not start or not (directory / CONFIG).is_file():
         describe(directory, run, note)
     write_text(directory / METRICS, "".join(json.dumps(record) + "\n" for record in records))
     before, saved = records[-1]["seconds"] if records else 0.0, time.monotonic()
@@ -295,9 +296,9 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def describe(directory: Path, run: Run, note: dict[str, Any]) -> None:
-    """Write what a run is beside its records: `config.yaml` and the plan's two tables."""
+    """Write what a run is, and the versions it begins with, beside its records: `config.yaml` and the plan's tables."""
     directory.mkdir(parents=True, exist_ok=True)
     facts = {"data_hash": run.corpus.content_hash, "vocab_size": run.corpus.vocab_size}
     spec = json.loads(json.dumps(asdict(run.spec)))  # tuples become lists
-    write_yaml(directory / "config.yaml", {**note, **facts, "versions": versions(), "run": spec})
+    write_yaml(directory / CONFIG, {**note, **facts, "versions": versions(), "run": spec})
     write_plan(directory, run.plan)

@@ -205,13 +205,18 @@ def test_a_study_of_our_own_is_asked_as_a_study(tmp_path: Path, out: Path, capsy
     (folder / "study.db").write_bytes(b"SQLite format 3\0\xfb")
     for path in (folder, folder / "study.db"):
         assert main([f"runs={path}", f"out={out}"]) == 2
-        assert capsys.readouterr().err.endswith("is of a study of mutune's own; ask with study=mine in its place.\n")
+        said = capsys.readouterr().err
+        assert said.endswith(f"is of a study of mutune's own; ask with study=mine out={tmp_path} in its place.\n")
+    (folder / "runs.tsv").write_text("nothing\n")  # somebody's table that lies beside is no study
+    assert main([f"runs={folder / 'runs.tsv'}", f"out={out}"]) == 2
+    assert "has no column" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["runs=nowhere.csv"], "runs=nowhere.csv does not exist"),
+        ([f"runs={'x' * 300}"], "cannot be read as CSV ([Errno 36] File name too long"),
         (["runs=tests"], "runs=tests is a folder; for example a file with the columns width,lr,loss,seed."),
         (["runs=sqlite:///nowhere.db"], "runs=sqlite:///nowhere.db: there is no file nowhere.db"),
         (["runs=a.csv", "optima=b.csv"], "are two questions"),

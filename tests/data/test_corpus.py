@@ -135,6 +135,35 @@ def test_a_folder_of_shards_is_one_corpus_in_the_order_of_their_names(tmp_path: 
     assert load_corpus(config).content_hash == corpus_hash(config) != corpus.content_hash
 
 
+def test_a_folder_is_read_through_links_and_without_what_is_hidden(tmp_path: Path) -> None:
+    folder, far = tmp_path / "corpus", tmp_path / "far"
+    for place in (folder / ".ipynb_checkpoints", far):
+        place.mkdir(parents=True)
+        (place / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}')
+    (folder / ".hidden.jsonl").write_text('{"text": "c"}')
+    (folder / "near").symlink_to(far)
+    (far / "round").symlink_to(folder)
+    documents = load_corpus(DataConfig("text", str(folder))).documents
+    assert [document.id for document in documents] == ["near/a.jsonl:000001", "near/a.jsonl:000002"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            [b"a.jsonl", b"a.jsonl.zst"],
+            " has a.jsonl both packed and unpacked, so that its",
+        ),
+        ([b"caf\xe9.txt"], r": caf\\udce9.txt has a name that is not UTF-8; rename it"),
+    ],
+)
+def test_a_folder_that_would_not_be_one_corpus_is_refused(names: list[bytes], message: str, tmp_path: Path) -> None:
+    for name in names:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b'{"text": "a"}\n{"text": "b"}')
+    with pytest.raises(Refusal, match=f"^data.path={tmp_path}{message}"):
+        load_corpus(DataConfig("text", str(tmp_path)))
+
+
 def test_a_hash_is_found_anew_once_its_file_has_changed(tmp_path: Path) -> None:
     config, path = DataConfig("text", str(tmp_path / "a.txt")), tmp_path / "a.txt"
     path.write_text("one\n\ntwo")
@@ -160,7 +189,7 @@ def test_a_hash_is_found_anew_once_its_file_has_changed(tmp_path: Path) -> None:
             packed('{"text": "a"}', '{"text": "b"}')[:-3],
             "is cut off; copy it again, and compare with",
         ),
-        ("wrong.jsonl.zst", b'{"text": "a"}', "is not a zstd file; for example"),
+        ("wrong.jsonl.zst", b'{"text": "a"}', "cannot be unpacked by zstd "),
         ("key.jsonl.zst", packed('{"text": "a"}', '{"content": "b"}'), 'line 2 has no string under the key "text"'),
         ("torn.jsonl", b'{"text": "a"}\n{"text": "b', r"line 2 is not a JSON object; for example"),
         ("deep.jsonl", b"[" * 100_000, r"line 1 is not a JSON object; for example"),

@@ -14,6 +14,7 @@ import zstandard
 
 from mutune.compose import compose
 from mutune.config import SweepConfig
+from mutune.errors import Refusal
 from mutune.search import execution, measure
 from mutune.search.execution import ExecutionPlan, agreed, kept, plan_execution
 from mutune.search.workers import WorkError, default_workers
@@ -129,6 +130,12 @@ def test_a_sweep_leaves_torch_to_its_workers(tmp_path: Path) -> None:
     )
     words = [*SWEEP, *OPEN, "device=cpu", f"out={tmp_path}"]
     subprocess.run([sys.executable, "-c", code, *words], cwd=doors.ROOT, check=True, capture_output=True)
+
+
+def test_what_a_timing_refuses_is_refused_here(tmp_path: Path) -> None:
+    spec = compose("sweep", SweepConfig, [*SWEEP, *OPEN, "data=text", f"data.path={tmp_path}/gone.txt"]).spec()
+    with pytest.raises(Refusal, match=r"gone\.txt does not exist"):
+        plan_execution(spec, tmp_path / "none", "cpu", 100, None, 8)
 
 
 def test_a_timing_that_dies_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

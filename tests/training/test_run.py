@@ -62,6 +62,20 @@ def tail(directory: Path) -> list[dict[str, float]]:
     return [{key: value for key, value in record.items() if key != "seconds"} for record in records(directory)]
 
 
+def test_what_a_continued_run_is_was_written_and_judged_at_its_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    opinions: list[str] = []
+    monkeypatch.setattr(run, "second_opinion_of", lambda spec, plan: opinions.append("asked") or [])
+    run_to_end(spec(6, 0.02), tmp_path, "cpu", {}, until=2)
+    before = (tmp_path / "config.yaml").stat().st_mtime_ns
+    run_to_end(spec(6, 0.02), tmp_path, "cpu", {}, until=4)
+    assert (opinions, (tmp_path / "config.yaml").stat().st_mtime_ns) == (["asked"], before)
+    (tmp_path / "config.yaml").unlink()
+    run_to_end(spec(6, 0.02), tmp_path, "cpu", {})
+    assert (tmp_path / "config.yaml").is_file()
+
+
 def test_a_run_that_pauses_ends_as_one_that_does_not(tmp_path: Path) -> None:
     whole, paused, spec_ = tmp_path / "whole", tmp_path / "paused", spec(40, 0.02)
     expected = run_to_end(spec_, whole, "cpu", {})
