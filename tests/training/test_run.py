@@ -11,6 +11,8 @@ from mutune.compose import compose
 from mutune.config import SweepConfig
 from mutune.data import DataConfig, TokenizerConfig, prepare
 from mutune.errors import Refusal
+from mutune.parametrization.finding import Finding
+from mutune.parametrization.plan import Plan
 from mutune.training import run
 from mutune.training.config import RunSpec
 from mutune.training.fit import check_data
@@ -66,7 +68,12 @@ def test_what_a_continued_run_is_was_written_and_judged_at_its_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     opinions: list[str] = []
-    monkeypatch.setattr(run, "second_opinion_of", lambda spec, plan: opinions.append("asked") or [])
+
+    def opinion(spec: RunSpec, plan: Plan) -> list[Finding]:
+        opinions.append("asked")
+        return []
+
+    monkeypatch.setattr(run, "second_opinion_of", opinion)
     run_to_end(spec(6, 0.02), tmp_path, "cpu", {}, until=2)
     before = (tmp_path / "config.yaml").stat().st_mtime_ns
     run_to_end(spec(6, 0.02), tmp_path, "cpu", {}, until=4)
