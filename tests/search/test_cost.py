@@ -136,16 +136,16 @@ def test_soak_the_cost_of_a_search(tmp_path: Path) -> None:
         [
             {
                 "search": name,
-                "CPU s": _spread([seconds for seconds, _ in rows], ".0f"),
+                "CPU s": _spread([seconds for seconds, _ in rounds], ".0f"),
                 "the recipe costs so many times": times(f"{recipe}, evaluated at every step", name),
                 "the careful variant": times(f"{careful}, evaluated at the end", name),
-                "best loss": f"{rows[0][1]:.4f}",
+                "best loss": f"{rounds[0][1]:.4f}",
             }
-            for name, rows in found.items()
+            for name, rounds in found.items()
         ],
     )
-    for name, rows in found.items():
-        for _, loss in rows:
+    for name, rounds in found.items():
+        for _, loss in rounds:
             if name != "+ pruning: wide":
                 assert loss == pytest.approx(best, abs=1e-3), name
 
