@@ -159,8 +159,9 @@ def _spread(values: list[float], form: str) -> str:
 @pytest.mark.soak
 def test_soak_two_workers_and_the_engine(tmp_path: Path) -> None:
     walls: dict[int, list[float]] = {1: [], 2: []}
+    trained: dict[int, list[float]] = {1: [], 2: []}
     idle, losses = [], set()
-    for round_ in range(3):
+    for round_ in range(5):
         for workers in walls:
             out = tmp_path / f"{round_}-{workers}"
             doors.run("sweep", *SEARCH, *PLAIN, *ALIKE, f"workers={workers}", f"out={out}")
@@ -175,19 +176,21 @@ def test_soak_two_workers_and_the_engine(tmp_path: Path) -> None:
             assert [trial.user_attrs["diverged"] for trial in study.trials] == [False] * 8
             walls[workers].append(max(stamps) - begun)
             idle.append(1 - sum(seconds) / workers / (max(stamps) - begun))
+            trained[workers].append(sum(seconds) / workers)
     assert len(losses) == 1, "one worker and two ran different trials"
     help_ = []
     for _ in range(5):
         started = time.monotonic()
         doors.run_apart("sweep", "--help")
         help_.append(time.monotonic() - started)
-    ratios = [one / two for one, two in zip(walls[1], walls[2], strict=True)]
+    gained, cores = ([o / t for o, t in zip(x[1], x[2], strict=True)] for x in (walls, trained))
     rows = [
-        {"what": "wall time of eight trials, one worker over two", "median": f"{median(ratios):.2f}",
-         "lowest to highest": f"{min(ratios):.2f} to {max(ratios):.2f}"},
-        {"what": "share of that time in which a worker does not train", "median": f"{median(idle):.3f}",
-         "lowest to highest": f"{min(idle):.3f} to {max(idle):.3f}"},
-        {"what": "--help, s", "median": f"{median(help_):.2f}",
-         "lowest to highest": f"{min(help_):.2f} to {max(help_):.2f}"},
-    ]  # fmt: skip
+        {"what": name, "median (lowest to highest)": _spread(values, form)}
+        for name, values, form in (
+            ("wall time of eight trials, one worker over two", gained, ".2f"),
+            ("the same of their steps alone: what two of these cores give", cores, ".2f"),
+            ("share of that time in which a worker does not train", idle, ".3f"),
+            ("--help, s", help_, ".2f"),
+        )
+    ]
     record("engine", "Two workers, the engine's own share, and --help", rows)
