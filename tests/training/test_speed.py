@@ -1,6 +1,7 @@
 """How fast a step is, beside other people's models of the same size. Ratios of one run, never a test of seconds."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -10,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from mutune.compose import compose
 from mutune.config import SweepConfig
@@ -153,6 +157,79 @@ def test_soak_a_step_beside_hugging_face() -> None:
         "step_speed",
         f"A training step ({DEPTH} layers, head {HEAD}, context {CONTEXT}, BPE-1024; 1,024 tokens, 512 at d=256), one "
         f"thread, CPU time, turn by turn; peak {peak / 1e9:.0f} GFLOP/s",
+        rows,
+    )
+
+
+class Operations(TorchDispatchMode):
+    """What a step does: (operation, FLOPs, bytes read and written) of each that is more than a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[str, float, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, name = func(*args, **(kwargs or {})), str(func.overloadpacket)
+        if not func.is_view and name != "aten._unsafe_view":
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+            self.done.append((name, _flops(func, args, kwargs or {}, out), sum(t.nbytes for t in tensors)))
+        return out
+
+
+def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> float:
+    name = str(func.overloadpacket)
+    if "scaled_dot_product" in name:  # of CPUs, which torch's own counter does not know
+        backward = "backward" in name
+        *batch, tokens, size = (args[1] if backward else args[0]).shape
+        return (10 if backward else 4) * math.prod(batch) * tokens**2 * size
+    counter = flop_registry.get(func.overloadpacket)
+    return float(counter(*args, **kwargs, out_val=out)) if counter else 0.0
+
+
+def bandwidth() -> float:
+    """Bytes per second of a sum of two tensors on one thread, at the size at which it is fastest."""
+    with threaded(1):
+        best = 0.0
+        for size in (2**14, 2**16, 2**18, 2**20, 2**22):
+            one, other, out = torch.ones(size), torch.ones(size), torch.ones(size)
+            times = max(1, 2**24 // size)
+            for _ in range(10):
+                started = time.process_time()
+                for _ in range(times):
+                    torch.add(one, other, out=out)
+                best = max(best, times * 12 * size / (time.process_time() - started))
+    return best
+
+
+@pytest.mark.soak
+def test_soak_the_share_of_the_roofline() -> None:
+    """An operation takes at least its FLOPs at the peak, and its bytes at the bandwidth: the longer of both counts."""
+    rows, peak, moved = [], gemm_peak(), bandwidth()
+    for width in SEQUENCES:
+        step = ours(width, attention="sdpa", compile=False, dtype="float32")
+        ms = median(timed({"mutune": step})["mutune"])
+        peak, moved = max(peak, gemm_peak()), max(moved, bandwidth())
+        with threaded(1), Operations() as operations:
+            step()
+        done = operations.done
+        least = [max(flops / peak, size / moved) for _, flops, size in done]
+        products = sum(t for t, (_, flops, _) in zip(least, done, strict=True) if flops)
+        rows.append(
+            {
+                "d": width,
+                "ms a step": f"{ms:.1f}",
+                "at least, by the roofline": f"{1e3 * sum(least):.1f}",
+                "of which products of matrices": f"{1e3 * products:.1f}",
+                "share of the roofline": f"{1e3 * sum(least) / ms:.2f}",
+                "share of the GEMM peak": f"{sum(flops for _, flops, _ in done) / peak / ms * 1e3:.2f}",
+                "operations": len(done),
+            }
+        )
+        assert sum(least) < ms / 1e3
+    record(
+        "roofline",
+        f"A training step of mutune's decoder, eager fp32, one thread, CPU time ({DEPTH} layers, head {HEAD}, context "
+        f"{CONTEXT}); peak {peak / 1e9:.0f} GFLOP/s, bandwidth {moved / 1e9:.0f} GB/s",
         rows,
     )
 
