@@ -58,13 +58,16 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     Raises:
         Refusal: the file is missing, is not YAML, or holds no mapping.
     """
+    text = ""
     try:
-        data = yaml.load(path.read_text(), LOADER)
+        text = path.read_text()
+        data = yaml.load(text, LOADER)
     except (OSError, UnicodeDecodeError) as error:
         raise Refusal(f"the {what} {path} cannot be read ({type(error).__name__}); check the path.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
+        lines = max(1, len(text.splitlines()))
+        where = f" at line {min(mark.line + 1, lines)}" if mark else ""  # libyaml has the end one line further
         raise Refusal(f"the {what} {path} is not valid YAML{where}; write it again with its command.") from error
     if not isinstance(data, dict):
         raise Refusal(f"the {what} {path} holds no keys; write it again with its command.")

@@ -167,7 +167,7 @@ def test_a_target_that_is_not_what_its_plan_says_ends_with_one_and_a_sentence(
     capsys.readouterr()
     assert train.main([f"transfer={file}", f"out={tmp_path}"]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("mutune.train: the audit found ")
+    assert "\nmutune.train: the audit found " in said
     assert "h.0.attn.c_attn.weight: learning rate is 0.012, expected 0.192; every group has the same rate" in said
     assert "Traceback" not in said
     monkeypatch.undo()
