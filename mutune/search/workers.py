@@ -250,13 +250,13 @@ def _start(pickled: bytes) -> _Worker[Any]:
 
 @contextlib.contextmanager
 def _as_of_a_worker() -> Iterator[None]:
-    """What the process that forks workers begins with: one thread, and deaf to a SIGTERM that goes to all, since its
-    workers end with it and may be saving.
+    """What the process that forks workers begins with: one thread, and deaf to a SIGTERM or Ctrl-C that goes to all,
+    since its workers end with it and may be saving.
     """
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     resource_tracker.ensure_running()  # by itself it would be started below, and take the block away
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
     try:
         yield
     finally:
@@ -301,7 +301,7 @@ def _serve(connection: Connection, pickled: bytes, environment: dict[str, str]) 
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _STOP.note)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGINT])
     if sys.platform == "linux":  # without what forked it nobody would hear of its end, and its task be given to another
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.clear()

@@ -124,7 +124,7 @@ def test_a_folder_of_shards_is_one_corpus_in_the_order_of_their_names(tmp_path: 
     config = DataConfig("text", str(tmp_path))
     corpus = load_corpus(config)
     assert [(document.id, document.text) for document in corpus.documents] == [
-        ("a.txt", "a whole\n\ndocument"),
+        ("a.txt:000000", "a whole\n\ndocument"),
         ("chunk1/example_train_1.jsonl:000001", "b"),
         ("chunk1/example_train_1.jsonl:named", "c"),
         ("chunk2/example_train_0.jsonl.zst:000001", "d"),
@@ -145,6 +145,23 @@ def test_a_folder_is_read_through_links_and_without_what_is_hidden(tmp_path: Pat
     (far / "round").symlink_to(folder)
     documents = load_corpus(DataConfig("text", str(folder))).documents
     assert [document.id for document in documents] == ["near/a.jsonl:000001", "near/a.jsonl:000002"]
+
+
+def test_a_link_to_nowhere_in_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}')
+    (tmp_path / "chunk2").symlink_to(tmp_path / "gone")
+    with pytest.raises(Refusal, match=f"^data.path={tmp_path}: {tmp_path}/chunk2 cannot be read .No such file"):
+        load_corpus(DataConfig("text", str(tmp_path)))
+
+
+def test_a_long_text_in_a_folder_is_cut_as_one_by_itself_and_a_short_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(prose(2000))
+    (tmp_path / "short.txt").write_text("one\n\ntwo\n\n")
+    documents = load_corpus(DataConfig("text", str(tmp_path))).documents
+    assert [d.text for d in documents[:-1]] == [
+        d.text for d in load_file(tmp_path, "long.txt", prose(2000).encode()).documents
+    ]
+    assert documents[-1] == Document("short.txt:000000", "one\n\ntwo\n\n")
 
 
 @pytest.mark.parametrize(

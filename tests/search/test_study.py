@@ -80,7 +80,7 @@ def test_a_killed_study_ends_with_the_trials_of_an_undisturbed_one(tmp_path: Pat
 
 @pytest.mark.soak
 def test_soak_kill_nine_with_trials_of_ten_seconds(tmp_path: Path) -> None:
-    arguments = [*QUICK, "model.width=64", "model.depth=4", "search.n_trials=12", "run.num_steps=2000"]
+    arguments = [*QUICK, "model.width=64", "model.depth=4", "search.n_trials=12", "run.num_steps=6000"]
     calm, rows = tmp_path / "calm", []
     doors.run("sweep", *arguments, f"out={calm}")
     for i, done in enumerate((0, 3, 6, 9)):
