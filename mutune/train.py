@@ -173,16 +173,17 @@ def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, me
                 save(directory / "checkpoints", step, run.model, run.optimizer, run.plan, meta, config.keep_checkpoints)
             told = step % every == 0 or step == start + FIRST_STEPS
             first = first or line.elapsed  # before which it is audited, and compiled
-            left = (line.elapsed - first) / max(1, step - start - 1) * (total - step)
-            line.show(_progress(directory.name, record, total, line.elapsed, left), change=told)
+            done = step - start - 1  # since then
+            left = f" · about {clock((line.elapsed - first) / done * (total - step))} left" if done else ""
+            line.show(_progress(directory.name, record, total, line.elapsed) + left, change=told)
             if stop.requested and step < total:
                 stop.obey()
 
 
-def _progress(name: str, record: "Record", total: int, elapsed: float, left: float) -> str:
+def _progress(name: str, record: "Record", total: int, elapsed: float) -> str:
     return (
         f"{name} step {record['step']:,}/{total:,} · loss {record['loss']:.4f} · lr {record['lr']:.3g} · "
-        f"{clock(elapsed)} elapsed · about {clock(left)} left"
+        f"{clock(elapsed)} elapsed"
     )
 
 

@@ -142,8 +142,10 @@ def test_soak_a_step_beside_hugging_face() -> None:
         flops = price(spec).flops / spec.num_steps / spec.stages[0].batch_sequences * SEQUENCES[width]
         peak = max(peak, gemm_peak())
         best = min(median(times) for name, times in found.items() if name.startswith("mutune"))
+        least = flops / peak * 1e3  # ms; a step that took less would say that the peak was not measured right
         for name, times in found.items():
             ms = median(times)
+            assert ms > least or not name.startswith("mutune"), f"{name} at d={width} is faster than the peak"
             rows.append(
                 {
                     "d": width,
