@@ -13,6 +13,7 @@ from mutune.training.schedule import ScheduleConfig
 
 MAX_SEED = 2**31 - 1
 DTYPES, ATTENTIONS = ("float32", "bfloat16"), ("sdpa", "explicit")
+RECOMPUTED = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,32 @@ class LoopConfig:
             attention=self.attention or ATTENTIONS[0],
             compile=bool(self.compile),
             threads=self.threads or 1,
+        )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over the processes that torchrun starts. It decides losses no further than rounding does.
+
+    Attributes:
+        replicas: whole copies of the weights (HSDP): each is sharded over processes / replicas of them. 1 shards over
+            all processes (FSDP).
+        reshard: whether a block's weights are dropped after its forward pass and gathered again for its backward pass,
+            or kept in between.
+        activation_checkpointing: what the backward pass computes again: `none`; `selective`, all but products of
+            matrices and attention; `full`, every block.
+    """
+
+    replicas: int = 1
+    reshard: bool = True
+    activation_checkpointing: str = "none"
+
+    def __post_init__(self) -> None:
+        require_number("parallel.replicas", self.replicas, at_least=1, example=1, whole=True)
+        require(
+            self.activation_checkpointing in RECOMPUTED,
+            f"parallel.activation_checkpointing={self.activation_checkpointing} is unknown; known: "
+            f"{', '.join(RECOMPUTED)}.",
         )
 
 
