@@ -12,7 +12,7 @@ from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import TABLES, ParametrizationConfig
 from mutune.scaling.horizon import HorizonConfig
 from mutune.search.config import LAUNCHERS, SearchConfig, without_password
-from mutune.training.config import MAX_SEED, LoopConfig, RunSpec, StageConfig
+from mutune.training.config import MAX_SEED, LoopConfig, ParallelConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 from mutune.verification.places import require_span
 
@@ -292,25 +292,38 @@ class TrainConfig(DoorConfig):
     Attributes:
         transfer: the transfer file, written by `python -m mutune.transfer`.
         name: names the run's folder; null takes the target's name.
-        checkpoint_every: steps between checkpoints; null makes it a twentieth of the run.
-        keep_checkpoints: how many of the newest checkpoints stay.
-        threads: CPU threads; null takes the target's loop.threads, or the number of cores.
+        checkpoint_every: steps between checkpoints; null makes it a twentieth of the run. There is one at the end of
+            each stage too.
+        keep_checkpoints: how many of the newest checkpoints stay, besides those at the ends of stages.
+        keep_every: also those stay whose step is a multiple of this, for example to branch from.
+        background_checkpoints: whether several processes train on while a checkpoint is written; null does so on GPUs.
+        resume: the step of the checkpoint to go on from; null takes the newest. Newer ones are set aside.
+        time_limit: minutes after which the run is saved and ends, as at SIGTERM.
+        threads: CPU threads of a process; null takes the target's loop.threads, or what cores it has.
+        parallel: how the run is spread over the processes that torchrun starts.
     """
 
     transfer: str | None = None
     name: str | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
+    keep_every: int | None = None
+    background_checkpoints: bool | None = None
+    resume: int | None = None
+    time_limit: float | None = None
     threads: int | None = None
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.name is not None:
             require_name("name", self.name)
         require_number("keep_checkpoints", self.keep_checkpoints, at_least=1, example=2, whole=True)
-        for key, example in (("checkpoint_every", 50), ("threads", 2)):
+        for key, example in (("checkpoint_every", 50), ("keep_every", 1000), ("resume", 50), ("threads", 2)):
             if getattr(self, key) is not None:
                 require_number(key, getattr(self, key), at_least=1, example=example, whole=True)
+        if self.time_limit is not None:
+            require_number("time_limit", self.time_limit, above=0, example=60.0)
 
 
 @dataclass(frozen=True)

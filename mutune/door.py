@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed while working, 2 refused, 3 verdict not good enough
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -15,10 +16,12 @@ from mutune.compose import compose
 from mutune.config import DoorConfig
 from mutune.errors import Refusal, require
 from mutune.help import help_text
+from mutune.training.launched import speaks
 
 T = TypeVar("T", bound="DoorConfig")
 
 CACHED = "tokenized text in the cache"
+SILENCE = 3.0  # seconds that a process which does not speak stays: torchrun ends all once the first has ended
 OK, FAILED, REFUSED, NOT_GO, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
 
@@ -37,6 +40,10 @@ class WorkFailed(Exception):
     """The work itself failed in a known way; the message says what happened and what to do. Exit code 1."""
 
 
+class ProcessLost(WorkFailed):
+    """Another process of the run is gone."""
+
+
 def drawn(draw: Callable[[], list[Path]], what: str = "figures") -> list[Path]:
     """The files that `draw` makes. Where it cannot, a note on stderr and none: results do not wait for pictures."""
     try:
@@ -53,7 +60,9 @@ class Terminated(BaseException):
 class StopRequest:
     """While it is entered, the first SIGINT or SIGTERM only asks: work looks at `requested`, saves, and obeys."""
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
+        """`patient`: a second signal waits too, as torchrun sends one on top of the terminal's."""
+        self._patient = patient
         self._signum: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -76,7 +85,7 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and not self._patient:
             self.obey()  # the second signal does not wait
         self._signum = signum
 
@@ -100,17 +109,22 @@ def enter(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence
         _check_device(config.device)
         return work(config)
     except Refusal as refusal:
-        print(f"mutune.{door}: {refusal}", file=sys.stderr)
-        return REFUSED
+        return _end(door, refusal, REFUSED)
     except (WorkFailed, OSError) as failure:  # OSError: a full disk, a folder where a file goes
-        print(f"mutune.{door}: {failure}", file=sys.stderr)
-        return FAILED
+        return _end(door, failure, FAILED)
     except KeyboardInterrupt:
-        print(f"mutune.{door}: interrupted; the same command continues.", file=sys.stderr)
-        return INTERRUPTED
+        return _end(door, "interrupted; the same command continues.", INTERRUPTED)
     except Terminated:
-        print(f"mutune.{door}: terminated; the same command continues.", file=sys.stderr)
-        return TERMINATED
+        return _end(door, "terminated; the same command continues.", TERMINATED)
+
+
+def _end(door: str, sentence: object, code: int) -> int:
+    """The last sentence, once for all processes of a run; returns the code."""
+    if speaks(for_lost=isinstance(sentence, ProcessLost)):
+        print(f"mutune.{door}: {sentence}", file=sys.stderr)
+    else:
+        time.sleep(SILENCE)
+    return code
 
 
 def _check_device(device: str) -> None:

@@ -2,37 +2,49 @@
 
 Rerunning the same command resumes from the newest checkpoint. Results: metrics.jsonl, checkpoints, figures and
 report.html under <out>/train/<name>/. The held-out loss is compared with what the transfer file predicted of it.
+Under torchrun the model is sharded over its processes (FSDP2), and resumes on any number of them.
 
 examples:
   python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml dry_run=true
   python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml name=second seed=1
+  torchrun --nproc-per-node=8 -m mutune.train transfer=runs/transfer/published--btlm_3b/transfer.yaml
 """
 
 import json
 import os
 import sys
-from contextlib import closing
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mutune.certificate.config import TransferFile
 from mutune.compose import build, plain
 from mutune.config import TrainConfig
-from mutune.door import OK, StopRequest, WorkFailed, drawn, enter, nothing_written
+from mutune.door import OK, ProcessLost, StopRequest, WorkFailed, drawn, enter, nothing_written
 from mutune.errors import Refusal, require
 from mutune.files import read_yaml, require_writable, write_json, write_text
-from mutune.folders import check_claim, claim, locked
+from mutune.folders import check_claim, claim, differences, locked
 from mutune.parametrization.finding import AuditError
 from mutune.progress import ProgressLine, clock
-from mutune.training.config import RunSpec
+from mutune.search.workers import default_workers
+from mutune.training.config import RunSpec, stage_ends
+from mutune.training.launched import is_launched, share
 from mutune.training.price import price, price_table
+from mutune.training.result import CHECKPOINTS, METRICS
+from mutune.versions import versions
 
 PREDICTION = "prediction.json"
 FIRST_STEPS = 4  # after which it is known how long the run will take
+INFORMATION = ("versions",)  # what a checkpoint tells, and a run need not agree in
+MAX_SAID = 120
+STARTED = time.monotonic()
 
 if TYPE_CHECKING:
     from mutune.training.loop import Record
     from mutune.training.run import Run
+    from mutune.training.world import World
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,17 +64,34 @@ def work(config: TrainConfig) -> int:
     if config.dry_run:
         print(price_table(name, spec), nothing_written("", lack), sep="\n")
         return OK
-    require_writable(Path(config.out))
-    if lack:
+    if lack and not is_launched():
         raise lack
-    data_hash = _check_data(transfer, spec)
-    directory = Path(config.out) / "train" / name
-    inputs = {"run": plain(spec), "data_hash": data_hash, "verdict": transfer.verdict}
-    check_claim(directory, inputs, "name", config.overwrite)
-    with locked(directory, "name"):
-        claim(directory, inputs, "name", config.overwrite)
-        _train(config, spec, directory, {"inputs": inputs}, transfer)
+    from mutune.training.distribution import joined
+
+    with joined(config.device) as world, ExitStack() as held:
+        directory = Path(config.out) / "train" / name
+        note = world.together(lambda: _claimed(config, transfer, spec, directory, world, held))
+        _train(config, spec, directory, note, transfer, world)
     return OK
+
+
+def _claimed(
+    config: TrainConfig, transfer: TransferFile, spec: RunSpec, directory: Path, world: "World", held: ExitStack
+) -> dict[str, Any]:
+    """Check everything, then make the folder this run's and hold it; returns what its description begins with.
+
+    The first process does what only one can do.
+    """
+    from mutune.training.distribution import require_even
+
+    require_even([stage.batch_sequences for stage in spec.stages], world, config.parallel)
+    inputs = {"run": plain(spec), "data_hash": _check_data(transfer, spec), "verdict": transfer.verdict}
+    if world.is_first:
+        require_writable(Path(config.out))
+        check_claim(directory, inputs, "name", config.overwrite)
+        held.enter_context(locked(directory, "name"))
+        claim(directory, inputs, "name", config.overwrite)
+    return {"inputs": inputs}
 
 
 def _memory(config: TrainConfig, spec: RunSpec) -> Refusal | None:
@@ -90,46 +119,102 @@ def _check_data(transfer: TransferFile, spec: RunSpec) -> str:
     return corpus.content_hash
 
 
-def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, Any], transfer: TransferFile) -> None:
+def _train(
+    config: TrainConfig,
+    spec: RunSpec,
+    directory: Path,
+    note: dict[str, Any],
+    transfer: TransferFile,
+    world: "World",
+) -> None:
     import torch
 
-    from mutune.reporting.figures import draw_train
-    from mutune.reporting.page import train_page
-    from mutune.search.workers import default_workers
-    from mutune.training.checkpoint import check_meta, newest, restore
-    from mutune.training.device import resolve_device
-    from mutune.training.result import METRICS
+    from mutune.training.distribution import is_loss_of_a_process
     from mutune.training.run import Run, describe
 
-    torch.set_num_threads(config.threads or spec.loop.threads or default_workers())
-    checkpoint = newest(directory / "checkpoints")
-    start = 0 if checkpoint is None else checkpoint.step
-    records = _records_until(directory / METRICS, start, finished=start == spec.num_steps)
-    where = resolve_device(config.device)
-    run = Run(spec, where)
-    meta = {
-        "run": plain(spec),
+    torch.set_num_threads(config.threads or spec.loop.threads or share(default_workers()))
+    start, records = world.together(lambda: _begin(config, directory, spec, world))
+    run = Run(spec, world.device, world if is_launched() else None, config.parallel)
+    meta = _identity(run, transfer)
+    world.together(lambda: _restore(directory, start, run, meta))
+    if world.is_first:
+        describe(directory, run, note)
+        write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
+        print(_opening(directory, run, start), file=sys.stderr)
+    try:
+        if start < spec.num_steps:
+            _run_to_end(config, run, directory, start, meta)
+    except AuditError as error:
+        raise WorkFailed(str(error)) from error
+    except RuntimeError as error:
+        if world.size == 1 or not is_loss_of_a_process(error):
+            raise
+        raise ProcessLost(_lost(directory, error)) from error
+    if world.is_first:
+        _close(config, directory, transfer)
+
+
+def _begin(config: TrainConfig, directory: Path, spec: RunSpec, world: "World") -> tuple[int, list[str]]:
+    """The step to go on from, and the lines of the records up to it, as the first process finds them."""
+    from mutune.training.checkpoint import choose
+
+    start, records, refusal = 0, list[str](), None
+    if world.is_first:
+        try:
+            start = choose(directory / CHECKPOINTS, config.resume)
+            records = _records_until(directory / METRICS, start, finished=start == spec.num_steps)
+        except Refusal as error:
+            refusal = error
+    start, refusal = world.share((start, refusal))
+    if refusal:
+        raise refusal
+    return start, records
+
+
+def _restore(directory: Path, start: int, run: "Run", meta: dict[str, Any]) -> None:
+    from mutune.training.checkpoint import check_meta, read, restore
+
+    if start:
+        found = read(directory / CHECKPOINTS / str(start))
+        check_meta(found, run.plan, {key: value for key, value in meta.items() if key not in INFORMATION})
+        restore(found, run.model, run.optimizer)
+        written_by = found.meta.get("versions", versions())
+        if run.world.is_first and written_by != versions():
+            changed = "; ".join(differences(written_by, versions()))
+            print(f"note       the checkpoint was written by other code ({changed})", file=sys.stderr)
+
+
+def _identity(run: "Run", transfer: TransferFile) -> dict[str, Any]:
+    """What a checkpoint and the run that goes on from it must agree in, besides the plan; and what it tells."""
+    return {
+        "run": plain(run.spec),
         "data_hash": run.corpus.content_hash,
         "tokenizer_hash": run.corpus.tokenizer.content_hash,
+        "certificate": {"verdict": transfer.verdict, "seal": transfer.seal},
+        "versions": versions(),
     }
-    if checkpoint is not None:
-        check_meta(checkpoint, run.plan, meta)
-        restore(checkpoint, run.model, run.optimizer)
-    describe(directory, run, note)
-    write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
+
+
+def _opening(directory: Path, run: "Run", start: int) -> str:
+    import torch
+
+    total, where, world = run.spec.num_steps, run.world.device, run.world
     how = (
-        f"resuming   {directory.name} at step {start:,} of {spec.num_steps:,}"
+        f"resuming   {directory.name} at step {start:,} of {total:,}"
         if start
-        else f"training   {directory.name}: {price(spec).parameters:,} parameters, {spec.num_steps:,} steps"
+        else f"training   {directory.name}: {price(run.spec).parameters:,} parameters, {total:,} steps"
     )
     threads = torch.get_num_threads()
     on = f"{threads} thread{'s' if threads > 1 else ''}" if where.type == "cpu" else str(where)
-    print(f"{how}, by {on} → {directory}/", file=sys.stderr)
-    if start < spec.num_steps:
-        try:
-            _run_to_end(config, run, directory, start, meta)
-        except AuditError as error:
-            raise WorkFailed(str(error)) from error
+    on = f"{world.size} processes, each by {on}" if world.size > 1 else on
+    return f"{how}, by {on} → {directory}/"
+
+
+def _close(config: TrainConfig, directory: Path, transfer: TransferFile) -> None:
+    """Say how a finished run went, hold it against its prediction, and draw it."""
+    from mutune.reporting.figures import draw_train
+    from mutune.reporting.page import train_page
+
     last = json.loads((directory / METRICS).read_text().splitlines()[-1])
     figures = drawn(lambda: draw_train(directory))
     loss, bits = last["heldout_loss"], last["heldout_bits_per_byte"]
@@ -157,27 +242,81 @@ def _compare(config: TrainConfig, transfer: TransferFile, directory: Path, loss:
 
 
 def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, meta: dict[str, Any]) -> None:
-    from mutune.training.checkpoint import save
-    from mutune.training.result import METRICS
+    from mutune.training.saving import Saver
 
-    total = run.spec.num_steps
+    total, world = run.spec.num_steps, run.world
     every, first = config.checkpoint_every or max(1, total // 20), 0.0
-    with closing(ProgressLine()) as line, StopRequest() as stop, (directory / METRICS).open("a", buffering=1) as lines:
+    ends = [end for end, _ in stage_ends(run.spec.stages)]
+    saver = Saver(directory / CHECKPOINTS, world, run.plan, _kept(config, ends), background=_in_background(config, run))
+    with (
+        closing(ProgressLine()) as line,
+        StopRequest(patient=is_launched()) as stop,
+        _written(directory / METRICS, world) as lines,
+    ):
         for record in run.records(start):
             step = record["step"]
             lines.write(json.dumps(record) + "\n")
             if record["diverged"]:
-                raise WorkFailed(_diverged(record, directory / "checkpoints"))
-            if step % every == 0 or step == total or stop.requested:
-                os.fsync(lines.fileno())  # a checkpoint never knows a step that the records do not
-                save(directory / "checkpoints", step, run.model, run.optimizer, run.plan, meta, config.keep_checkpoints)
+                saver.finish()
+                raise WorkFailed(_diverged(record, directory / CHECKPOINTS))
+            limit = config.time_limit is not None and time.monotonic() - STARTED > 60 * config.time_limit
+            stopped = world.any(stop.requested or limit)
+            saver.poll()
+            if step % every == 0 or step in ends or stopped:
+                if world.is_first:
+                    os.fsync(lines.fileno())  # a checkpoint never knows a step that the records do not
+                saver.save(step, run.model, run.optimizer, meta)
             told = step % every == 0 or step == start + FIRST_STEPS
             first = first or line.elapsed  # before which it is audited, and compiled
             done = step - start - 1  # since then
             left = f" · about {clock((line.elapsed - first) / done * (total - step))} left" if done else ""
-            line.show(_progress(directory.name, record, total, line.elapsed) + left, change=told)
-            if stop.requested and step < total:
-                stop.obey()
+            if world.is_first:
+                line.show(_progress(directory.name, record, total, line.elapsed) + left, change=told)
+            if stopped and step < total:
+                saver.finish()
+                _stop(stop, config, step, world)
+        saver.finish()
+
+
+def _stop(stop: StopRequest, config: TrainConfig, step: int, world: "World") -> None:
+    """End, after saving, for whichever process was asked to."""
+    if not stop.requested and world.is_first:
+        why = f"time_limit={config.time_limit:g} minutes are over" if config.time_limit else "another process was asked"
+        print(f"\nstopped    after step {step:,}, which is saved: {why}", file=sys.stderr)
+    stop.obey()
+
+
+def _kept(config: TrainConfig, ends: list[int]) -> Callable[[list[int]], list[int]]:
+    """Which checkpoints stay: the newest, the ends of stages, and every `keep_every` steps."""
+
+    def kept(steps: list[int]) -> list[int]:
+        marked = [s for s in steps if s in ends or (config.keep_every and s % config.keep_every == 0)]
+        return [*steps[-config.keep_checkpoints :], *marked]
+
+    return kept
+
+
+def _in_background(config: TrainConfig, run: "Run") -> bool:
+    wanted = config.background_checkpoints
+    return run.world.device.type == "cuda" if wanted is None else wanted
+
+
+def _written(path: Path, world: "World") -> TextIO:
+    """The file of records, which the first process writes."""
+    return path.open("a", buffering=1) if world.is_first else Path(os.devnull).open("a")
+
+
+def _lost(directory: Path, error: RuntimeError) -> str:
+    """What to say where another process of the run is gone."""
+    from mutune.training.checkpoint import list_steps
+
+    steps = list_steps(directory / CHECKPOINTS)
+    saved = f"its newest checkpoint is of step {max(steps):,}" if steps else "it had saved no checkpoint yet"
+    said = str(error).strip().splitlines()[0][:MAX_SAID]
+    return (
+        f"another process of {directory.name} is gone ({said}); {saved}, from which the same command goes on, with as "
+        "many processes or others; torchrun's report says which it was and why."
+    )
 
 
 def _progress(name: str, record: "Record", total: int, elapsed: float) -> str:

@@ -1,9 +1,14 @@
-"""Checkpoints: safetensors and JSON in a folder that appears whole or not at all."""
+"""Checkpoints: safetensors and JSON in a folder that appears whole or not at all.
+
+One process writes one file. Several write a file each, by torch's distributed checkpoint; either is read by any number
+of processes. No file holds code.
+"""
 
 import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mutune.errors import Refusal
+from mutune.errors import Refusal, require
 from mutune.files import fsync_directory, fsync_file
+from mutune.parametrization.forward_pass import reshard
 from mutune.parametrization.plan import Plan
+from mutune.training.world import is_sharded
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -43,40 +50,71 @@ def save(
     Args:
         meta: JSON-able facts that must agree at load (hashes) or inform (versions).
     """
-    target, partial = root / str(step), root / f".{step}.partial"
-    for stale in root.glob(".*.partial"):  # of a process that was killed
-        shutil.rmtree(stale)
-    partial.mkdir(parents=True)
+    partial = begin(root, step)
     try:
-        _write(partial, model, optimizer, {"step": step, "plan": plan.as_dict(), **meta})
+        write_whole(partial, state_of(model, optimizer))
+        return publish(root, step, plan, meta, lambda kept: kept[-keep:])
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def begin(root: Path, step: int) -> Path:
+    """The empty folder that a checkpoint is written to; what a killed process left of others goes."""
+    for stale in root.glob(".*.partial"):
+        shutil.rmtree(stale)
+    partial = _partial(root, step)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Parameters and Adam's state by name, as they are: sharded ones stay so."""
+    reshard(model)  # after an evaluation, FSDP2 still has what it gathered in their places
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {f"model.{name}": parameter.detach() for parameter, name in names.items()}
+    for parameter, state in optimizer.state.items():
+        tensors |= {f"optimizer.{names[parameter]}.{key}": state[key].detach() for key in STATE_KEYS}
+    return tensors
+
+
+def write_whole(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors that this process has all of."""
+    try:
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, directory / "state.safetensors")
+    except SafetensorError as error:  # its own words for what the system said
+        if "os error 28" in str(error) or "No space left" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(directory)) from error
+        raise
+
+
+def publish(root: Path, step: int, plan: Plan, meta: dict[str, Any], kept: Callable[[list[int]], list[int]]) -> Path:
+    """Describe what was written, give the folder its name, and drop older checkpoints.
+
+    Args:
+        meta: JSON-able facts that must agree at load (hashes) or inform (versions).
+        kept: of the steps that have a checkpoint, in order, those that stay.
+    """
+    target, partial = root / str(step), _partial(root, step)
+    files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+    facts = {"step": step, "plan": plan.as_dict(), **meta, "files": files}
+    (partial / "meta.json").write_text(json.dumps(facts, indent=1))
+    for file in partial.iterdir():
+        fsync_file(file)
     stale = root / f".{step}.old.partial"
     if target.exists():  # the same step again, after a crash between rename and clean-up
         os.replace(target, stale)
     os.replace(partial, target)
     fsync_directory(root)
     shutil.rmtree(stale, ignore_errors=True)
-    for old in sorted(list_steps(root))[:-keep]:
+    steps = sorted(list_steps(root))
+    for old in sorted(set(steps) - set(kept(steps)) - {step}):
         shutil.rmtree(root / str(old))
     return target
 
 
-def _write(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> None:
-    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {f"model.{name}": parameter.detach().cpu() for parameter, name in names.items()}
-    for parameter, state in optimizer.state.items():
-        tensors |= {f"optimizer.{names[parameter]}.{key}": state[key].detach().cpu() for key in STATE_KEYS}
-    try:
-        save_file(tensors, directory / "state.safetensors")
-    except SafetensorError as error:  # its own words for what the system said
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise OSError(errno.ENOSPC, "No space left on device", str(directory)) from error
-        raise
-    (directory / "meta.json").write_text(json.dumps(meta, indent=1))
-    for file in directory.iterdir():
-        fsync_file(file)
+def _partial(root: Path, step: int) -> Path:
+    return root / f".{step}.partial"
 
 
 def list_steps(root: Path) -> list[int]:
@@ -88,16 +126,48 @@ def list_steps(root: Path) -> list[int]:
 def newest(root: Path) -> Checkpoint | None:
     """The newest complete checkpoint, or None."""
     steps = list_steps(root)
-    if not steps:
-        return None
-    path = root / str(max(steps))
+    return read(root / str(max(steps))) if steps else None
+
+
+def choose(root: Path, step: int | None) -> int:
+    """The step to go on from: that one, or None the newest; 0 where there is none. Newer ones are set aside, renamed.
+
+    Raises:
+        Refusal: there is no checkpoint of that step.
+    """
+    steps = sorted(list_steps(root))
+    if step is None:
+        return steps[-1] if steps else 0
+    works = f"for example resume={steps[-1]}" if steps else "leave it out to begin anew"
+    require(step in steps, f"resume={step} has no checkpoint under {root}; {works}.")
+    for newer in steps[steps.index(step) + 1 :]:
+        aside = root / f"{newer}.aside"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(root / str(newer), aside)
+    return step
+
+
+def read(path: Path) -> Checkpoint:
+    """What the checkpoint in that folder says of itself, and that its files are all there and whole."""
     try:
         meta = json.loads((path / "meta.json").read_text())
-        return Checkpoint(path, int(meta["step"]), meta)
+        found = Checkpoint(path, int(meta["step"]), meta)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Refusal(
-            f"checkpoint {path} cannot be read ({error}); delete that folder to use the one before it."
-        ) from error
+        raise Refusal(f"checkpoint {path} cannot be read ({error}); {_cure(path)}.") from error
+    for name, size in meta.get("files", {}).items():
+        file = path / name
+        have = file.stat().st_size if file.is_file() else None
+        lack = "is missing" if have is None else f"has {have:,} of its {size:,} bytes"
+        require(have == size, f"checkpoint {path} is damaged ({name} {lack}); {_cure(path)}.")
+    return found
+
+
+def _cure(path: Path) -> str:
+    """What to do about a checkpoint that is no use."""
+    before = [step for step in list_steps(path.parent) if step < int(path.name)]
+    if before:
+        return f"resume={max(before)} goes on from the one before it"
+    return "there is none before it, so begin anew with another name=NAME or overwrite=true"
 
 
 def check_meta(checkpoint: Checkpoint, plan: Plan, meta: dict[str, Any]) -> None:
@@ -118,8 +188,15 @@ def check_meta(checkpoint: Checkpoint, plan: Plan, meta: dict[str, Any]) -> None
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load parameters and optimizer state by name, in place; all of them or none."""
+    """Load parameters and optimizer state by name, in place; of a model that is not sharded all or none.
+
+    With a sharded model every process calls this, and reads its own part, whoever wrote it.
+    """
+    reshard(model)
     parameters = dict(model.named_parameters())
+    if any(map(is_sharded, parameters.values())) or not (checkpoint.path / "state.safetensors").is_file():
+        _restore_shards(checkpoint, model, optimizer)
+        return
     try:
         tensors = load_file(checkpoint.path / "state.safetensors")
         values = {name: tensors[f"model.{name}"] for name in parameters}
@@ -128,15 +205,41 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
             name: {key: tensors[f"optimizer.{name}.{key}"] for key in STATE_KEYS} for name in parameters if updated
         }
     except Exception as error:  # safetensors raises its own untyped error on a truncated file
-        raise Refusal(
-            f"checkpoint {checkpoint.path} is damaged ({error}); delete that folder to use the one before it."
-        ) from error
+        raise _damaged(checkpoint, error) from error
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(values[name])
     for name, state in states.items():
         parameter = parameters[name]
         optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in state.items()}
+
+
+def _restore_shards(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Through torch's distributed checkpoint, which reads one file as well as many."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        optimizer.state[parameter] = {
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+            "step": torch.zeros((), device=parameter.device),
+        }
+    try:
+        load(
+            state_of(model, optimizer),
+            storage_reader=HuggingFaceStorageReader(str(checkpoint.path)),
+            no_dist=not torch.distributed.is_initialized(),
+        )
+    except (CheckpointException, Exception) as error:  # the first is no Exception
+        raise _damaged(checkpoint, error) from error
+
+
+def _damaged(checkpoint: Checkpoint, error: BaseException) -> Refusal:
+    said = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    return Refusal(f"checkpoint {checkpoint.path} is damaged ({said}); {_cure(checkpoint.path)}.")
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:

@@ -43,15 +43,18 @@ class TracedMultiplier(Multiplier):
         return x * self.factor.to(x.dtype)
 
 
-def loss_functions(model: Decoder, loop: LoopConfig) -> tuple[Loss, Loss]:
+def loss_functions(model: Decoder, loop: LoopConfig, whole: bool = True) -> tuple[Loss, Loss]:
     """The model's `loss` as `loop` wants it computed, for training and for evaluation, which is not compiled.
 
     Weights and optimizer stay float32. With `compile`, every `Multiplier` of the model becomes a `TracedMultiplier`.
+
+    Args:
+        whole: whether it is compiled as a whole; a sharded model's blocks are compiled each by itself before.
     """
     loop = loop.settled()
     device = next(model.parameters()).device
     low = loop.dtype == "bfloat16"
-    if loop.compile:
+    if loop.compile and whole:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, Multiplier):
@@ -61,7 +64,7 @@ def loss_functions(model: Decoder, loop: LoopConfig) -> tuple[Loss, Loss]:
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
             return model.loss(ids_BT, targets_BT)
 
-    return (torch.compile(loss) if loop.compile else loss), loss
+    return (torch.compile(loss) if loop.compile and whole else loss), loss
 
 
 def time_steps(

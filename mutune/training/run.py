@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 
@@ -28,18 +29,21 @@ from mutune.parametrization.finding import AuditError, Finding
 from mutune.parametrization.opinion import second_opinion
 from mutune.parametrization.plan import Plan
 from mutune.training import checkpoint
-from mutune.training.config import RunSpec, StageConfig, stage_ends
+from mutune.training.config import ParallelConfig, RunSpec, StageConfig, stage_ends
 from mutune.training.device import resolve_device
 from mutune.training.execution import keep_memory, loss_functions, threaded
 from mutune.training.loop import Heldout, Record, evaluate, train
+from mutune.training.recompute import contexts
 from mutune.training.result import CHECKPOINTS, METRICS, RunResult, discard
 from mutune.training.schedule import multiplier
+from mutune.training.world import World, alone
 from mutune.versions import versions
 
 WRITER = ".writer.lock"  # held by the process that trains: what a killed parent leaves running ends first
 SAVE_SECONDS = 30.0  # between the checkpoints of a trial or of a ladder's run
 SMOOTHED = 0.05  # of a run: over how many steps a paused run's training loss is averaged
 
+SPREAD = ParallelConfig()
 #: Tokens of the first batch that the first audit runs through the model; what multipliers do does not depend on them.
 PROBE_TOKENS = 8
 
@@ -62,18 +66,39 @@ class Run:
     Args:
         spec: what to train.
         device: where.
+        world: the processes that train it together, each of which makes one of these; None is this one alone, whose
+            model is not sharded.
+        parallel: how it is spread over them.
     """
 
-    def __init__(self, spec: RunSpec, device: torch.device) -> None:
-        self.spec = spec
+    def __init__(
+        self,
+        spec: RunSpec,
+        device: torch.device,
+        world: World | None = None,
+        parallel: ParallelConfig = SPREAD,
+    ) -> None:
+        self.spec, self.parallel = spec, parallel
+        self.world = world or alone(device)
         self.corpus = prepare(spec.data, spec.tokenizer)
         self.plan = spec.plan(self.corpus.vocab_size)
         sites = {site: row.value for site, row in self.plan.multipliers.items()}
         loop = spec.loop.settled()
         if device.type == "cpu":
             keep_memory(4 * self.corpus.vocab_size * max(self._micro_sequences * s.context_length for s in spec.stages))
-        self.model = Decoder(spec.model, self.corpus.vocab_size, sites, str(loop.attention)).to(device)
-        self.loss, self.heldout_loss = loss_functions(self.model, loop)
+        attention = spec.loop.attention or ("flex" if device.type == "cuda" else "sdpa")
+        recompute = contexts(parallel.activation_checkpointing)
+
+        def build() -> Decoder:
+            return Decoder(spec.model, self.corpus.vocab_size, sites, attention, recompute)
+
+        if world is None:
+            self.model = build().to(device)
+        else:
+            from mutune.training.distribution import sharded
+
+            self.model = sharded(build, world, loop, parallel)
+        self.loss, self.heldout_loss = loss_functions(self.model, loop, whole=world is None)
         initialise(self.model, self.plan, spec.seed)
         self.optimizer = make_optimizer(self.model, self.plan, betas=self._betas)
         self.loader = window_loader(spec, self.corpus)
@@ -102,7 +127,7 @@ class Run:
                 audit(self.model, self.optimizer, self.plan, factor=rate(step - 1), betas=self._betas)
             every = spec.loop.eval_every
             if not record["diverged"] and (step in ends or (every and step % every == 0)):
-                measured = evaluate(self.model, self._heldout(stage.context_length), self.heldout_loss)
+                measured = evaluate(self.model, self._heldout(stage.context_length), self.heldout_loss, self.world)
                 record["diverged"] = not math.isfinite(measured["heldout_loss"])  # the update itself broke the weights
                 record |= {} if record["diverged"] else measured
             record["seconds"] = round(time.monotonic() - started, 4)
@@ -116,7 +141,7 @@ class Run:
         return train(
             self.model,
             self.optimizer,
-            self.loader.batch,
+            self._batch,
             self._rate(),
             loss=self.loss,
             start_step=start_step,
@@ -126,7 +151,12 @@ class Run:
             micro_sequences=self._micro_sequences,
             loss_bound=spec.loop.divergence_factor * math.log(self.corpus.vocab_size),
             warmup_steps=spec.schedule.warmup(spec.num_steps),
+            world=self.world,
         )
+
+    def _batch(self, step: int) -> np.ndarray:
+        """This process's rows of the global batch."""
+        return self.loader.batch(step, self.world.rank, self.world.size)
 
     @property
     def _micro_sequences(self) -> int:
@@ -142,7 +172,7 @@ class Run:
     def _audit_start(self, start_step: int) -> None:
         """The first audit: initial values of a fresh run, the forward pass, and what `mup` thinks of the plan."""
         device = next(self.model.parameters()).device
-        ids_BT = torch.from_numpy(self.loader.batch(start_step)[:1, :PROBE_TOKENS]).to(device)
+        ids_BT = torch.from_numpy(self._batch(start_step)[:1, :PROBE_TOKENS]).to(device)
         found = findings(
             self.model,
             self.optimizer,

@@ -18,6 +18,7 @@ from mutune.certificate.rungs import place
 from mutune.compose import compose
 from mutune.config import SweepConfig
 from mutune.model import decoder
+from mutune.model.alibi import alibi_slopes
 from mutune.parametrization.rules import MUP, TABLES, Rule, Table
 from mutune.training import run
 from mutune.training.config import RunSpec
@@ -82,7 +83,7 @@ def train(work: Work) -> dict[str, Any]:
     spec = replace(proxy, model=proxy.model.at_width(width), hyperparameters=hyper, seed=seed)
     name = "-".join(map(str, (rule, width, offset, seed, even, *words))).replace("/", "-")
     with (
-        patch.object(decoder, "alibi_slopes", even_slopes if even else decoder.alibi_slopes),
+        patch.object(decoder, "alibi_slopes", even_slopes if even else alibi_slopes),
         patch.dict(TABLES, {"mup": BROKEN.get(rule, MUP)}),
         patch.object(run, "second_opinion_of", lambda spec, plan: []),  # the audit would stop a broken rule
     ):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mutune.model.decoder import Decoder, alibi_slopes, causal_bias
+from mutune.model.alibi import alibi_slopes, causal_bias
+from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig, tensor_specs
 from tests.model import reference
 

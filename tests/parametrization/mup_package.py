@@ -7,6 +7,7 @@ from typing import Any
 import mup
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig
@@ -29,6 +30,10 @@ class SharedReadoutDecoder(Decoder):
             x_BTD = block(x_BTD, bias_HTT)
         logits_BTV: Tensor = self.readout(self.ln_f(x_BTD))
         return logits_BTV
+
+    def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean cross-entropy of those logits."""
+        return cross_entropy(self(ids_BT).flatten(0, 1), targets_BT.flatten())
 
 
 def set_base_shapes(model: Decoder, base: ModelConfig) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mutune.model.decoder import alibi_slopes
+from mutune.model.alibi import alibi_slopes
 from mutune.scaling.heuristics import (
     critical_batch,
     steepest_alibi_slope,

@@ -1,0 +1,27 @@
+"""Whether torchrun started this process, and as which; torch is not loaded for that."""
+
+import os
+
+
+def is_launched() -> bool:
+    """Whether this is one of the processes that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
+
+
+def rank() -> int:
+    """Which of them; 0 where there is one."""
+    return int(os.environ["RANK"]) if is_launched() else 0
+
+
+def share(cores: int) -> int:
+    """Of so many cores, this process's among those that torchrun started on this host."""
+    return max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])) if is_launched() else cores
+
+
+def speaks(for_lost: bool = False) -> bool:
+    """Whether this process tells what concerns all of them: the first of its host.
+
+    Args:
+        for_lost: whether it may be that one that is gone, so that the second speaks too.
+    """
+    return not is_launched() or os.environ.get("LOCAL_RANK") in ("0", *(["1"] if for_lost else []))

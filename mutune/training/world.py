@@ -1,0 +1,101 @@
+"""One process of a run among the others, and what they tell each other.
+
+Numbers go over gloo, whatever the model computes on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mutune.errors import Refusal
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `size`, and where it computes."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the process that writes records and speaks."""
+        return self.rank == 0
+
+    def gather(self, value: float) -> list[float]:
+        """Everybody's number, by rank."""
+        if self.size == 1:
+            return [value]
+        parts = [torch.zeros(1, dtype=torch.float64) for _ in range(self.size)]
+        dist.all_gather(parts, torch.tensor([value], dtype=torch.float64))
+        return [part.item() for part in parts]
+
+    def total(self, value: float) -> float:
+        """The sum of everybody's numbers, in the order of ranks, so that each process has the same bits."""
+        return sum(self.gather(value))
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so for anybody."""
+        return self.total(float(flag)) > 0
+
+    def share(self, thing: T) -> T:
+        """What the first process has."""
+        if self.size == 1:
+            return thing
+        box = [thing]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.gather(0.0)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` returns here, once it has succeeded everywhere.
+
+        Raises:
+            Refusal: the first process's that has one, to all of them.
+        """
+        if self.size == 1:
+            return work()
+        result, refusal = None, None
+        try:
+            result = work()
+        except Refusal as error:
+            refusal = str(error)
+        refusals: list[str | None] = [None] * self.size
+        dist.all_gather_object(refusals, refusal)
+        for rank, found in enumerate(refusals):
+            if found is not None:
+                raise Refusal(found if rank == 0 else f"{found.rstrip('.')} (process {rank} of {self.size}).")
+        return cast(T, result)
+
+
+def alone(device: torch.device) -> World:
+    """A run of one process."""
+    return World(0, 1, device)
+
+
+def reduce_last(model: nn.Module, last: bool) -> None:
+    """Before a backward pass: whether it is the step's last, at which replicas add up their gradients (FSDP2)."""
+    if hasattr(model, "set_requires_all_reduce"):
+        fsdp = cast(Any, model)
+        fsdp.set_is_last_backward(last)
+        fsdp.set_requires_all_reduce(last)
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """The number or tensor itself, where it is sharded or partial (DTensor): a collective."""
+    return cast(Any, value).full_tensor() if is_sharded(value) else value
+
+
+def is_sharded(value: torch.Tensor) -> bool:
+    """Whether this process has a part of it (DTensor)."""
+    return hasattr(value, "full_tensor")
