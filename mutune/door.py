@@ -123,6 +123,7 @@ def _end(door: str, sentence: object, code: int) -> int:
     if speaks(for_lost=isinstance(sentence, ProcessLost)):
         print(f"mutune.{door}: {sentence}", file=sys.stderr)
     else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SILENCE)
     return code
 

@@ -52,7 +52,7 @@ class Decoder(nn.Module):
         self.wte = nn.Embedding(vocab_size, shape.width)
         self.wpe = nn.Embedding(shape.max_positions, shape.width) if shape.positions == "learned" else None
         self.h = nn.ModuleList(Block(shape, multipliers, attention, recompute) for _ in range(shape.depth))
-        self.ln_f = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
+        self.ln_f = LayerNorm(shape.width, eps=LAYER_NORM_EPS)
         self.output_multiplier = Multiplier("output", multipliers["output"])
         self.lm_head = None if shape.tied else nn.Linear(shape.width, vocab_size, bias=False)
         self._flex = attention == "flex"
@@ -128,9 +128,9 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = recompute
-        self.ln_1 = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
+        self.ln_1 = LayerNorm(shape.width, eps=LAYER_NORM_EPS)
         self.attn = Attention(shape, multipliers["attention_logits"], attention)
-        self.ln_2 = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
+        self.ln_2 = LayerNorm(shape.width, eps=LAYER_NORM_EPS)
         self.mlp = FeedForward(shape)
         self.attn_multiplier = Multiplier("residual.attn", multipliers["residual.attn"])
         self.mlp_multiplier = Multiplier("residual.mlp", multipliers["residual.mlp"])
@@ -172,6 +172,15 @@ class Attention(nn.Module):
         else:
             out_BHTK = (q_BHTK @ k_BHTK.transpose(-2, -1) + bias).softmax(-1) @ v_BHTK
         return self.c_proj(out_BHTK.transpose(1, 2).flatten(-2))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Computed in its input's number format, also where FSDP2 gathers its gain and bias in another."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
+        gain_D, bias_D = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        return F.layer_norm(input, self.normalized_shape, gain_D, bias_D, self.eps)
 
 
 class FeedForward(nn.Module):

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,11 +229,12 @@ def _restore_shards(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.o
             "step": torch.zeros((), device=parameter.device),
         }
     try:
-        load(
-            state_of(model, optimizer),
-            storage_reader=HuggingFaceStorageReader(str(checkpoint.path)),
-            no_dist=not torch.distributed.is_initialized(),
-        )
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that one process loads by itself
+            load(
+                state_of(model, optimizer),
+                storage_reader=HuggingFaceStorageReader(str(checkpoint.path)),
+                no_dist=not torch.distributed.is_initialized(),
+            )
     except (CheckpointException, Exception) as error:  # the first is no Exception
         raise _damaged(checkpoint, error) from error
 

@@ -53,7 +53,6 @@ def loss_functions(model: Decoder, loop: LoopConfig, whole: bool = True) -> tupl
     """
     loop = loop.settled()
     device = next(model.parameters()).device
-    low = loop.dtype == "bfloat16"
     if loop.compile and whole:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
@@ -61,10 +60,15 @@ def loss_functions(model: Decoder, loop: LoopConfig, whole: bool = True) -> tupl
                     setattr(parent, name, TracedMultiplier(child.site, child.value, device))
 
     def loss(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+        with number_format(loop, device):
             return model.loss(ids_BT, targets_BT)
 
     return (torch.compile(loss) if loop.compile and whole else loss), loss
+
+
+def number_format(loop: LoopConfig, device: torch.device) -> torch.autocast:
+    """The context in which products of matrices are computed as `loop.dtype` says."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=loop.dtype == "bfloat16")
 
 
 def time_steps(

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
@@ -31,12 +32,12 @@ from mutune.parametrization.plan import Plan
 from mutune.training import checkpoint
 from mutune.training.config import ParallelConfig, RunSpec, StageConfig, stage_ends
 from mutune.training.device import resolve_device
-from mutune.training.execution import keep_memory, loss_functions, threaded
+from mutune.training.execution import keep_memory, loss_functions, number_format, threaded
 from mutune.training.loop import Heldout, Record, evaluate, train
 from mutune.training.recompute import contexts
 from mutune.training.result import CHECKPOINTS, METRICS, RunResult, discard
 from mutune.training.schedule import multiplier
-from mutune.training.world import World, alone
+from mutune.training.world import World, alone, is_sharded
 from mutune.versions import versions
 
 WRITER = ".writer.lock"  # held by the process that trains: what a killed parent leaves running ends first
@@ -179,12 +180,19 @@ class Run:
             self.plan,
             at_init=start_step == 0,
             betas=self._betas,
-            forward=lambda: self.model(ids_BT),
+            forward=lambda: self._logits(ids_BT),
         )
         if start_step == 0:  # a checkpoint's plan is compared, and had its opinion
             found += second_opinion_of(self.spec, self.plan)
         if found:
             raise AuditError(found)
+
+    def _logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """In float32 where that can be; a model that is gathered in bfloat16 cannot."""
+        sharded = self.world.size > 1 or any(map(is_sharded, self.model.parameters()))
+        with number_format(self.spec.loop, ids_BT.device) if sharded else nullcontext():
+            logits_BTV: torch.Tensor = self.model(ids_BT)
+        return logits_BTV
 
     def _heldout(self, context_length: int) -> Heldout:
         windows = heldout_windows(self.corpus.heldout, context_length, self.spec.loop.heldout_windows)

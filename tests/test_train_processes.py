@@ -1,0 +1,160 @@
+"""`mutune.train` under torchrun, and what a long run needs: time limits, lost processes, earlier checkpoints."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests import doors
+
+TARGET = [
+    "study=published",
+    "hyperparameters.init_std=0.02",
+    "hyperparameters.learning_rate=0.002",
+    "hyperparameters.embedding_multiplier=1",
+    "target=small",
+    "target.name=tiny",
+    "target.model.width=32",
+    "target.model.depth=2",
+    "target.model.num_heads=2",
+    "target.tokenizer={kind: bytes}",
+    "target.schedule={kind: linear, warmup_steps: 3}",
+    "target.stages=[{context_length: 32, batch_sequences: 8, num_steps: 40},"
+    "{context_length: 64, batch_sequences: 4, num_steps: 20}]",
+    "target.loop.heldout_windows=6",
+]
+CLOSE = 1e-5  # nats: what the order of sums may change, in float32
+
+
+@pytest.fixture(scope="module")
+def transfer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("transfer")
+    doors.run("transfer", *TARGET, f"out={out}")
+    return f"transfer={out / 'transfer/published--tiny/transfer.yaml'}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(transfer: str, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The records of one process without torchrun."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    doors.run("train", *arguments(transfer, out))
+    return records(out)
+
+
+def arguments(transfer: str, out: Path, *more: str) -> list[str]:
+    return [transfer, f"out={out}", "checkpoint_every=5", "keep_checkpoints=20", "threads=1", *more]
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    path = out / "train/tiny/metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def losses(found: list[dict[str, Any]]) -> list[float]:
+    return [record["loss"] for record in found]
+
+
+def furthest(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def saved(out: Path) -> set[str]:
+    return {path.name for path in (out / "train/tiny/checkpoints").iterdir()}
+
+
+def torchrun(processes: int, *words: str) -> "subprocess.Popen[str]":
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "mutune.train", *words]
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=doors.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(doors.ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def interrupted(transfer: str, out: Path, end: Callable[["subprocess.Popen[str]"], None]) -> str:
+    """Two processes train until ten records are there, and are ended; returns what they said."""
+    process = torchrun(2, *arguments(transfer, out))
+    doors.wait_until(lambda: len(records(out)) >= 12, process)
+    end(process)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "finished" not in stdout
+    return stderr
+
+
+def kill_the_second(process: "subprocess.Popen[str]") -> None:
+    children = psutil.Process(process.pid).children(recursive=True)
+    (victim,) = [child for child in children if child.environ().get("RANK") == "1"]
+    victim.kill()
+
+
+def test_a_killed_process_ends_the_run_in_words_and_the_rerun_goes_on_with_one(
+    transfer: str, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    stderr = interrupted(transfer, tmp_path, kill_the_second)
+    assert "mutune.train: another process of tiny is gone (" in stderr
+    assert "from which the same command goes on, with as many processes or others" in stderr
+    assert "Signal 9 (SIGKILL)" in stderr  # torchrun's report
+    assert "10" in saved(tmp_path)
+    again = doors.run("train", *arguments(transfer, tmp_path))
+    assert "resuming   tiny at step " in again.stderr
+    assert furthest(losses(records(tmp_path)), losses(undisturbed)) < CLOSE
+
+
+def test_sigterm_is_saved_at_one_step_by_all(transfer: str, undisturbed: list[dict[str, Any]], tmp_path: Path) -> None:
+    stderr = interrupted(transfer, tmp_path, lambda process: process.send_signal(signal.SIGTERM))
+    assert stderr.count("the same command continues") == 1
+    assert f'File "{doors.ROOT}/mutune' not in stderr  # the traceback there is torchrun's own
+    last = len(records(tmp_path))
+    assert str(last) in saved(tmp_path)
+    assert furthest(losses(records(tmp_path)), losses(undisturbed)[:last]) < CLOSE
+
+
+def test_processes_that_cannot_share_a_batch_are_refused_in_one_sentence(transfer: str, tmp_path: Path) -> None:
+    process = torchrun(3, *arguments(transfer, tmp_path))
+    _, stderr = process.communicate(timeout=120)
+    sentence = "target.stages[0].batch_sequences=8 cannot be shared evenly by 3 processes"
+    assert stderr.count(sentence) == 1
+    assert not (tmp_path / "train").exists()
+
+
+def test_a_time_limit_saves_and_the_same_command_goes_on_bit_for_bit(
+    transfer: str, undisturbed: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mutune import train
+
+    monkeypatch.setattr(train, "STARTED", train.STARTED - 3600)
+    stopped = doors.run("train", *arguments(transfer, tmp_path, "time_limit=60"), expect=143)
+    assert "stopped    after step 1, which is saved: time_limit=60 minutes are over" in stopped.stderr
+    doors.run("train", *arguments(transfer, tmp_path))
+    assert records(tmp_path) == undisturbed
+
+
+def test_an_earlier_checkpoint_is_used_when_asked_for_and_the_newer_are_set_aside(
+    transfer: str, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    doors.run("train", *arguments(transfer, tmp_path))
+    state = tmp_path / "train/tiny/checkpoints/60/state.safetensors"
+    size = state.stat().st_size
+    os.truncate(state, 1000)
+    refused = doors.run("train", *arguments(transfer, tmp_path), expect=2)
+    cut = f"is damaged (state.safetensors has 1,000 of its {size:,} bytes); resume=55 goes on from the one before it."
+    assert cut in refused.stderr
+    missing = doors.run("train", *arguments(transfer, tmp_path, "resume=7"), expect=2)
+    assert "resume=7 has no checkpoint under " in missing.stderr
+    resumed = doors.run("train", *arguments(transfer, tmp_path, "resume=45"))
+    assert "resuming   tiny at step 45 of 60" in resumed.stderr
+    assert records(tmp_path) == undisturbed
+    assert {"50.aside", "55.aside", "60.aside", "60"} <= saved(tmp_path)

@@ -1,0 +1,111 @@
+"""What one of several processes does in a test: `torchrun tests/training/processes.py FOLDER`. Not a test itself.
+
+Every process trains one small run in several ways; the first writes what came out to `FOLDER/<processes>.json`.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mutune.config import SweepConfig
+from mutune.model.shape import BaseConfig, ModelConfig
+from mutune.training import checkpoint
+from mutune.training.config import LoopConfig, ParallelConfig, RunSpec, StageConfig
+from mutune.training.distribution import joined
+from mutune.training.loop import Record
+from mutune.training.run import Run
+from mutune.training.saving import Saver
+from mutune.training.world import World, whole
+
+STEPS, SAVED = 30, 15
+SPEC = replace(
+    SweepConfig().spec(),
+    model=ModelConfig(width=48, depth=2, num_heads=3, ffn_width=127),  # 127: no number of processes divides it
+    base=BaseConfig(width=16, depth=2),
+    stages=(
+        StageConfig(context_length=32, batch_sequences=8, num_steps=20),
+        StageConfig(context_length=64, batch_sequences=4, num_steps=10),
+    ),
+    loop=LoopConfig(heldout_windows=9, audit_every=10),
+)
+LOW = replace(SPEC, loop=replace(SPEC.loop, dtype="bfloat16"))
+#: Ways to spread a run; none of them may change what it computes.
+WAYS: dict[str, ParallelConfig] = {
+    "kept": ParallelConfig(reshard=False),
+    "full": ParallelConfig(activation_checkpointing="full"),
+    "selective": ParallelConfig(activation_checkpointing="selective"),
+}
+
+
+def digest(model: nn.Module) -> str:
+    """Of every parameter, whole."""
+    found = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        found.update(name.encode() + whole(parameter.detach()).contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def losses(run: Run, start: int = 0, until: int = STEPS) -> list[float]:
+    """Training losses of the steps after `start`."""
+    records: list[Record] = []
+    for record in run.records(start):
+        records.append(record)
+        if record["step"] == until:
+            break
+    return [record["loss"] for record in records]
+
+
+def trained(world: World, folder: Path, spec: RunSpec = SPEC) -> dict[str, Any]:
+    """A whole run that saves on its way, and the run that goes on from what it saved."""
+    run = Run(spec, world.device, world)
+    saver = Saver(folder / f"of_{world.size}", world, run.plan, lambda steps: steps, background=world.size == 2)
+    found: dict[str, Any] = {"initial": digest(run.model), "losses": [], "heldout": []}
+    for record in run.records():
+        found["losses"].append(record["loss"])
+        found["heldout"] += [record["heldout_loss"]] if "heldout_loss" in record else []
+        saver.poll()
+        if record["step"] == SAVED:
+            saver.save(SAVED, run.model, run.optimizer, {})
+    saver.finish()
+    return {**found, "final": digest(run.model)}
+
+
+def continued(world: World, root: Path, spec: RunSpec = SPEC) -> dict[str, Any]:
+    """From the checkpoint of step `SAVED` under `root`, whoever wrote it."""
+    run = Run(replace(spec, seed=spec.seed), world.device, world)
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.zero_()  # so that nothing is there by itself
+    checkpoint.restore(checkpoint.read(root / str(SAVED)), run.model, run.optimizer)
+    return {"losses": losses(run, SAVED), "final": digest(run.model)}
+
+
+def main(folder: Path) -> None:
+    """Do it all, and write what came out."""
+    torch.set_num_threads(1)
+    with joined("cpu") as world:
+        found = {"run": trained(world, folder), "same": continued(world, folder / f"of_{world.size}")}
+        if world.size < 4:
+            found["from_4"] = continued(world, folder / "of_4")
+        if world.size == 2:
+            for name, way in WAYS.items():
+                found[name] = {"losses": losses(Run(SPEC, world.device, world, way), until=5)}
+        if world.size == 4:
+            two = ParallelConfig(replicas=2)
+            found["replicas"] = {"losses": losses(Run(SPEC, world.device, world, two), until=5)}
+            short = replace(SPEC, loop=replace(SPEC.loop, micro_sequences=1))
+            found["accumulated"] = {"losses": losses(Run(short, world.device, world, two), until=5)}
+        if world.size == 1:
+            found["bfloat16"] = {"losses": losses(Run(LOW, world.device, world), until=5)}
+        if world.is_first:
+            (folder / f"{world.size}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
