@@ -7,13 +7,13 @@ from typing import Any
 from tests.doors import ROOT
 
 
-def record(name: str, title: str, rows: list[dict[str, Any]]) -> None:
+def record(name: str, title: str, rows: list[dict[str, Any]], by: str = "`make soak`") -> None:
     """Write `benchmarks/<name>.md`; what stands there below the table was written by hand, and stays."""
     commit = _git("describe", "--always", "--abbrev=12", "--exclude=*")
     if _git("status", "--porcelain", "--", ".", ":!benchmarks", ":!docs"):  # other tables of the same soak do not count
         commit += "-dirty"
     keys = list(rows[0])
-    lines = [f"# {title}", "", f"{datetime.date.today()}, commit `{commit}`, by `make soak`.", ""]
+    lines = [f"# {title}", "", f"{datetime.date.today()}, commit `{commit}`, by {by}.", ""]
     lines += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     lines += ["| " + " | ".join(str(row[key]) for key in keys) + " |" for row in rows]
     path = ROOT / "benchmarks" / f"{name}.md"
