@@ -57,7 +57,7 @@ def work(config: TrainConfig) -> int:
         raise lack
     data_hash = _check_data(transfer, spec)
     directory = Path(config.out) / "train" / name
-    inputs = {"run": plain(spec), "data_hash": data_hash, "verdict": transfer.verdict}
+    inputs = {"run": spec.as_dict(), "data_hash": data_hash, "verdict": transfer.verdict}
     check_claim(directory, inputs, "name", config.overwrite)
     with locked(directory, "name"):
         claim(directory, inputs, "name", config.overwrite)
@@ -79,15 +79,15 @@ def _memory(config: TrainConfig, spec: RunSpec) -> Refusal | None:
 
 
 def _check_data(transfer: TransferFile, spec: RunSpec) -> str:
-    """The hash of the run's data; where it is the study's data, it must not have changed."""
-    from mutune.data.prepare import prepare
-    from mutune.training.fit import check_data
+    """The hash of the run's data; where its main corpus is the study's, it must not have changed."""
+    from mutune.training.fit import check_corpora
+    from mutune.training.run import corpora_of
 
-    corpus = prepare(spec.data, spec.tokenizer)
-    check_data(spec, corpus, "target.stages[{}]")
+    corpora = corpora_of(spec)
+    check_corpora(spec, corpora, "target.stages[{}]")
     if (spec.data, spec.tokenizer) == (transfer.data, transfer.tokenizer):
-        transfer.check_text(corpus.content_hash)
-    return corpus.content_hash
+        transfer.check_text(corpora.main.content_hash)
+    return corpora.content_hash
 
 
 def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, Any], transfer: TransferFile) -> None:
@@ -108,8 +108,8 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
     where = resolve_device(config.device)
     run = Run(spec, where)
     meta = {
-        "run": plain(spec),
-        "data_hash": run.corpus.content_hash,
+        "run": spec.as_dict(),
+        "data_hash": run.corpora.content_hash,
         "tokenizer_hash": run.corpus.tokenizer.content_hash,
     }
     if checkpoint is not None:

@@ -110,7 +110,7 @@ def _ffn(proxy: RunSpec, target: RunSpec) -> list[tuple[str, float | str, float 
 
 def _decay(spec: RunSpec) -> float | str:
     """Share of the run in which the rate falls; only `wsd` has one of its own."""
-    return spec.schedule.decay_fraction if spec.schedule.kind == "wsd" else "the schedule's own"
+    return spec.schedule.decay_share(spec.num_steps) if spec.schedule.kind == "wsd" else "the schedule's own"
 
 
 def _end_ratio(spec: RunSpec) -> float:
