@@ -80,7 +80,9 @@ def _difference(axis: str, proxy: float | str, target: float | str, measured: di
 
 
 def _data(spec: RunSpec) -> str:
-    return f"{spec.data.path or spec.data.source}, {spec.tokenizer.kind}"
+    mixed = [each.path or each.source for stage in spec.stages for each in stage.data or ()]
+    texts = dict.fromkeys([str(spec.data.path or spec.data.source), *mixed])
+    return f"{' + '.join(texts)}, {spec.tokenizer.kind}"
 
 
 def _tokens_per_parameter(spec: RunSpec, vocab_size: int) -> float:

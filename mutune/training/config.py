@@ -152,7 +152,11 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that decides the losses of a run, and nothing else."""
+    """Everything that decides the losses of a run, and nothing else.
+
+    `extends` has the stages of the runs that this one goes on from, as they were run, the first one first: its windows
+    depend on them. None for a run that begins at step 0.
+    """
 
     model: ModelConfig
     data: DataConfig
@@ -164,6 +168,7 @@ class RunSpec:
     stages: tuple[StageConfig, ...]
     loop: LoopConfig = field(default_factory=LoopConfig)
     seed: int = 0
+    extends: tuple[tuple[StageConfig, ...], ...] | None = later()
 
     def __post_init__(self) -> None:
         require(

@@ -46,16 +46,13 @@ PROBE_TOKENS = 8
 
 def corpora_of(spec: RunSpec) -> Corpora:
     """What the run reads: its main corpus, and those of its stages' mixtures."""
-    return prepare_corpora(spec.data, spec.tokenizer, [stage.data for stage in spec.stages])
+    stages = [*spec.stages, *(stage for listed in spec.extends or () for stage in listed)]
+    return prepare_corpora(spec.data, spec.tokenizer, [stage.data for stage in stages])
 
 
-def window_loader(spec: RunSpec, corpora: Corpora, extends: Sequence[Sequence[StageConfig]] = ()) -> WindowLoader:
-    """The run's batches.
-
-    Args:
-        extends: the stages of the runs that it goes on from, as they were, the first one first.
-    """
-    before, own = [loader_stages(stages, corpora) for stages in extends], loader_stages(spec.stages, corpora)
+def window_loader(spec: RunSpec, corpora: Corpora) -> WindowLoader:
+    """The run's batches."""
+    before, own = [loader_stages(stages, corpora) for stages in spec.extends or ()], loader_stages(spec.stages, corpora)
     return WindowLoader(corpora.main.train, own, spec.seed, corpora=corpora.tokens, extends=before)
 
 
