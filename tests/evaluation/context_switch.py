@@ -24,7 +24,9 @@ def arms(trunk: StageConfig, factor: int, num_steps: int) -> dict[str, tuple[Sta
     return {SWITCHED: (trunk, longer), CONTROL: (trunk, replace(trunk, num_steps=num_steps))}
 
 
-def curves(spec: RunSpec, factor: int, num_steps: int, seeds: Iterable[int]) -> Iterator[dict[str, Any]]:
+def curves(
+    spec: RunSpec, factor: int, num_steps: int, seeds: Iterable[int], num_windows: int | None = None
+) -> Iterator[dict[str, Any]]:
     """A row for each arm, seed and bin of positions: the loss of the finished run on long held-out documents.
 
     Args:
@@ -33,14 +35,23 @@ def curves(spec: RunSpec, factor: int, num_steps: int, seeds: Iterable[int]) -> 
     for seed in seeds:
         runs = pair(replace(spec, seed=seed), factor, num_steps)
         corpus, context = runs[SWITCHED].corpus, runs[SWITCHED].spec.stages[-1].context_length
-        documents = document_windows(corpus.heldout, corpus.heldout_ends, context)
+        documents = document_windows(corpus.heldout, corpus.heldout_ends, context, num_windows)
         for arm, run in runs.items():
             for row in loss_by_position(run.model, documents):
-                yield {"arm": arm, "seed": seed, **asdict(row)}
+                longest = max(stage.context_length for stage in run.spec.stages)
+                yield {"arm": arm, "context": longest, "seed": seed, **asdict(row)}
 
 
 def pair(spec: RunSpec, factor: int, num_steps: int) -> dict[str, Run]:
-    """Both arms, trained to their ends; the trunk is trained once."""
+    """Both arms, trained to their ends."""
+    runs = forked(spec, factor, num_steps)
+    for run in runs.values():
+        _train(run, spec.num_steps, num_steps)
+    return runs
+
+
+def forked(spec: RunSpec, factor: int, num_steps: int) -> dict[str, Run]:
+    """Both arms at the end of the trunk, which is trained once."""
     (trunk,) = spec.stages
     stages = arms(trunk, factor, num_steps)
     runs = {arm: Run(replace(spec, stages=stages[arm]), torch.device("cpu")) for arm in stages}
@@ -48,8 +59,6 @@ def pair(spec: RunSpec, factor: int, num_steps: int) -> dict[str, Run]:
     _train(first, 0, trunk.num_steps)
     second.model.load_state_dict(first.model.state_dict())
     second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    for run in runs.values():
-        _train(run, trunk.num_steps, num_steps)
     return runs
 
 
