@@ -25,6 +25,7 @@ FREE = {
     "resources": "+resources.timeout_min=60",
 }
 _NAMES = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
+LATER = "later"  # of a field's metadata
 MANY = 20  # keys that are not listed one by one
 _EXAMPLES = {int: "32", float: "0.01", str: "runs", bool: "true"}
 
@@ -67,6 +68,24 @@ def build(cls: type[T], data: Any, key: str = "") -> T:
 def plain(config: Any) -> dict[str, Any]:
     """A dataclass as nested dicts and lists, ready for YAML or JSON."""
     return typing.cast(dict[str, Any], _plain(dataclasses.asdict(config)))
+
+
+def later() -> Any:
+    """A field that is newer than files that lack it: None unless it is used, and then not in what `written` gives."""
+    return dataclasses.field(default=None, metadata={LATER: True})
+
+
+def written(config: Any) -> Any:
+    """As `plain`, without the fields of `later` that are None: what is hashed and compared over versions of mutune."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
+        unused = [field for field, value in values.items() if value is None and field.metadata.get(LATER)]
+        return {field.name: written(value) for field, value in values.items() if field not in unused}
+    if isinstance(config, dict):
+        return {key: written(item) for key, item in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [written(item) for item in config]
+    return config
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mutune.certificate.config import BudgetConfig, LadderConfig, Overrides, PriceConfig, TargetConfig
-from mutune.compose import choices, plain
+from mutune.compose import choices, written
 from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.errors import Refusal, require, require_name, require_number
 from mutune.model.shape import ModelConfig, base_config
@@ -100,6 +100,11 @@ class SweepConfig(DoorConfig):
         super().__post_init__()
         if self.study is not None:
             require_name("study", self.study)
+        require(
+            self.run.data is None,
+            "run.data is a mixture, and a study reads one corpus; for example data=sotu, and the mixture in "
+            "target.stages.",
+        )
         if self.study == PUBLISHED:
             raise Refusal(f"study={PUBLISHED} is the name of BTLM-3B-8K's own values; for example study=mine.")
         require(
@@ -140,7 +145,7 @@ class SweepConfig(DoorConfig):
 
     def identity(self) -> dict[str, object]:
         """What two starts of one study must agree in: all but where, on what and how long it runs."""
-        data = plain(self)
+        data: dict[str, Any] = written(self)
         for key in (
             "out",
             "device",

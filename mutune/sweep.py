@@ -213,7 +213,7 @@ def _share(config: SweepConfig, steps: float) -> str:
     proxy = config.spec()
     target = compose("transfer", TransferConfig, [f"target={config.for_target}"]).target
     tokenizer = target.tokenizer or proxy.tokenizer
-    whole = price(replace(proxy, model=target.model, stages=tuple(target.stages), tokenizer=tokenizer)).flops
+    whole = price(replace(proxy, model=target.model, stages=target.run_stages(), tokenizer=tokenizer)).flops
     flops = steps * price(proxy).flops / proxy.num_steps
     return f"budget     {flops:.3g} FLOPs, {flops / whole:.2g} of target {config.for_target}'s {whole:.3g}"
 

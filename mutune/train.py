@@ -85,7 +85,7 @@ def _claimed(
     from mutune.training.distribution import require_even
 
     require_even([stage.batch_sequences for stage in spec.stages], world, config.parallel)
-    inputs = {"run": plain(spec), "data_hash": _check_data(transfer, spec), "verdict": transfer.verdict}
+    inputs = {"run": spec.as_dict(), "data_hash": _check_data(transfer, spec), "verdict": transfer.verdict}
     if world.is_first:
         require_writable(Path(config.out))
         check_claim(directory, inputs, "name", config.overwrite)
@@ -108,15 +108,15 @@ def _memory(config: TrainConfig, spec: RunSpec) -> Refusal | None:
 
 
 def _check_data(transfer: TransferFile, spec: RunSpec) -> str:
-    """The hash of the run's data; where it is the study's data, it must not have changed."""
-    from mutune.data.prepare import prepare
-    from mutune.training.fit import check_data
+    """The hash of the run's data; where its main corpus is the study's, it must not have changed."""
+    from mutune.training.fit import check_corpora
+    from mutune.training.run import corpora_of
 
-    corpus = prepare(spec.data, spec.tokenizer)
-    check_data(spec, corpus, "target.stages[{}]")
+    corpora = corpora_of(spec)
+    check_corpora(spec, corpora, "target.stages[{}]")
     if (spec.data, spec.tokenizer) == (transfer.data, transfer.tokenizer):
-        transfer.check_text(corpus.content_hash)
-    return corpus.content_hash
+        transfer.check_text(corpora.main.content_hash)
+    return corpora.content_hash
 
 
 def _train(
@@ -187,8 +187,8 @@ def _restore(directory: Path, start: int, run: "Run", meta: dict[str, Any]) -> N
 def _identity(run: "Run", transfer: TransferFile) -> dict[str, Any]:
     """What a checkpoint and the run that goes on from it must agree in, besides the plan; and what it tells."""
     return {
-        "run": plain(run.spec),
-        "data_hash": run.corpus.content_hash,
+        "run": run.spec.as_dict(),
+        "data_hash": run.corpora.content_hash,
         "tokenizer_hash": run.corpus.tokenizer.content_hash,
         "certificate": {"verdict": transfer.verdict, "seal": transfer.seal},
         "versions": versions(),

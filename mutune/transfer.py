@@ -86,7 +86,7 @@ def work(config: TransferConfig) -> int:
     ladders = _plan_ladders(config, source, target, directory)
     _check_target_data(source.transfer, target)
     own = next(iter(ladders.values()), None)
-    advice, unable = _advice(source.proxy, target, own), _foreseen(config, source, target, own)
+    advice, unable = _advice(config, source.proxy, target, own), _foreseen(config, source, target, own)
     if config.dry_run:
         tuning = [f"tuning     {words}" for words in _tuning(source, target)]
         print("\n".join([_dry_run(config, ladders, target, advice), *tuning, *unable, nothing_written(CACHED)]))
@@ -310,20 +310,22 @@ def _transfer_file(
         schedule=study.schedule,
         data=study.data,
         tokenizer=study.tokenizer,
-        target=config.target,
+        target=config.target.resolved(),
         verdict="NOT CERTIFIED",
     )
 
 
-def _advice(proxy: RunSpec | None, target: RunSpec, ladder: "Ladder | None") -> list["Advice"]:
-    from mutune.certificate.adviser import advise
+def _advice(config: TransferConfig, proxy: RunSpec | None, target: RunSpec, ladder: "Ladder | None") -> list["Advice"]:
+    from mutune.certificate.adviser import advise, without_shares
     from mutune.certificate.rungs import places
 
     if ladder is None:
-        return advise(proxy, target)
-    furthest = places(ladder.rungs).max()
-    measured = {axis: float(furthest[axis]) for axis in ladder.config.chosen_axes}
-    return advise(proxy, target, measured, [rung.model.width for rung in ladder.rungs])
+        found = advise(proxy, target)
+    else:
+        furthest = places(ladder.rungs).max()
+        measured = {axis: float(furthest[axis]) for axis in ladder.config.chosen_axes}
+        found = advise(proxy, target, measured, [rung.model.width for rung in ladder.rungs])
+    return found if config.target.tokens is None else without_shares(found)
 
 
 def _tuning(source: Source, target: RunSpec) -> list[str]:

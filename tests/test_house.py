@@ -21,6 +21,7 @@ ROOMS = [
     "search",
     "verification",
     "certificate",
+    "evaluation",
     "reporting",
 ]
 DOORS = ["sweep", "transfer", "train", "check"]
@@ -52,6 +53,7 @@ WITHOUT_TORCH = [
     "training/price.py",
     "search/config.py",
     "certificate/config.py",
+    "certificate/stages.py",
     "verification/places.py",
     "verification/verdict.py",
     "compose.py",

@@ -8,7 +8,7 @@ those of the sweep all come from one better proxy, so that they go together. Law
 import math
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mutune.certificate.proxy import (
@@ -29,6 +29,7 @@ from mutune.certificate.proxy import (
     tokens_per_parameter,
 )
 from mutune.certificate.verdict import MAX_RATIO
+from mutune.compose import written
 from mutune.scaling.heuristics import (
     COMPUTE_OPTIMAL_TPP,
     FURTHEST_TOKENS,
@@ -403,7 +404,19 @@ def _stages(stages: Iterable[StageConfig]) -> str:
 
 def _group(config: StageConfig | ScheduleConfig) -> str:
     """A group of keys on a command line; keys that are null are left out."""
-    return f"{{{', '.join(f'{key}: {value}' for key, value in asdict(config).items() if value is not None)}}}"
+    return _flow(written(config))
+
+
+def _flow(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_flow(item)}' for key, item in value.items() if item is not None)}}}"
+    return f"[{', '.join(map(_flow, value))}]" if isinstance(value, list) else str(value)
+
+
+def without_shares(advice: Sequence[Advice]) -> list[Advice]:
+    """The same for a target whose stages are shares of its tokens: a cure gives them in steps."""
+    stages = "target.stages="
+    return [replace(each, cure=each.cure.replace(f"'{stages}", f"target.tokens=null '{stages}")) for each in advice]
 
 
 TP5 = "Tensor Programs V, arXiv:2203.03466 §6.1, reported"

@@ -3,10 +3,12 @@
 import hashlib
 import inspect
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
+from typing import Any
 
-from mutune.compose import build, plain
+from mutune.certificate.stages import TargetStage, resolve
+from mutune.compose import build, later, plain, written
 from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.errors import MAX_WHOLE, require, require_name, require_number
 from mutune.model.shape import MAX_DEPTH, MAX_WIDTH, BaseConfig, ModelConfig
@@ -28,14 +30,16 @@ class TargetConfig:
     Attributes:
         name: names its folders.
         model: its shape.
-        stages: context lengths, batches and steps, in order.
+        stages: context lengths, batches and steps, or shares of `tokens`, in order.
+        tokens: of the whole run, where the stages have shares of them.
         schedule, data, tokenizer: its own; None takes the study's.
         loop: how its steps are taken.
     """
 
     name: str = "target"
     model: ModelConfig = field(default_factory=ModelConfig)
-    stages: list[StageConfig] = field(default_factory=list)
+    stages: list[TargetStage] = field(default_factory=list)
+    tokens: int | None = later()
     schedule: ScheduleConfig | None = None
     data: DataConfig | None = None
     tokenizer: TokenizerConfig | None = None
@@ -43,6 +47,17 @@ class TargetConfig:
 
     def __post_init__(self) -> None:
         require_name("target.name", self.name)
+        if self.tokens is not None:
+            require_number("target.tokens", self.tokens, at_least=1, example=20_000_000_000, whole=True)
+        self.run_stages()  # refuses shares that make no run
+
+    def run_stages(self) -> tuple[StageConfig, ...]:
+        """The stages with whole steps."""
+        return resolve(self.stages, self.tokens)
+
+    def resolved(self) -> "TargetConfig":
+        """The same target with steps in place of shares."""
+        return replace(self, stages=[TargetStage.of(stage) for stage in self.run_stages()], tokens=None)
 
 
 AXIS_KEYS = {"width": "widths", "tokens": "tokens", "batch": "batches", "depth": "depths"}  # of a ladder: its rungs
@@ -283,7 +298,7 @@ class TransferFile:
     tokenizer: TokenizerConfig
     target: TargetConfig
     verdict: str
-    prediction: Prediction | None = None
+    prediction: Prediction | None = later()
     seal: str = ""
     format: int = 1
 
@@ -304,14 +319,15 @@ class TransferFile:
             base=self.base,
             hyperparameters=self.hyperparameters,
             schedule=target.schedule or self.schedule,
-            stages=tuple(target.stages),
+            stages=target.run_stages(),
             loop=target.loop,
             seed=seed,
         )
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         """Plain data, as it is written."""
-        return asdict(self)
+        plain: dict[str, Any] = written(self)
+        return plain
 
     def sealed(self, verdict: str) -> "TransferFile":
         """The same values with a verdict, and with the seal that ties both."""
@@ -338,7 +354,5 @@ class TransferFile:
 
     def _hash(self) -> str:
         """Of the values as they are read back from a file, where every number has the type of its field."""
-        written = plain(build(TransferFile, plain(replace(self, seal=""))))
-        if self.prediction is None:
-            del written["prediction"]  # a file from before there were predictions keeps its seal
-        return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()[:16]
+        values = written(build(TransferFile, plain(replace(self, seal=""))))  # a file without newer keys keeps its seal
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -80,7 +80,9 @@ def _difference(axis: str, proxy: float | str, target: float | str, measured: di
 
 
 def _data(spec: RunSpec) -> str:
-    return f"{spec.data.path or spec.data.source}, {spec.tokenizer.kind}"
+    mixed = [each.path or each.source for stage in spec.stages for each in stage.data or ()]
+    texts = dict.fromkeys([str(spec.data.path or spec.data.source), *mixed])
+    return f"{' + '.join(texts)}, {spec.tokenizer.kind}"
 
 
 def _tokens_per_parameter(spec: RunSpec, vocab_size: int) -> float:
@@ -110,7 +112,7 @@ def _ffn(proxy: RunSpec, target: RunSpec) -> list[tuple[str, float | str, float 
 
 def _decay(spec: RunSpec) -> float | str:
     """Share of the run in which the rate falls; only `wsd` has one of its own."""
-    return spec.schedule.decay_fraction if spec.schedule.kind == "wsd" else "the schedule's own"
+    return spec.schedule.decay_share(spec.num_steps) if spec.schedule.kind == "wsd" else "the schedule's own"
 
 
 def _end_ratio(spec: RunSpec) -> float:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class LadderRun:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides its losses."""
-        return fingerprint(asdict(self.spec), self.data_hash)
+        return fingerprint(self.spec.as_dict(), self.data_hash)
 
     @property
     def note(self) -> dict[str, Any]:

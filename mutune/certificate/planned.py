@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def plan_ladder(
         proxy.seed + seeds - 1 <= MAX_SEED,
         f"seed={proxy.seed} and ladder.seeds={seeds} go beyond the largest seed, {MAX_SEED}; for example seed=0.",
     )
-    paid = {fingerprint(asdict(trial.spec), data_hash): trial for trial in trials}
+    paid = {fingerprint(trial.spec.as_dict(), data_hash): trial for trial in trials}
     timed = [Timed(trial.spec, trial.result.seconds) for trial in paid.values() if not trial.result.diverged]
     count = sum(map(len, first_offsets(seeds))) if config.offsets is None else len(config.offsets) * seeds
     workers = _workers(config, proxy)

@@ -103,7 +103,8 @@ def _better_settings(proxy: RunSpec, target: RunSpec) -> dict[str, Any]:
     run = _better_run(proxy, target, model)
     kept = _settings(proxy)
     vocab_size = target.tokenizer.vocab_size if target.tokenizer.kind == "bpe" else kept["tokenizer.vocab_size"]
-    decay = target.schedule.decay_fraction if target.schedule.kind == "wsd" else kept["schedule.decay_fraction"]
+    share = target.schedule.decay_share(target.num_steps)
+    decay = share if target.schedule.kind == "wsd" else kept["schedule.decay_fraction"]
     return {
         **{key: getattr(model, key.removeprefix("model.")) for key in (*SHAPE, *DEPTH)},
         **{key: getattr(run, key.removeprefix("run.")) for key in RUN},

@@ -89,10 +89,12 @@ def at(proxy: RunSpec, axis: str, value: float) -> RunSpec:
 
 
 def _of_steps(spec: RunSpec, num_steps: int) -> RunSpec:
-    """The same run with another number of steps; a warm-up in steps keeps its share."""
+    """The same run with another number of steps; a warm-up or a decay in steps keeps its share."""
     schedule, before = spec.schedule, spec.num_steps
     if schedule.warmup_steps is not None:
         schedule = replace(schedule, warmup_steps=round(schedule.warmup_steps * num_steps / before))
+    if schedule.decay_steps is not None:
+        schedule = replace(schedule, decay_steps=max(1, round(schedule.decay_steps * num_steps / before)))
     return replace(spec, schedule=schedule, stages=(replace(spec.stages[0], num_steps=num_steps),))
 
 

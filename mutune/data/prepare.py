@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -32,6 +32,8 @@ from mutune.progress import ProgressLine
 FORMAT = 1  # raise it when the files below, the split or the cutting of documents change meaning
 TOKEN = np.dtype("<u2")
 END = np.dtype("<u8")
+#: Training documents → the tokenizer.
+BuildTokenizer = Callable[[Sequence[Document]], Tokenizer]
 QUIET_SECONDS = 10.0  # of a build that says nothing
 
 
@@ -74,9 +76,18 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, cache_dir: Path | None
     """
     if tokenizer.path is not None:
         gpt2_folder(tokenizer)  # a wrong path is refused even where the cache could answer
+    return _prepare(data, tokenizer_name(tokenizer), partial(build_tokenizer, tokenizer), cache_dir)
+
+
+def prepare_with(data: DataConfig, tokenizer: Tokenizer, cache_dir: Path | None = None) -> TokenizedCorpus:
+    """As `prepare`, with a tokenizer that is there already, as that of a mixture's main corpus."""
+    return _prepare(data, f"{tokenizer.name} {tokenizer.content_hash}", lambda documents: tokenizer, cache_dir)
+
+
+def _prepare(data: DataConfig, tokenizer: str, build: BuildTokenizer, cache_dir: Path | None) -> TokenizedCorpus:
     name, content_hash = corpus_name(data), corpus_hash(data)
     folder = (cache_dir or cache_folder()) / _key(content_hash, tokenizer)
-    return _open(folder, name) or _build_once(folder, data, tokenizer, content_hash)
+    return _open(folder, name) or _build_once(folder, data, build, content_hash)
 
 
 def cache_folder() -> Path:
@@ -85,8 +96,8 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(chosen)) if chosen else Path(platformdirs.user_cache_dir("mutune"))
 
 
-def _key(content_hash: str, tokenizer: TokenizerConfig) -> str:
-    settings = json.dumps([FORMAT, content_hash, tokenizer_name(tokenizer)])
+def _key(content_hash: str, tokenizer: str) -> str:
+    settings = json.dumps([FORMAT, content_hash, tokenizer])
     return hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
@@ -120,7 +131,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if is_whole else None
 
 
-def _build_once(folder: Path, data: DataConfig, config: TokenizerConfig, content_hash: str) -> TokenizedCorpus:
+def _build_once(folder: Path, data: DataConfig, build: BuildTokenizer, content_hash: str) -> TokenizedCorpus:
     """Build `folder` unless another process has done so by the time this one holds the lock."""
     with contextlib.ExitStack() as held:
         with _refusing_unwritable(folder.parent):
@@ -133,7 +144,7 @@ def _build_once(folder: Path, data: DataConfig, config: TokenizerConfig, content
             changed = f"data.path={data.path} changed while it was read; run again once nothing writes to it."
             require(corpus.content_hash == content_hash, changed)
             train, heldout = split(corpus)
-            tokenizer = build_tokenizer(config, train)
+            tokenizer = build(train)
             with _refusing_unwritable(folder.parent):
                 _write_folder(folder, corpus, tokenizer, {"train": train, "heldout": heldout}, told)
             prepared = _open(folder, corpus.name)

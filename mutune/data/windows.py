@@ -3,45 +3,21 @@
 Shapes: B sequences of the global batch, T context length, W windows of an epoch, N tokens of a range.
 
 Nothing is stored between steps, so the state of a run's data is the integer s, and every world size sees one global
-batch. All randomness is integer mixing written out below: order never depends on platform, hash seed or numpy version.
+batch. All randomness is integer mixing (`order.py`): order never depends on platform, hash seed or numpy version.
 """
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
+from mutune.data.readings import MAIN, Segment, Stage, segments, shared_steps
 from mutune.errors import require
 
-NUM_ROUNDS = 8
+__all__ = ["Stage", "WindowLoader", "heldout_windows", "shared_steps"]
 
-
-@dataclass(frozen=True)
-class Stage:
-    """`num_steps` steps of `batch_sequences` sequences (the global batch) of `context_length` tokens each."""
-
-    context_length: int
-    num_steps: int
-    batch_sequences: int
-
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            require(
-                isinstance(value, int) and not isinstance(value, bool) and value > 0,
-                f"{entry.name}={value} must be a whole number above 0; for example {entry.name}=128.",
-            )
-
-    @property
-    def num_windows(self) -> int:
-        return self.num_steps * self.batch_sequences
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_windows * self.context_length
+Tokens = npt.NDArray[np.uint16]
 
 
 class WindowLoader:
@@ -53,77 +29,96 @@ class WindowLoader:
 
     Where all stages together ask for at most one epoch of the corpus, each stage has a range of its own, in proportion
     to what it asks and in stage order, so that no stage repeats what another has seen. Otherwise every stage reads the
-    whole corpus in an order of its own.
+    whole corpus in an order of its own. In a mixture this holds for each corpus by itself.
+
+    A run that goes on from others (`extends`) reads what they read, for as long as it has their stages
+    (`shared_steps`); a stage that is longer than it was goes on in its own range. Stages that are new, or for which
+    that range has no windows left, read what no step before them has read, cut into windows of their own length; where
+    that is not enough for them all, they begin as a run of their own would, and read tokens again.
     """
 
-    def __init__(self, tokens: npt.NDArray[np.uint16], stages: Sequence[Stage], seed: int) -> None:
-        """`tokens`: uint16 [tokens], usually memory-mapped. Raises `Refusal` where a context exceeds the tokens."""
+    def __init__(
+        self,
+        tokens: Tokens,
+        stages: Sequence[Stage],
+        seed: int,
+        *,
+        corpora: Mapping[str, Tokens] | None = None,
+        extends: Sequence[Sequence[Stage]] = (),
+    ) -> None:
+        """
+        Args:
+            tokens: of the main corpus, uint16 [tokens], usually memory-mapped.
+            corpora: name → tokens of the others that stages have in their mixtures.
+            extends: the stages of the runs that this one goes on from, as they were, the first one first.
+
+        Raises:
+            Refusal: a context exceeds the tokens, or a run shares no step with the one that it extends.
+        """
         require(
             len(stages) > 0, "stages=[] has no stage; give at least one context_length, num_steps, batch_sequences."
         )
-        for stage in stages:
-            _require_context(stage.context_length, len(tokens))
-        self.tokens = np.asarray(tokens)
+        self.corpora = {MAIN: np.asarray(tokens)} | {name: np.asarray(part) for name, part in (corpora or {}).items()}
         self.stages = tuple(stages)
         self.seed = seed
-        self.token_ranges = _token_ranges(len(tokens), self.stages)
-        self._first_steps = (0, *accumulate(stage.num_steps for stage in stages))
+        for listed in (*extends, stages):
+            for stage in listed:
+                for name, _ in stage.mixture:
+                    _require_context(stage.context_length, len(self.corpora[name]))
+        for before, after in pairwise((*extends, stages)):
+            require(
+                shared_steps(before, after) > 0,
+                "extends has a run whose first stage is of another context_length, batch_sequences or data than that "
+                "of the run that goes on from it; for example the same first stage in both.",
+            )
+        sizes = {name: len(part) for name, part in self.corpora.items()}
+        self.segments = tuple(segments(sizes, self.stages, seed, extends))
+        self._first_steps = (0, *accumulate(segment.stage.num_steps for segment in self.segments))
 
     @property
     def total_steps(self) -> int:
         return self._first_steps[-1]
 
+    @property
+    def token_ranges(self) -> tuple[tuple[int, int], ...]:
+        """Half-open range of the main corpus that each part of the run reads; of what was unread, its bounds."""
+        found = [segment.readings[MAIN] for segment in self.segments if MAIN in segment.readings]
+        return tuple(part.bounds for part in found)
+
     def stage_at(self, step: int) -> Stage:
         """The stage that `step` belongs to."""
-        return self.stages[self._stage_index(step)]
+        return self.stages[self._segment_at(step)[0].number]
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> npt.NDArray[np.int64]:
         """Tokens [B / world_size, T + 1] of `step`: inputs are `[:, :-1]`, targets `[:, 1:]`.
 
         Rank r has the rows r, r + world_size, ... of the global batch.
         """
-        index = self._stage_index(step)
-        stage, (low, high) = self.stages[index], self.token_ranges[index]
+        segment, before = self._segment_at(step)
+        stage = segment.stage
         _require_rank(rank, world_size, stage.batch_sequences)
         rows = np.arange(rank, stage.batch_sequences, world_size)
-        positions = (step - self._first_steps[index]) * stage.batch_sequences + rows
-        starts = self._window_starts(index, positions)
-        ring = (starts[:, None] + np.arange(stage.context_length + 1)) % (high - low)
-        return self.tokens[low + ring].astype(np.int64)
+        number, positions = segment.of_corpora((step - before) * stage.batch_sequences + rows, self.seed)
+        batch = np.empty((len(rows), stage.context_length + 1), dtype=np.int64)
+        for which, (name, _) in enumerate(stage.mixture):
+            if (here := number == which).any():
+                batch[here] = self._windows(segment, name, positions[here])
+        return batch
 
-    def _stage_index(self, step: int) -> int:
+    def _windows(self, segment: Segment, corpus: str, positions: npt.NDArray[np.int64]) -> Tokens:
+        """The windows [n, T + 1] of one corpus at these positions of a segment."""
+        reading, context = segment.readings[corpus], segment.stage.context_length
+        starts = reading.starts(positions, context, segment.keys(self.seed, corpus))
+        return self.corpora[corpus][reading.indices(starts, context + 1)]
+
+    def _segment_at(self, step: int) -> tuple[Segment, int]:
+        """The segment that `step` belongs to, and the steps before it."""
         require(
             0 <= step < self.total_steps,
             f"step={step} is outside this run of {self.total_steps} steps; for example step={self.total_steps - 1}.",
         )
-        return int(np.searchsorted(self._first_steps, step, side="right")) - 1
-
-    def _window_starts(self, stage_index: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """First token, within the stage's ring, of the windows at `positions` (0, 1, ... over the stage's epochs)."""
-        low, high = self.token_ranges[stage_index]
-        context = self.stages[stage_index].context_length
-        num_windows = (high - low) // context
-        epochs, places = np.divmod(positions, num_windows)
-        starts = np.empty_like(positions)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            here = epochs == epoch
-            order = permute(places[here], num_windows, _keys(self.seed, stage_index, epoch, "order"))
-            offset = int(_keys(self.seed, stage_index, epoch, "offset")[0]) % (high - low)
-            starts[here] = offset + order * context
-        return starts
-
-
-def permute(places: npt.NDArray[np.int64], size: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """Where a keyed permutation of 0 .. size - 1 sends each of `places`, in O(1) memory.
-
-    A balanced Feistel network permutes the smallest 4^h >= size; a value beyond `size` is sent on until it falls inside
-    (cycle walking), which keeps the map one-to-one and takes four rounds of it on average at worst.
-    """
-    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-    values = _feistel(places.astype(np.uint64), half_bits, keys)
-    while (outside := values >= size).any():
-        values[outside] = _feistel(values[outside], half_bits, keys)
-    return values.astype(np.int64)
+        index = int(np.searchsorted(self._first_steps, step, side="right")) - 1
+        return self.segments[index], self._first_steps[index]
 
 
 def heldout_windows(tokens: npt.NDArray[np.uint16], context_length: int, num_windows: int) -> npt.NDArray[np.int64]:
@@ -137,36 +132,6 @@ def heldout_windows(tokens: npt.NDArray[np.uint16], context_length: int, num_win
     num_taken = min(num_windows, available)
     starts = np.arange(num_taken) * available // num_taken * context_length
     return np.asarray(tokens)[starts[:, None] + np.arange(context_length + 1)].astype(np.int64)
-
-
-def _token_ranges(num_tokens: int, stages: Sequence[Stage]) -> tuple[tuple[int, int], ...]:
-    """Half-open token range of each stage: disjoint and proportional within one epoch, else all the same."""
-    asked = [0, *accumulate(stage.num_tokens + 1 for stage in stages)]  # + 1: the last target
-    if asked[-1] > num_tokens:
-        return ((0, num_tokens),) * len(stages)
-    bounds = [num_tokens * so_far // asked[-1] for so_far in asked]
-    return tuple(pairwise(bounds))
-
-
-def _keys(seed: int, stage_index: int, epoch: int, purpose: str) -> npt.NDArray[np.uint64]:
-    """Eight 64-bit keys [NUM_ROUNDS], independent for each purpose, epoch, stage and seed."""
-    label = f"mutune.windows.1/{purpose}/{seed}/{stage_index}/{epoch}"
-    return np.frombuffer(hashlib.blake2b(label.encode(), digest_size=8 * NUM_ROUNDS).digest(), dtype="<u8")
-
-
-def _feistel(values: npt.NDArray[np.uint64], half_bits: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    left, right = values >> shift, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << shift) | right
-
-
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finalizer of splitmix64 (Steele, Lea and Flood 2014; Stafford's variant 13), modulo 2^64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
 
 
 def _require_context(context_length: int, num_tokens: int) -> None:

@@ -26,7 +26,7 @@ from mutune.reporting.frames import (
     optima,
     valleys,
 )
-from mutune.reporting.notebook import results, runs_folder
+from mutune.reporting.notebook import benchmarks_folder, results, runs_folder
 from mutune.reporting.plots import (
     plot_context_switches,
     plot_drift,
@@ -38,8 +38,16 @@ from mutune.reporting.plots import (
     plot_target,
     plot_valleys,
 )
+from mutune.reporting.positions import (
+    load_positions,
+    plot_loss_by_position,
+    plot_position_differences,
+    position_differences,
+    position_means,
+)
 
 __all__ = [
+    "benchmarks_folder",
     "best_per_width",
     "best_trials",
     "certified",
@@ -51,6 +59,7 @@ __all__ = [
     "draw_transfer",
     "drift",
     "history",
+    "load_positions",
     "load_records",
     "load_runs",
     "load_space",
@@ -62,11 +71,15 @@ __all__ = [
     "plot_drift",
     "plot_history",
     "plot_learning_rate",
+    "plot_loss_by_position",
     "plot_loss_curves",
     "plot_optima",
+    "plot_position_differences",
     "plot_slice",
     "plot_target",
     "plot_valleys",
+    "position_differences",
+    "position_means",
     "results",
     "runs_folder",
     "valleys",

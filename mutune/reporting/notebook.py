@@ -15,6 +15,11 @@ def runs_folder() -> Path:
     return Path("runs") if Path("runs").is_dir() else Path("../runs")
 
 
+def benchmarks_folder() -> Path:
+    """The folder of what long experiments measured: `benchmarks` in the current folder, else `../benchmarks`."""
+    return Path("benchmarks") if Path("benchmarks").is_dir() else Path("../benchmarks")
+
+
 @contextmanager
 def results() -> Iterator[None]:
     """Run a cell that reads results; where they are missing, print the sentence that says which command makes them."""

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, variance
 
@@ -61,7 +60,7 @@ def _confirmation(directory: Path, spec: RunSpec, trial: FrozenTrial, seed: int,
         params,
         directory / FOLDER / f"{trial.number}_s{seed}",
         directory.name,
-        fingerprint=fingerprint(asdict(trial_spec(spec, params)), data_hash),
+        fingerprint=fingerprint(trial_spec(spec, params).as_dict(), data_hash),
     )
 
 
@@ -74,7 +73,7 @@ def confirmed_runs(directory: Path, spec: RunSpec, data_hash: str) -> list[tuple
             made = trial_spec(spec, note["params"])
         except (Refusal, KeyError, TypeError, AttributeError):
             continue
-        mark = fingerprint(asdict(made), data_hash)
+        mark = fingerprint(made.as_dict(), data_hash)
         run = Confirmation(-1, note["params"], path.parent, directory.name, fingerprint=mark)
         if (result := finished(run)) is not None:
             found.append((made, result, path.parent))

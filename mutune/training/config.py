@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from mutune.data.config import DataConfig, TokenizerConfig
+from mutune.compose import later, written
+from mutune.data.config import DataConfig, MixedData, TokenizerConfig
 from mutune.errors import require, require_number
 from mutune.model.shape import BaseConfig, ModelConfig, base_shape, tensor_specs
 from mutune.parametrization.hyperparameters import BaseHyperparameters
@@ -25,18 +27,35 @@ class StageConfig:
         batch_sequences: sequences per step, over all processes.
         num_steps: optimizer steps.
         end_ratio: this stage's own end of the schedule, over the peak; None takes the schedule's.
+        data: corpora that a target's windows are drawn from, each with source, path and weight; None reads the run's
+            data alone.
     """
 
     context_length: int = 128
     batch_sequences: int = 4
     num_steps: int = 240
     end_ratio: float | None = None
+    data: tuple[MixedData, ...] | None = later()
 
     def __post_init__(self) -> None:
         for name, example in (("context_length", 128), ("batch_sequences", 4), ("num_steps", 240)):
             require_number(f"stages.{name}", getattr(self, name), at_least=1, example=example, whole=True)
         if self.end_ratio is not None:
             require_number("stages.end_ratio", self.end_ratio, at_least=0.0, at_most=1.0, example=0.0085)
+        if self.data is not None:
+            self._check_data(self.data)
+
+    @staticmethod
+    def _check_data(data: Sequence[MixedData]) -> None:
+        works = "for example stages.data=[{source: sotu, weight: 0.7}, {source: text, path: books, weight: 0.3}]"
+        require(len(data) > 0, f"stages.data=[] is empty; {works}, or null for the run's own data.")
+        seen = list[DataConfig]()
+        for each in data:
+            name = each.source if each.path is None else f"{each.source} {each.path}"
+            require(
+                each.corpus not in seen, f"stages.data has {name} twice; give it once, with the sum of its weights."
+            )
+            seen.append(each.corpus)
 
     @property
     def tokens_per_step(self) -> int:
@@ -133,7 +152,11 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that decides the losses of a run, and nothing else."""
+    """Everything that decides the losses of a run, and nothing else.
+
+    `extends` has the stages of the runs that this one goes on from, as they were run, the first one first: its windows
+    depend on them. None for a run that begins at step 0.
+    """
 
     model: ModelConfig
     data: DataConfig
@@ -145,6 +168,7 @@ class RunSpec:
     stages: tuple[StageConfig, ...]
     loop: LoopConfig = field(default_factory=LoopConfig)
     seed: int = 0
+    extends: tuple[tuple[StageConfig, ...], ...] | None = later()
 
     def __post_init__(self) -> None:
         require(
@@ -161,6 +185,11 @@ class RunSpec:
             )
 
         self.plan(vocab_size=1)  # refuses what the table cannot rule
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data: what is hashed and compared with what other versions of mutune wrote."""
+        plain: dict[str, Any] = written(self)
+        return plain
 
     def plan(self, vocab_size: int) -> Plan:
         """The run's plan, without allocating its model."""

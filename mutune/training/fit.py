@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from mutune.data.corpora import Corpora
 from mutune.data.prepare import TokenizedCorpus
 from mutune.data.windows import heldout_windows
 from mutune.errors import require
@@ -31,6 +32,20 @@ def check_data(spec: RunSpec, corpus: TokenizedCorpus, key: str) -> None:
             f"the held-out documents of {corpus.name} hold no text, so nothing can be measured on them; "
             "for example twenty documents that are not empty.",
         )
+
+
+def check_corpora(spec: RunSpec, corpora: Corpora, key: str) -> None:
+    """As `check_data`, for a run with mixtures: each stage's windows must fit into each of its corpora."""
+    check_data(spec, corpora.main, key)
+    for number, stage in enumerate(spec.stages):
+        corpora.parts(stage.data)  # refuses a text that is there twice
+        for each in stage.data or ():
+            corpus, context = corpora.others[each.source, each.path], f"{key.format(number)}.context_length"
+            require(
+                stage.context_length < corpus.train_tokens,
+                f"{context}={stage.context_length} does not fit into the {corpus.train_tokens:,} training tokens of "
+                f"{corpus.name}, which is in its data; for example {context}={max(1, corpus.train_tokens // 2)}.",
+            )
 
 
 def require_memory(specs: Sequence[RunSpec], device: str, cure: str) -> None:

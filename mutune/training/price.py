@@ -121,7 +121,7 @@ def price_table(name: str, spec: RunSpec) -> str:
         lines.append(
             f"stage {number}    context {stage.context_length:,} × {stage.batch_sequences:,} sequences = "
             f"{stage.tokens_per_step:,} tokens per step; {stage.num_steps:,} steps, {part.tokens:,} tokens, "
-            f"{part.flops:.3e} FLOPs"
+            f"{part.flops:.3e} FLOPs{_share(part.tokens, cost.tokens)}{_mixture(stage)}"
         )
     lines += [
         f"total      {spec.num_steps:,} steps, {cost.tokens:,} tokens, {cost.flops:.3e} FLOPs",
@@ -130,6 +130,19 @@ def price_table(name: str, spec: RunSpec) -> str:
         *_schedule_lines(spec),
     ]
     return "\n".join(lines)
+
+
+def _share(tokens: int, total: int) -> str:
+    """A stage's share of a run's tokens, where it is not all of them."""
+    return "" if tokens == total else f"; {tokens / total:.4g} of all tokens"
+
+
+def _mixture(stage: StageConfig) -> str:
+    """What a stage's windows are drawn from, where that is not the run's data alone."""
+    if stage.data is None:
+        return ""
+    total = sum(each.weight for each in stage.data)
+    return "; of " + ", ".join(f"{each.path or each.source} {each.weight / total:.4g}" for each in stage.data)
 
 
 def _schedule_lines(spec: RunSpec) -> list[str]:

@@ -6,9 +6,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from mutune.data.prepare import TokenizedCorpus, prepare
+from mutune.data.corpora import Corpora, prepare_corpora
 from mutune.data.windows import Stage, WindowLoader, heldout_windows
 from mutune.errors import Refusal, require
 from mutune.files import write_text, write_yaml
@@ -49,10 +49,21 @@ SPREAD = ParallelConfig()
 PROBE_TOKENS = 8
 
 
-def window_loader(spec: RunSpec, corpus: TokenizedCorpus) -> WindowLoader:
+def corpora_of(spec: RunSpec) -> Corpora:
+    """What the run reads: its main corpus, and those of its stages' mixtures."""
+    stages = [*spec.stages, *(stage for listed in spec.extends or () for stage in listed)]
+    return prepare_corpora(spec.data, spec.tokenizer, [stage.data for stage in stages])
+
+
+def window_loader(spec: RunSpec, corpora: Corpora) -> WindowLoader:
     """The run's batches."""
-    stages = [Stage(s.context_length, s.num_steps, s.batch_sequences) for s in spec.stages]
-    return WindowLoader(corpus.train, stages, spec.seed)
+    before, own = [loader_stages(stages, corpora) for stages in spec.extends or ()], loader_stages(spec.stages, corpora)
+    return WindowLoader(corpora.main.train, own, spec.seed, corpora=corpora.tokens, extends=before)
+
+
+def loader_stages(stages: Sequence[StageConfig], corpora: Corpora) -> list[Stage]:
+    """The stages as the loader takes them."""
+    return [Stage(s.context_length, s.num_steps, s.batch_sequences, corpora.parts(s.data)) for s in stages]
 
 
 def write_plan(directory: Path, plan: Plan) -> None:
@@ -81,7 +92,8 @@ class Run:
     ) -> None:
         self.spec, self.parallel = spec, parallel
         self.world = world or alone(device)
-        self.corpus = prepare(spec.data, spec.tokenizer)
+        self.corpora = corpora_of(spec)
+        self.corpus = self.corpora.main
         self.plan = spec.plan(self.corpus.vocab_size)
         sites = {site: row.value for site, row in self.plan.multipliers.items()}
         loop = spec.loop.settled()
@@ -102,7 +114,7 @@ class Run:
         self.loss, self.heldout_loss = loss_functions(self.model, loop, whole=world is None)
         initialise(self.model, self.plan, spec.seed)
         self.optimizer = make_optimizer(self.model, self.plan, betas=self._betas)
-        self.loader = window_loader(spec, self.corpus)
+        self.loader = window_loader(spec, self.corpora)
 
     def records(self, start_step: int = 0) -> Iterator[Record]:
         """Train and evaluate from `start_step`; one record per step, with the held-out loss where it was measured.
@@ -325,18 +337,16 @@ def _resume(run: Run, directory: Path) -> tuple[int, list[Record]]:
 
 def _identity(run: Run) -> dict[str, Any]:
     """What a run and its checkpoint must agree in, besides the plan."""
-    corpus = run.corpus
     return {
-        "run": asdict(run.spec),
-        "data_hash": corpus.content_hash,
-        "tokenizer_hash": corpus.tokenizer.content_hash,
+        "run": run.spec.as_dict(),
+        "data_hash": run.corpora.content_hash,
+        "tokenizer_hash": run.corpus.tokenizer.content_hash,
     }
 
 
 def describe(directory: Path, run: Run, note: dict[str, Any]) -> None:
     """Write what a run is, and the versions it begins with, beside its records: `config.yaml` and the plan's tables."""
     directory.mkdir(parents=True, exist_ok=True)
-    facts = {"data_hash": run.corpus.content_hash, "vocab_size": run.corpus.vocab_size}
-    spec = json.loads(json.dumps(asdict(run.spec)))  # tuples become lists
-    write_yaml(directory / CONFIG, {**note, **facts, "versions": versions(), "run": spec})
+    facts = {"data_hash": run.corpora.content_hash, "vocab_size": run.corpus.vocab_size}
+    write_yaml(directory / CONFIG, {**note, **facts, "versions": versions(), "run": run.spec.as_dict()})
     write_plan(directory, run.plan)

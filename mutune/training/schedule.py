@@ -6,16 +6,18 @@ Step s means the rate used by the update that makes s into s + 1.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mutune.compose import later
 from mutune.errors import require, require_number
 
 KINDS = ("linear", "cosine", "wsd", "constant")
+TRUNKS = ("wsd", "constant")  # which stay at the peak, so that a decay may leave them
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Linear warm-up from 0, then `kind`; every length is a ratio of the run unless `warmup_steps` says otherwise.
+    """Linear warm-up from 0, then `kind`; every length is a ratio of the run unless it is given in steps.
 
     Attributes:
         kind: `linear` or `cosine` decay to `end_ratio`, `wsd` (warm-up, stable, linear decay), `constant`.
@@ -23,6 +25,7 @@ class ScheduleConfig:
         warmup_steps: absolute warm-up; overrides the fraction (BTLM: 95).
         end_ratio: rate at the end over the peak (BTLM: 0.0085; 0 is arXiv:2502.15938).
         decay_fraction: share of the run spent decaying; `wsd` only.
+        decay_steps: absolute decay, over the last steps of the run; overrides the fraction; `wsd` only.
     """
 
     kind: str = "linear"
@@ -30,6 +33,7 @@ class ScheduleConfig:
     warmup_steps: int | None = None
     end_ratio: float = 0.0
     decay_fraction: float = 0.2
+    decay_steps: int | None = later()
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, f"schedule.kind={self.kind} is unknown; known kinds: {', '.join(KINDS)}.")
@@ -37,7 +41,9 @@ class ScheduleConfig:
             require_number(f"schedule.{name}", getattr(self, name), at_least=0.0, at_most=1.0, example=example)
         if self.warmup_steps is not None:
             require_number("schedule.warmup_steps", self.warmup_steps, at_least=0, example=10, whole=True)
-        if self.kind == "wsd":
+        if self.decay_steps is not None:
+            require_number("schedule.decay_steps", self.decay_steps, at_least=1, example=50, whole=True)
+        elif self.kind == "wsd":
             shares = self.decay_fraction + (self.warmup_fraction if self.warmup_steps is None else 0.0)
             require(
                 self.decay_fraction > 0 and shares <= 1,
@@ -54,15 +60,25 @@ class ScheduleConfig:
             f"schedule.{name}={getattr(self, name)} must be shorter than the run of {num_steps} steps; "
             f"for example schedule.{name}={works}.",
         )
-        require(
-            self.kind != "wsd"
-            or (
-                self.decay_fraction > 0 and steps + self.decay_fraction * num_steps < num_steps + 1
-            ),  # one for rounding
-            f"schedule.decay_fraction={self.decay_fraction} leaves no room for the warm-up of {steps} of {num_steps} "
-            f"steps; for example schedule.decay_fraction={(num_steps - steps) / num_steps / 2:.3g}.",
-        )
+        self._check_room(steps, num_steps)
         return steps
+
+    def _check_room(self, warmup: int, num_steps: int) -> None:
+        """Refuse a decay that would begin during warm-up."""
+        if self.kind != "wsd":
+            return
+        by_steps, left = self.decay_steps is not None, num_steps - warmup
+        name, works = ("decay_steps", f"{left // 2}") if by_steps else ("decay_fraction", f"{left / num_steps / 2:.3g}")
+        decay = self.decay_steps if self.decay_steps is not None else self.decay_fraction * num_steps
+        require(
+            0 < decay < left + 1,  # one for rounding, or to be as long as all that is left
+            f"schedule.{name}={getattr(self, name)} leaves no room for the warm-up of {warmup} of {num_steps} "
+            f"steps; for example schedule.{name}={works}.",
+        )
+
+    def decay_share(self, num_steps: int) -> float:
+        """Share of a run of `num_steps` in which `wsd` decays."""
+        return self.decay_fraction if self.decay_steps is None else self.decay_steps / num_steps
 
 
 def multiplier(
@@ -85,20 +101,53 @@ def multiplier(
     def at(step: int) -> float:
         if step < warmup:
             return step / warmup
-        progress = min(1.0, (step - warmup) / (num_steps - warmup))
-        share = _decay_share(schedule, progress, (num_steps - warmup) / num_steps)
-        return 1.0 + (end_ratio(step) - 1.0) * share
+        return 1.0 + (end_ratio(step) - 1.0) * _decay_share(schedule, step, warmup, num_steps)
 
     return at
 
 
-def _decay_share(schedule: ScheduleConfig, progress: float, share_after_warmup: float) -> float:
-    """How much of the way from the peak to the end ratio is done, in [0, 1], at `progress` after warm-up."""
+def branch_schedule(
+    trunk: ScheduleConfig, trunk_steps: int, step: int, decay_steps: int, end_ratio: float | None = None
+) -> ScheduleConfig:
+    """The schedule of a run of `step` + `decay_steps` steps that leaves a trunk after its first `step` and decays.
+
+    Its first `step` rates are the trunk's, bit for bit.
+
+    Args:
+        trunk: `constant`, or `wsd`, whose decay begins at `step` or later.
+        trunk_steps: steps of the trunk's whole run.
+        end_ratio: rate at the end over the peak; None takes the trunk's.
+
+    Raises:
+        Refusal: the trunk's rate is not at its peak there.
+    """
+    require(
+        trunk.kind in TRUNKS,
+        f"schedule.kind={trunk.kind} falls from the end of its warm-up on, so that no branch can leave it; a trunk has "
+        "schedule.kind=wsd or constant.",
+    )
+    warmup, at = trunk.warmup(trunk_steps), multiplier(trunk, trunk_steps)
+    require(
+        warmup <= step <= trunk_steps and (step == warmup or at(step - 1) == 1.0),
+        f"step {step} of the trunk is not on its plateau, which begins at step {warmup}"
+        f"{'' if step <= warmup else ' and ends where its decay begins'}; branch from a step in between.",
+    )
+    ratio = trunk.end_ratio if end_ratio is None else end_ratio
+    branch = replace(trunk, kind="wsd", warmup_steps=warmup, end_ratio=ratio, decay_steps=decay_steps)
+    branch.warmup(step + decay_steps)
+    return branch
+
+
+def _decay_share(schedule: ScheduleConfig, step: int, warmup: int, num_steps: int) -> float:
+    """How much of the way from the peak to the end ratio is done, in [0, 1], at a `step` after warm-up."""
+    if schedule.kind == "wsd" and schedule.decay_steps is not None:
+        return min(1.0, max(0, step - (num_steps - schedule.decay_steps)) / schedule.decay_steps)
+    progress = min(1.0, (step - warmup) / (num_steps - warmup))
     if schedule.kind == "linear":
         return progress
     if schedule.kind == "cosine":
         return 0.5 * (1.0 - math.cos(math.pi * progress))
     if schedule.kind == "wsd":
-        decay = min(1.0, schedule.decay_fraction / share_after_warmup)
+        decay = min(1.0, schedule.decay_fraction / ((num_steps - warmup) / num_steps))
         return max(0.0, (progress - (1.0 - decay)) / decay)
     return 0.0

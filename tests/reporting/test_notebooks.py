@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from tests.reporting.runs import write_run, write_search, write_valleys
 
 ANALYSIS = Path(__file__).parent.parent.parent / "analysis"
-NOTEBOOKS, OWN_MODEL = ("sweep", "transfer"), "own_model"
+NOTEBOOKS, OWN_MODEL, SWITCH = ("sweep", "transfer"), "own_model", "context_switch"
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,13 @@ def test_without_results_every_cell_names_the_command_that_makes_them(
     assert all(text.count("\n") == 1 and "make them with: python -m mutune." in text for text in texts)
 
 
+def test_the_context_switch_is_shown_from_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = _execute(SWITCH, tmp_path, monkeypatch)
+    assert not [output for output in outputs if output.output_type in ("error", "stream")]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
+    assert "difference" in outputs[-1].data["text/plain"]
+
+
 def test_a_users_own_model_is_searched_and_climbed_by_one_cell_of_15_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +77,7 @@ def test_a_users_own_model_is_searched_and_climbed_by_one_cell_of_15_lines(
     assert len(list((tmp_path / "sweeps" / "own" / "trials").iterdir())) == 16
 
 
-@pytest.mark.parametrize("name", [*NOTEBOOKS, OWN_MODEL])
+@pytest.mark.parametrize("name", [*NOTEBOOKS, OWN_MODEL, SWITCH])
 def test_notebooks_are_stored_without_outputs(name: str) -> None:
     notebook = nbformat.read(ANALYSIS / f"{name}.ipynb", as_version=4)
     nbformat.validate(notebook)

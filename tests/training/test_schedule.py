@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mutune.errors import Refusal
 from mutune.parametrization.apply import set_rates
-from mutune.training.schedule import ScheduleConfig, multiplier
+from mutune.training.schedule import ScheduleConfig, branch_schedule, multiplier
 
 PEAK, STEPS, FIRST_STAGE = 0.012, 159_636, 119_727
 END_2K, END_8K = 1.0138e-4 / 0.012, 1.0198e-4 / 0.012
@@ -164,3 +166,72 @@ def test_a_wsd_decay_that_would_begin_during_warm_up_is_refused() -> None:
     schedule = ScheduleConfig(kind="wsd", warmup_steps=90, decay_fraction=0.2)
     with pytest.raises(Refusal, match=r"schedule\.decay_fraction=0\.2 .*room.* warm-up of 90 of 100 steps"):
         multiplier(schedule, 100)
+
+
+def test_a_decay_in_steps_overrides_its_share() -> None:
+    curve = multiplier(ScheduleConfig(kind="wsd", warmup_steps=2, decay_fraction=0.9, decay_steps=4), 10)
+    assert [curve(step) for step in range(11)] == [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert ScheduleConfig(kind="wsd", decay_steps=4).decay_share(10) == 0.4
+    assert ScheduleConfig(kind="wsd", decay_fraction=0.3).decay_share(10) == 0.3
+
+
+def test_a_decay_in_steps_may_begin_where_the_warm_up_ends_and_not_before() -> None:
+    curve = multiplier(ScheduleConfig(kind="wsd", warmup_steps=2, decay_steps=8), 10)
+    assert [curve(step) for step in (1, 2, 6, 10)] == [0.5, 1.0, 0.5, 0.0]
+    schedule = ScheduleConfig(kind="wsd", warmup_steps=2, decay_steps=9)
+    with pytest.raises(Refusal, match=r"schedule\.decay_steps=9 leaves no room .* 2 of 10 steps; for example .*=4\."):
+        multiplier(schedule, 10)
+    with pytest.raises(Refusal, match=r"schedule\.decay_steps=0 must be a whole number at least 1"):
+        ScheduleConfig(kind="wsd", decay_steps=0)
+
+
+trunks = st.one_of(
+    st.builds(ScheduleConfig, st.just("constant"), st.floats(0, 0.5), end_ratio=st.floats(0, 1)),
+    st.builds(ScheduleConfig, st.just("wsd"), st.floats(0, 0.4), st.none(), st.floats(0, 1), st.floats(0.01, 0.5)),
+    st.builds(ScheduleConfig, st.just("wsd"), st.just(0.05), st.integers(0, 20), st.floats(0, 1), st.just(0.1)),
+    st.builds(ScheduleConfig, st.just("wsd"), st.floats(0, 0.4), end_ratio=st.floats(0, 1), decay_steps=st.just(9)),
+)
+
+
+@settings(deadline=None)
+@given(trunk=trunks, num_steps=st.integers(50, 3000), data=st.data(), end_ratio=st.none() | st.floats(0, 1))
+def test_a_branch_has_the_trunks_rates_bit_for_bit_until_it_leaves_and_then_falls(
+    trunk: ScheduleConfig, num_steps: int, data: st.DataObject, end_ratio: float | None
+) -> None:
+    on = multiplier(trunk, num_steps)
+    plateau = [step for step in range(trunk.warmup(num_steps), num_steps) if on(step) == 1.0]
+    step = 1 + data.draw(st.sampled_from(plateau))
+    decay_steps = data.draw(st.integers(1, 500))
+    branch = branch_schedule(trunk, num_steps, step, decay_steps, end_ratio)
+    curve = multiplier(branch, step + decay_steps)
+    assert [curve(s) for s in range(step)] == [on(s) for s in range(step)]
+    end = trunk.end_ratio if end_ratio is None else end_ratio
+    fall = [1.0 + (end - 1.0) * (done / decay_steps) for done in range(decay_steps + 1)]
+    assert [curve(step + done) for done in range(decay_steps + 1)] == fall
+
+
+def test_branches_of_one_trunk_differ_only_from_where_they_leave() -> None:
+    trunk = ScheduleConfig(kind="constant", warmup_fraction=0.1)
+    early, late = (multiplier(branch_schedule(trunk, 100, step, 20), step + 20) for step in (40, 70))
+    assert [early(step) for step in range(41)] == [late(step) for step in range(41)]
+    assert early(41) < late(41) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("trunk", "step", "message"),
+    [
+        (ScheduleConfig("linear"), 50, r"schedule\.kind=linear falls from the end of its warm-up on"),
+        (ScheduleConfig("cosine"), 50, r"schedule\.kind=cosine falls from the end of its warm-up on"),
+        (ScheduleConfig("constant", 0.2), 19, "step 19 of the trunk is not on its plateau, which begins at step 20;"),
+        (ScheduleConfig("wsd", decay_fraction=0.2), 82, "step 82 .* begins at step 5 and ends where its decay begins"),
+        (ScheduleConfig("constant"), 101, "step 101 of the trunk is not on its plateau"),
+    ],
+)
+def test_a_branch_leaves_a_trunk_at_its_peak_only(trunk: ScheduleConfig, step: int, message: str) -> None:
+    with pytest.raises(Refusal, match=message):
+        branch_schedule(trunk, 100, step, 20)
+
+
+def test_a_trunk_may_be_left_until_its_decay_begins() -> None:
+    assert branch_schedule(ScheduleConfig("wsd", decay_fraction=0.2), 100, 81, 20).warmup_steps == 5
+    assert branch_schedule(ScheduleConfig("constant", 0.2), 100, 20, 20).warmup_steps == 20
