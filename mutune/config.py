@@ -302,6 +302,8 @@ class TrainConfig(DoorConfig):
         keep_checkpoints: how many of the newest checkpoints stay, besides those at the ends of stages.
         keep_every: also those stay whose step is a multiple of this, for example to branch from.
         background_checkpoints: whether several processes train on while a checkpoint is written; null does so on GPUs.
+        branch_from: a checkpoint of another run, `<run>/checkpoints/<step>`, from which this one goes on: a decay that
+            leaves a trunk (wsd, constant), a longer horizon, a longer context. Its first stages are those of that run.
         resume: the step of the checkpoint to go on from; null takes the newest. Newer ones are set aside.
         time_limit: minutes after which the run is saved and ends, as at SIGTERM.
         threads: CPU threads of a process; null takes the target's loop.threads, or what cores it has.
@@ -314,6 +316,7 @@ class TrainConfig(DoorConfig):
     keep_checkpoints: int = 2
     keep_every: int | None = None
     background_checkpoints: bool | None = None
+    branch_from: str | None = None
     resume: int | None = None
     time_limit: float | None = None
     threads: int | None = None

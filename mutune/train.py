@@ -37,11 +37,14 @@ from mutune.versions import versions
 
 PREDICTION = "prediction.json"
 FIRST_STEPS = 4  # after which it is known how long the run will take
-INFORMATION = ("versions",)  # what a checkpoint tells, and a run need not agree in
+INFORMATION = {"versions"}  # what a checkpoint tells, and a run need not agree in
+#: And what a branch has of its own: `leave` compared the run.
+OF_A_BRANCH = {"run", "certificate", "branch"}
 MAX_SAID = 120
 STARTED = time.monotonic()
 
 if TYPE_CHECKING:
+    from mutune.training.branch import Branch
     from mutune.training.loop import Record
     from mutune.training.run import Run
     from mutune.training.world import World
@@ -61,8 +64,14 @@ def work(config: TrainConfig) -> int:
     transfer.check_seal()
     name = config.name or transfer.target.name
     lack = _memory(config, spec)
+    branch = None
+    if config.branch_from:
+        from mutune.training.branch import leave
+
+        branch = leave(Path(config.branch_from), spec)
+        spec = branch.spec
     if config.dry_run:
-        print(price_table(name, spec), nothing_written("", lack), sep="\n")
+        print(price_table(name, spec), *_branching(branch), nothing_written("", lack), sep="\n")
         return OK
     if lack and not is_launched():
         raise lack
@@ -70,13 +79,31 @@ def work(config: TrainConfig) -> int:
 
     with joined(config.device) as world, ExitStack() as held:
         directory = Path(config.out) / "train" / name
-        note = world.together(lambda: _claimed(config, transfer, spec, directory, world, held))
-        _train(config, spec, directory, note, transfer, world)
+        note = world.together(lambda: _claimed(config, transfer, spec, directory, world, held, branch))
+        _train(config, spec, directory, note, transfer, world, branch)
     return OK
 
 
+def _branching(branch: "Branch | None") -> list[str]:
+    """Where a branch leaves its trunk, and what that does to the rate."""
+    if branch is None:
+        return []
+    before, after = (branch.spec.hyperparameters.learning_rate * factor for factor in branch.rates())
+    left = branch.spec.num_steps - branch.step
+    return [
+        f"branch     from step {branch.step:,} of {branch.checkpoint.path.parents[1]}/, {left:,} steps are left; the "
+        f"base learning rate goes from {before:.4g} to {after:.4g} there"
+    ]
+
+
 def _claimed(
-    config: TrainConfig, transfer: TransferFile, spec: RunSpec, directory: Path, world: "World", held: ExitStack
+    config: TrainConfig,
+    transfer: TransferFile,
+    spec: RunSpec,
+    directory: Path,
+    world: "World",
+    held: ExitStack,
+    branch: "Branch | None",
 ) -> dict[str, Any]:
     """Check everything, then make the folder this run's and hold it; returns what its description begins with.
 
@@ -86,6 +113,7 @@ def _claimed(
 
     require_even([stage.batch_sequences for stage in spec.stages], world, config.parallel)
     inputs = {"run": spec.as_dict(), "data_hash": _check_data(transfer, spec), "verdict": transfer.verdict}
+    inputs |= {"branch": branch.identity()} if branch else {}
     if world.is_first:
         require_writable(Path(config.out))
         check_claim(directory, inputs, "name", config.overwrite)
@@ -126,6 +154,7 @@ def _train(
     note: dict[str, Any],
     transfer: TransferFile,
     world: "World",
+    branch: "Branch | None",
 ) -> None:
     import torch
 
@@ -133,14 +162,14 @@ def _train(
     from mutune.training.run import Run, describe
 
     torch.set_num_threads(config.threads or spec.loop.threads or share(default_workers()))
-    start, records = world.together(lambda: _begin(config, directory, spec, world))
+    start, records = world.together(lambda: _begin(config, directory, spec, world, branch))
     run = Run(spec, world.device, world if is_launched() else None, config.parallel)
-    meta = _identity(run, transfer)
-    world.together(lambda: _restore(directory, start, run, meta))
+    meta = _identity(run, transfer) | ({"branch": branch.identity()} if branch else {})
+    world.together(lambda: _restore(directory, start, run, meta, branch))
     if world.is_first:
         describe(directory, run, note)
         write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
-        print(_opening(directory, run, start), file=sys.stderr)
+        print(_opening(directory, run, start), *_branching(branch), sep="\n", file=sys.stderr)
     try:
         if start < spec.num_steps:
             _run_to_end(config, run, directory, start, meta)
@@ -154,7 +183,9 @@ def _train(
         _close(config, directory, transfer)
 
 
-def _begin(config: TrainConfig, directory: Path, spec: RunSpec, world: "World") -> tuple[int, list[str]]:
+def _begin(
+    config: TrainConfig, directory: Path, spec: RunSpec, world: "World", branch: "Branch | None"
+) -> tuple[int, list[str]]:
     """The step to go on from, and the lines of the records up to it, as the first process finds them."""
     from mutune.training.checkpoint import choose
 
@@ -162,7 +193,10 @@ def _begin(config: TrainConfig, directory: Path, spec: RunSpec, world: "World") 
     if world.is_first:
         try:
             start = choose(directory / CHECKPOINTS, config.resume)
-            records = _records_until(directory / METRICS, start, finished=start == spec.num_steps)
+            path = directory / METRICS
+            if branch and not start:
+                start, path = branch.step, branch.records
+            records = _records_until(path, start, finished=start == spec.num_steps)
         except Refusal as error:
             refusal = error
     start, refusal = world.share((start, refusal))
@@ -171,12 +205,16 @@ def _begin(config: TrainConfig, directory: Path, spec: RunSpec, world: "World") 
     return start, records
 
 
-def _restore(directory: Path, start: int, run: "Run", meta: dict[str, Any]) -> None:
+def _restore(directory: Path, start: int, run: "Run", meta: dict[str, Any], branch: "Branch | None") -> None:
     from mutune.training.checkpoint import check_meta, read, restore
 
     if start:
-        found = read(directory / CHECKPOINTS / str(start))
-        check_meta(found, run.plan, {key: value for key, value in meta.items() if key not in INFORMATION})
+        own = directory / CHECKPOINTS / str(start)
+        begins = branch is not None and not own.is_dir()
+        found = branch.checkpoint if branch and begins else read(own)
+        mixed = begins and any(stage.data for stage in run.spec.stages)  # whose texts need not be those of the trunk
+        compared = meta.keys() - INFORMATION - (OF_A_BRANCH if begins else set()) - ({"data_hash"} if mixed else set())
+        check_meta(found, run.plan, {key: value for key, value in meta.items() if key in compared})
         restore(found, run.model, run.optimizer)
         written_by = found.meta.get("versions", versions())
         if run.world.is_first and written_by != versions():

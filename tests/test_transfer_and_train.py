@@ -242,7 +242,7 @@ def test_a_transfer_file_from_before_there_were_predictions_keeps_its_seal(tmp_p
     del data["prediction"]
     old = build(TransferFile, data).sealed(data["verdict"])
     text = {**old.as_dict(), "seal": ""}
-    del text["prediction"]
+    assert "prediction" not in text
     written = json.loads(json.dumps(text))
     build(TransferFile, {**written, "seal": old.seal}).check_seal()
     assert old.seal == hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()[:16]

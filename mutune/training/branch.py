@@ -1,0 +1,99 @@
+"""A run that leaves another one at one of its checkpoints: a decay from a trunk, a longer horizon, a longer context."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mutune.compose import build
+from mutune.data.readings import Stage, shared_steps
+from mutune.errors import require
+from mutune.folders import differences
+from mutune.training.checkpoint import Checkpoint, read
+from mutune.training.config import RunSpec, StageConfig, stage_ends
+from mutune.training.schedule import multiplier
+
+#: What a branch may have of its own. `extends` follows from the trunk.
+OWN = ("stages", "schedule", "loop", "extends")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a run leaves its trunk.
+
+    Attributes:
+        checkpoint: the trunk's, whose state the run begins with.
+        trunk: what the trunk was.
+        spec: the run, which knows what the trunk has read.
+    """
+
+    checkpoint: Checkpoint
+    trunk: RunSpec
+    spec: RunSpec
+
+    @property
+    def step(self) -> int:
+        """Updates that the trunk has done."""
+        return self.checkpoint.step
+
+    @property
+    def records(self) -> Path:
+        """The trunk's."""
+        return self.checkpoint.path.parents[1] / "metrics.jsonl"
+
+    def identity(self) -> dict[str, Any]:
+        """What two starts of the branch must agree in."""
+        told = (self.checkpoint.path / "meta.json").read_bytes()
+        return {"step": self.step, "checkpoint": hashlib.sha256(told).hexdigest()[:16]}
+
+    def rates(self) -> tuple[float, float]:
+        """The trunk's last rate and the branch's first, over the peak."""
+        old, new = (multiplier(s.schedule, s.num_steps, stage_ends(s.stages)) for s in (self.trunk, self.spec))
+        return old(self.step - 1), new(self.step)
+
+
+def leave(path: Path, spec: RunSpec) -> Branch:
+    """The branch that trains `spec` from the checkpoint in that folder on.
+
+    Raises:
+        Refusal: it is no checkpoint, of another model, text, table, values or seed, or its first steps are not the
+            run's.
+    """
+    require(
+        (path / "meta.json").is_file(),
+        f"branch_from={path} is no checkpoint; for example branch_from=runs/train/trunk/checkpoints/1000.",
+    )
+    found = read(path)
+    trunk = build(RunSpec, found.meta["run"])
+    ours, theirs = (_without(each.as_dict()) for each in (spec, trunk))
+    changed = differences(theirs, ours)
+    require(
+        not changed,
+        f"branch_from={path} is of another run ({'; '.join(changed)}); a branch may have other stages, another "
+        "schedule and another loop, for example target.schedule.decay_steps=100.",
+    )
+    shared = shared_steps(_stages(trunk), _stages(spec))
+    require(
+        shared >= found.step,
+        f"branch_from={path} has done {found.step:,} steps, of which the stages of this run have the first {shared:,} "
+        "in common with it; begin target.stages with the same ones, for example a longer last stage or one more.",
+    )
+    require(
+        found.step < spec.num_steps,
+        f"branch_from={path} has done {found.step:,} steps, and this run has {spec.num_steps:,}; for example "
+        "a longer last stage of target.stages.",
+    )
+    return Branch(found, trunk, replace(spec, extends=(*(trunk.extends or ()), trunk.stages)))
+
+
+def _without(spec: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in spec.items() if key not in OWN}
+
+
+def _stages(spec: RunSpec) -> list[Stage]:
+    """As the loader has them, but for the names of corpora."""
+
+    def reads(stage: StageConfig) -> tuple[tuple[str, int], ...]:
+        return ((str(stage.data), 1),)
+
+    return [Stage(s.context_length, s.num_steps, s.batch_sequences, reads(s)) for s in spec.stages]

@@ -1,0 +1,103 @@
+"""`branch_from=`: a run that leaves another one's checkpoint is the run that it would have been from its start."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import doors
+from tests.test_train_processes import TARGET
+
+CONSTANT = "{kind: constant, warmup_steps: 3}"
+DECAYING = "{kind: wsd, warmup_steps: 3, decay_steps: 10, end_ratio: 0.1}"
+LINEAR = "{kind: linear, warmup_steps: 3}"
+STAGE = "context_length: 32, batch_sequences: 8"
+LONG = "{context_length: 64, batch_sequences: 4, num_steps: 10}"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("branches")
+
+
+def trained(out: Path, name: str, schedule: str, stages: str, *words: str, expect: int = 0) -> str:
+    """Transfer to a target of that name and train it; returns what was said on stderr and stdout."""
+    own = [word for word in TARGET if not word.startswith(("target.name", "target.schedule", "target.stages"))]
+    target = [f"target.name={name}", f"target.schedule={schedule}", f"target.stages=[{stages}]"]
+    doors.run("transfer", *own, *target, f"out={out}", "overwrite=true")
+    transfer = f"transfer={out}/transfer/published--{name}/transfer.yaml"
+    done = doors.run(
+        "train", transfer, f"out={out}", "checkpoint_every=10", "keep_every=10", "threads=1", *words, expect=expect
+    )
+    return done.stderr + done.stdout
+
+
+def records(out: Path, name: str) -> list[dict[str, Any]]:
+    lines = (out / f"train/{name}/metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def trunk(out: Path) -> str:
+    """The key that branches from step 20 of a run of 40 at a constant rate."""
+    trained(out, "trunk", CONSTANT, f"{{{STAGE}, num_steps: 40}}")
+    return f"branch_from={out}/train/trunk/checkpoints/20"
+
+
+def test_a_decay_that_leaves_a_trunk_is_the_run_that_decays_there(out: Path, trunk: str) -> None:
+    stages = f"{{{STAGE}, num_steps: 30}}"
+    said = trained(out, "decay", DECAYING, stages, trunk)
+    assert f"branch     from step 20 of {out}/train/trunk/, 10 steps are left; the base learning rate goes from" in said
+    trained(out, "whole", DECAYING, stages)
+    assert records(out, "decay") == records(out, "whole")
+    assert records(out, "decay")[:20] == records(out, "trunk")[:20]
+    assert records(out, "decay")[-1]["lr"] < 0.3 * records(out, "trunk")[-1]["lr"]
+
+
+def test_a_branch_that_is_stopped_goes_on_from_its_own_checkpoint(
+    out: Path, trunk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mutune import train
+
+    stages = f"{{{STAGE}, num_steps: 30}}"
+    with monkeypatch.context() as late:
+        late.setattr(train, "STARTED", train.STARTED - 3600)
+        trained(out, "stopped", DECAYING, stages, trunk, "time_limit=60", expect=143)
+    assert "resuming   stopped at step 21 of 30" in trained(out, "stopped", DECAYING, stages, trunk)
+    assert records(out, "stopped") == records(out, "decay")
+
+
+def test_a_longer_context_goes_on_from_a_finished_run_and_keeps_what_it_read(out: Path, trunk: str) -> None:
+    stages = f"{{{STAGE}, num_steps: 40}}, {LONG}"
+    end = trunk.replace("checkpoints/20", "checkpoints/40")
+    trained(out, "longer", CONSTANT, stages, end)
+    history = records(out, "longer")
+    assert history[:40] == records(out, "trunk")
+    assert [record["context_length"] for record in history[40:]] == [64] * 10
+    assert history[-1]["loss"] < history[0]["loss"] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("stages", "schedule", "words", "said"),
+    [
+        (f"{{{STAGE}, num_steps: 30}}", DECAYING, ["seed=1"], "is of another run (seed: 0 → 1)"),
+        (f"{{{STAGE}, num_steps: 20}}", CONSTANT, [], "has done 20 steps, and this run has 20"),
+        (
+            f"{{{STAGE}, num_steps: 15}}, {LONG}",
+            LINEAR,
+            [],
+            "of which the stages of this run have the first 15 in common",
+        ),
+    ],
+)
+def test_what_cannot_be_a_branch_is_refused_before_anything_is_written(
+    stages: str, schedule: str, words: list[str], said: str, out: Path, trunk: str
+) -> None:
+    assert said in trained(out, "wrong", schedule, stages, trunk, *words, "overwrite=true", expect=2)
+    assert not (out / "train/wrong").exists()
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(out: Path) -> None:
+    said = trained(out, "none", DECAYING, f"{{{STAGE}, num_steps: 30}}", "branch_from=nowhere", expect=2)
+    assert "branch_from=nowhere is no checkpoint; for example branch_from=runs/train/" in said
