@@ -9,7 +9,7 @@ from pathlib import Path
 from mutune.data.config import DataConfig, MixedData, TokenizerConfig
 from mutune.data.mixture import proportions
 from mutune.data.prepare import TokenizedCorpus, prepare, prepare_with
-from mutune.data.readings import MAIN
+from mutune.data.segments import MAIN
 from mutune.data.windows import Tokens
 from mutune.errors import require
 

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from mutune.data.readings import MAIN, Segment, Stage, segments, shared_steps
+from mutune.data.segments import MAIN, Segment, Stage, segments, shared_steps
 from mutune.errors import require
 
 __all__ = ["Stage", "WindowLoader", "heldout_windows", "shared_steps"]

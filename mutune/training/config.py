@@ -220,6 +220,21 @@ def total_tokens(stages: Sequence[StageConfig]) -> int:
     return sum(stage.tokens for stage in stages)
 
 
+def first_steps(stages: Sequence[StageConfig], step: int, more: int = 0) -> tuple[StageConfig, ...]:
+    """The stages of a run's first `step` steps, the last one longer by `more`: those of a branch that leaves it there.
+
+    Raises:
+        Refusal: the run has no such step.
+    """
+    require_number("step", step, at_least=1, at_most=total_steps(stages), example=total_steps(stages), whole=True)
+    kept = list[StageConfig]()
+    for stage in stages:
+        if step > 0:
+            kept.append(replace(stage, num_steps=min(step, stage.num_steps)))
+        step -= stage.num_steps
+    return (*kept[:-1], replace(kept[-1], num_steps=kept[-1].num_steps + more))
+
+
 def stage_ends(stages: Sequence[StageConfig]) -> list[tuple[int, float | None]]:
     """(last step + 1, own end ratio) of each stage, as `schedule.multiplier` takes them."""
     ends, step = [], 0

@@ -1,6 +1,7 @@
 """Stages by shares of the tokens: BTLM's to the unit, whole steps that do not drift, and seals that stay."""
 
 import json
+import shlex
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mutune.certificate.adviser import Advice, without_shares
 from mutune.certificate.config import Prediction, TargetConfig, TransferFile
 from mutune.certificate.stages import TargetStage, resolve
 from mutune.compose import build, compose, plain, written
@@ -147,6 +149,18 @@ def test_stages_that_say_no_length_or_two_are_refused_in_one_sentence(words: lis
         target(*words)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_cure_for_a_target_of_shares_is_one_that_composes() -> None:
+    shares = ["target=small", "target.stages=[{share: 1.0}]", "target.tokens=512000"]
+    cure = shlex.join(["target.stages=[{context_length: 64, batch_sequences: 2, num_steps: 7}]"])
+    (settled,) = without_shares([Advice("batch", "care", "too many", f"at the transfer: {cure}", "nobody")])
+    words = shlex.split(settled.cure.removeprefix("at the transfer: "))
+    assert target(*shares, *words).run_stages() == (StageConfig(64, 2, 7),)
+    with pytest.raises(Refusal, match=r"target\.tokens=512000 is shared out"):
+        target(*shares, *shlex.split(cure))
+    other = Advice("depth", "care", "shallow", "at the sweep: model.depth=8", "nobody")
+    assert without_shares([other]) == [other]
 
 
 def test_what_a_refused_share_is_told_works() -> None:

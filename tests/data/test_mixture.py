@@ -16,7 +16,7 @@ from mutune.data.config import MixedData
 from mutune.data.corpora import prepare_corpora
 from mutune.data.mixture import choose, counts, proportions
 from mutune.data.order import keys_of
-from mutune.data.readings import MAIN
+from mutune.data.segments import MAIN
 from mutune.errors import Refusal
 from tests.data.conftest import prose
 

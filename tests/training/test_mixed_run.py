@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from mutune.config import SweepConfig
 from mutune.data.config import DataConfig, MixedData, TokenizerConfig
 from mutune.errors import Refusal
 from mutune.training.checkpoint import check_meta, newest, save
-from mutune.training.config import RunSpec, StageConfig
+from mutune.training.config import RunSpec, StageConfig, first_steps
 from mutune.training.fit import check_corpora
 from mutune.training.run import Run, _identity, corpora_of, run_to_end, window_loader
+from mutune.training.schedule import ScheduleConfig, branch_schedule
 from tests import doors
 from tests.data.conftest import prose
 
@@ -115,6 +117,36 @@ def test_a_run_that_goes_on_reads_what_it_read_and_then_what_is_new(texts: Path)
     plain = window_loader(replace(longer, extends=None), corpora)
     assert not all(np.array_equal(plain.batch(step), new.batch(step)) for step in range(6))
     assert build(RunSpec, longer.as_dict()) == longer
+
+
+@pytest.mark.parametrize(
+    ("step", "more", "steps"), [(1, 0, [1]), (6, 0, [6]), (6, 5, [11]), (7, 3, [6, 4]), (10, 0, [6, 4])]
+)
+def test_a_branch_has_the_first_stages_of_its_trunk(step: int, more: int, steps: list[int]) -> None:
+    branch = first_steps((SHORT, LONG), step, more)
+    assert [stage.num_steps for stage in branch] == steps
+    assert [stage.context_length for stage in branch] == [32, 64][: len(steps)]
+
+
+def test_a_trunk_has_the_step_that_a_branch_leaves_it_at() -> None:
+    for step in (0, 11):
+        with pytest.raises(Refusal, match=f"step={step} must be a whole number at least 1 and at most 10"):
+            first_steps((SHORT, LONG), step)
+
+
+def test_a_decay_that_leaves_a_trunk_reads_and_rates_its_first_steps(texts: Path) -> None:
+    trunk = replace(spec(texts, SHORT, LONG), schedule=ScheduleConfig("constant", 0.2))
+    branch = replace(
+        trunk,
+        stages=first_steps(trunk.stages, 8, more=6),
+        schedule=branch_schedule(trunk.schedule, trunk.num_steps, 8, 6),
+        extends=(trunk.stages,),
+    )
+    old, new = Run(trunk, CPU), Run(branch, CPU)
+    assert branch.num_steps == 14
+    for ours, theirs in zip(islice(old.steps(), 8), islice(new.steps(), 8), strict=True):
+        assert ours == theirs
+    assert list(new.steps(8))[-1]["lr"] == pytest.approx(branch.hyperparameters.learning_rate / 6)
 
 
 def test_the_command_trains_a_target_of_shares_and_mixtures(texts: Path) -> None:
