@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from mutune.errors import require
+from mutune.errors import require, require_number
 
 NUM_ROUNDS = 8
 
@@ -44,6 +44,21 @@ class Stage:
         return self.num_windows * self.context_length
 
 
+@dataclass(frozen=True)
+class Skip:
+    """From global step `from_step` on, to its stage's end, every step reads the batch of `num_skipped` steps later.
+
+    Skips add up, so that one made after another counts the steps of the run as it then is.
+    """
+
+    from_step: int
+    num_skipped: int
+
+    def __post_init__(self) -> None:
+        require_number("skips.from_step", self.from_step, at_least=0, example=100, whole=True)
+        require_number("skips.num_skipped", self.num_skipped, at_least=1, example=10, whole=True)
+
+
 class WindowLoader:
     """Batches of windows, in a keyed random order.
 
@@ -54,9 +69,14 @@ class WindowLoader:
     Where all stages together ask for at most one epoch of the corpus, each stage has a range of its own, in proportion
     to what it asks and in stage order, so that no stage repeats what another has seen. Otherwise every stage reads the
     whole corpus in an order of its own.
+
+    Batches that a rollback left out are `skips`: the steps of that stage move on over them, and its last ones read what
+    would have come next, which is the rest of its range or, past that, its next epoch. Other stages are as before.
     """
 
-    def __init__(self, tokens: npt.NDArray[np.uint16], stages: Sequence[Stage], seed: int) -> None:
+    def __init__(
+        self, tokens: npt.NDArray[np.uint16], stages: Sequence[Stage], seed: int, skips: Sequence[Skip] = ()
+    ) -> None:
         """`tokens`: uint16 [tokens], usually memory-mapped. Raises `Refusal` where a context exceeds the tokens."""
         require(
             len(stages) > 0, "stages=[] has no stage; give at least one context_length, num_steps, batch_sequences."
@@ -66,6 +86,7 @@ class WindowLoader:
         self.tokens = np.asarray(tokens)
         self.stages = tuple(stages)
         self.seed = seed
+        self.skips = tuple(skips)
         self.token_ranges = _token_ranges(len(tokens), self.stages)
         self._first_steps = (0, *accumulate(stage.num_steps for stage in stages))
 
@@ -86,10 +107,15 @@ class WindowLoader:
         stage, (low, high) = self.stages[index], self.token_ranges[index]
         _require_rank(rank, world_size, stage.batch_sequences)
         rows = np.arange(rank, stage.batch_sequences, world_size)
-        positions = (step - self._first_steps[index]) * stage.batch_sequences + rows
+        read = step + self._skipped(step, self._first_steps[index]) - self._first_steps[index]
+        positions = read * stage.batch_sequences + rows
         starts = self._window_starts(index, positions)
         ring = (starts[:, None] + np.arange(stage.context_length + 1)) % (high - low)
         return self.tokens[low + ring].astype(np.int64)
+
+    def _skipped(self, step: int, first_step: int) -> int:
+        """Steps that are left out between `first_step` of a stage and `step`."""
+        return sum(skip.num_skipped for skip in self.skips if first_step <= skip.from_step <= step)
 
     def _stage_index(self, step: int) -> int:
         require(
