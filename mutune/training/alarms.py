@@ -15,7 +15,7 @@ class GuardConfig:
     """What is watched during a target's training, and what an alarm does.
 
     A deviation σ is that of the last `window` steps, from the median step-to-step difference, so that neither a
-    falling loss nor an outlier widens it.
+    falling loss nor an outlier widens it. What one odd sequence of a small batch can do is no alarm.
 
     Attributes:
         policy: `warn` notes an alarm and goes on; `pause` saves and stops at a grave one; `rollback` goes back to the

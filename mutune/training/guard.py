@@ -21,6 +21,9 @@ PROBES = 8  # probes that say what an update-to-weight ratio usually is
 FEW_PROBES = 4
 SMOOTH = 16  # steps of a gradient norm's median that may grow
 AGAIN = 1000  # steps within which rollbacks are counted
+#: What one odd sequence (a table, a row of underscores) may do: its loss up to twice the usual, its gradient this many
+#: times the usual of one sequence. In real text there are such; a batch of B dilutes them to 1 / B and 1 / √B.
+ODD_LOSS, ODD_GRADIENT = 1.0, 30.0
 
 
 @dataclass(frozen=True)
@@ -173,12 +176,12 @@ def _loss(guard: Guard, record: Mapping[str, Any]) -> Iterator[Alarm]:
         past.append(loss)
         return
     usual, spread = level(past), deviation(past)
-    off = (loss - usual) / spread
+    off, bound = (loss - usual) / spread, usual + max(config.loss_spike * spread, ODD_LOSS * usual / _sequences(state))
     if state["loss_sum"] == 0.0:
         state["loss_onset"] = step
     state["loss_sum"] = cusum(state["loss_sum"], off)
-    if off > config.loss_spike:
-        yield Alarm("loss_spike", step, loss, usual + config.loss_spike * spread, step)
+    if loss > bound:
+        yield Alarm("loss_spike", step, loss, bound, step)
     else:
         _push(past, loss, config.window)
     if state["loss_sum"] > config.loss_level:
@@ -211,7 +214,8 @@ def _grad(guard: Guard, record: Mapping[str, Any]) -> Iterator[Alarm]:
         past.append(value)
         return
     usual = level(past)
-    bound = usual + max(math.log(config.grad_spike), config.grad_spike * deviation(past))
+    odd = ODD_GRADIENT / math.sqrt(_sequences(state))
+    bound = usual + max(math.log(max(config.grad_spike, odd)), config.grad_spike * deviation(past))
     if value > bound:
         yield Alarm("grad_spike", step, norm, math.exp(bound), step)
     _push(past, value, config.window)
@@ -310,15 +314,20 @@ def _ranks(guard: Guard, record: Mapping[str, Any]) -> Iterator[Alarm]:
         return
     config, step, rank = guard.config, record["step"], record["rank"]
     off, past, run = abs(record["rank_deviation"]), guard.state["rank"], guard.state["rank_run"]
-    where = f"rank {rank}"
-    if len(past) >= config.after and off > level(past) + config.rank_spike * deviation(past):
-        bound = level(past) + config.rank_spike * deviation(past)
+    where, odd = f"rank {rank}", ODD_LOSS * record["loss"] * record["ranks"] / _sequences(guard.state)
+    if len(past) >= config.after and off > (bound := level(past) + max(config.rank_spike * deviation(past), odd)):
         yield Alarm("rank_differs", step, off, bound, step, where)
     _push(past, off, config.window)
     run[:] = [run[0] + 1, rank] if run[1] == rank else [1, rank]
     most = 1 + math.ceil(math.log(config.chance) / math.log(1 / record["ranks"]))  # P(n in a row) = ranks^(1 - n)
     if run[0] > most:
         yield Alarm("rank_differs", step, f"farthest {run[0]} times", f"{most} times", step - run[0] + 1, where)
+
+
+def _sequences(state: Mapping[str, Any]) -> float:
+    """Sequences of a batch; endless where the context is not known."""
+    context, tokens = state["stage"]
+    return tokens / context if context else math.inf
 
 
 def _push(values: list[float], value: float, most: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mutune.training import loop
 from mutune.training.guard import rank_fields
 from mutune.training.loop import Record
+from mutune.training.probes import attentions
 from mutune.training.run import Run
 
 RANKS = 2
@@ -27,6 +28,7 @@ class Fault:
         name: the alarm's name, or what the auditor compared.
         where: part of what the alarm is about.
         rules: of `guard.RULES`; without them the fault must go unnamed.
+        audited: whether the auditor looks too; where it does not, the guard alone must name it.
         fields: adds to each record what the loop of such a run would.
     """
 
@@ -35,6 +37,7 @@ class Fault:
     name: str
     where: str = ""
     rules: tuple[str, ...] = ()
+    audited: bool = True
     fields: Callable[[Run, Record], dict[str, Any]] = lambda run, record: {}
 
 
@@ -61,9 +64,9 @@ def rate_times_8(run: Run, patch: pytest.MonkeyPatch) -> None:
 def layer_made_anew(run: Run, patch: pytest.MonkeyPatch) -> None:
     """A block's matrices drawn again, as the plan draws them."""
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in run.model.h[1].mlp.named_parameters():
-        row = run.plan.parameters[f"h.1.mlp.{name}"]
-        if row.init_std:
+    for name, parameter in run.model.named_parameters():
+        row = run.plan.parameters[name]
+        if name.startswith("h.1.mlp") and row.init_std:
             parameter.normal_(0.0, row.init_std, generator=generator)
 
 
@@ -88,16 +91,15 @@ def ranks_of(run: Run, record: Record) -> dict[str, Any]:
 
 def frozen_head(run: Run, patch: pytest.MonkeyPatch) -> None:
     """No gradient reaches the second head of the first block."""
-    attention = run.model.h[0].attn
-    size, heads = attention.c_attn.weight.shape[1] // attention.heads, attention.heads  # type: ignore[union-attr, operator]
+    attention = attentions(run.model)["h.0.attn"]
 
     def without(gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
-        gradient.view(3, heads, size, *gradient.shape[1:])[:, 1] = 0.0
+        gradient.view(3, attention.heads, -1, *gradient.shape[1:])[:, 1] = 0.0
         return gradient
 
-    attention.c_attn.weight.register_hook(without)  # type: ignore[union-attr]
-    attention.c_attn.bias.register_hook(without)  # type: ignore[union-attr]
+    attention.c_attn.weight.register_hook(without)
+    attention.c_attn.bias.register_hook(without)
 
 
 def swapped_file(run: Run, patch: pytest.MonkeyPatch) -> None:
@@ -151,9 +153,9 @@ def kept_in_bfloat16(run: Run, patch: pytest.MonkeyPatch) -> None:
 FAULTS = {
     "spike batch": Fault(spike_batch, "guard", "loss_spike", rules=("loss",)),
     "rate × 8": Fault(rate_times_8, "auditor", "peak_lr"),
-    "rate × 8, unaudited": Fault(rate_times_8, "guard", "update_ratio", "hidden", rules=("update_ratio",)),
+    "rate × 8, unaudited": Fault(rate_times_8, "guard", "update_ratio", "hidden", ("update_ratio",), audited=False),
     "re-initialised layer": Fault(layer_made_anew, "guard", "rewritten", "h.1.mlp", rules=("rewritten",)),
-    "NaN in one rank": Fault(nan_in_one_rank, "guard", "not_finite", "rank 1", ("not_finite",), ranks_of),
+    "NaN in one rank": Fault(nan_in_one_rank, "guard", "not_finite", "rank 1", ("not_finite",), fields=ranks_of),
     "frozen head": Fault(frozen_head, "guard", "frozen", "h.0.attn head 1", rules=("frozen",)),
     "swapped data file": Fault(swapped_file, "guard", "data_changed", rules=("data",)),
     "swapped data, by its loss": Fault(swapped_file, "guard", "loss_level", rules=("loss",)),

@@ -83,6 +83,20 @@ def test_a_gradient_norm_ten_times_the_usual_is_a_spike() -> None:
     assert heard(guard_with(), [*clean(1, 99), record_at(100, grad_norm=5.0)]) == [(100, "grad_spike", "")]
 
 
+@pytest.mark.parametrize(
+    ("sequences", "named"), [(1, []), (4, ["loss_spike", "grad_spike"]), (64, ["loss_spike", "grad_spike"])]
+)
+def test_what_one_odd_sequence_of_a_small_batch_does_is_no_alarm(sequences: int, named: list[str]) -> None:
+    """As a row of underscores does in real text: its loss 1.7 times the usual, its gradient 18 times."""
+    guard = guard_with()
+    heard(guard, [record_at(step, context_length=64 / sequences) for step in range(1, 200)])
+    odd = {"loss": 4.1 * (1 + 0.7 / sequences), "grad_norm": 0.5 * 18 / math.sqrt(sequences)}
+    whole = {"loss": 4.1 * 1.7, "grad_norm": 0.5 * 18}
+    assert heard(guard, [record_at(200, context_length=64 / sequences, **odd)]) == []
+    found = heard(guard, [record_at(201, context_length=64 / sequences, **whole)])
+    assert [name for _, name, _ in found] == named
+
+
 def test_gradient_norms_that_grow_slowly_are_named_once_they_are_many_times_the_lowest() -> None:
     slow = [record_at(step, grad_norm=0.1 * math.exp(step / 400)) for step in range(1, 1200)]
     names = heard(guard_with(), slow)

@@ -10,7 +10,7 @@ import torch
 
 from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig
-from mutune.training.probes import Fields, Probe
+from mutune.training.probes import Fields, Probe, attentions
 from tests.training.tiny import HYPER, tiny_batches, tiny_decoder, tiny_optimizer, tiny_plan, tiny_train
 
 SHAPE = ModelConfig(width=48, depth=2, head_size=16)
@@ -75,7 +75,7 @@ def test_adam_accounts_for_how_far_weights_moved_and_for_no_more() -> None:
     assert 0.1 < number(live.measure(), "moved") < 1.5
     live.train(10)
     with torch.no_grad():
-        live.model.h[1].attn.c_proj.weight.normal_(0.0, 0.5)  # type: ignore[union-attr]
+        live.model.get_parameter("h.1.attn.c_proj.weight").normal_(0.0, 0.5)
     fields = live.measure()
     assert number(fields, "moved") > 2.0
     assert fields["moved_tensor"] == "h.1.attn.c_proj.weight"
@@ -96,14 +96,13 @@ def test_eps_above_the_gradients_shows_by_role_and_rare_tokens_do_not_count() ->
 # -------------------------------------------------------------------------------------------------------- frozen heads
 def freeze_head(live: Live) -> None:
     """No gradient for head 2 of the second block."""
-    attention = live.model.h[1].attn
 
     def without(gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.clone()
         gradient.view(3, 3, 16, 48)[:, 2] = 0.0
         return gradient
 
-    attention.c_attn.weight.register_hook(without)  # type: ignore[union-attr]
+    live.model.get_parameter("h.1.attn.c_attn.weight").register_hook(without)
 
 
 def test_a_head_without_a_gradient_is_frozen_at_the_next_probe_and_only_that_one() -> None:
@@ -117,7 +116,6 @@ def test_a_head_without_a_gradient_is_frozen_at_the_next_probe_and_only_that_one
 def test_a_tensor_that_adam_leaves_out_is_frozen() -> None:
     live = Live()
     live.measure()
-    live.model.h[0].mlp.c_fc.weight.register_hook(lambda gradient: None)  # type: ignore[union-attr]
     for _ in range(3):
         live.model.loss(IDS_BT[:, :-1], IDS_BT[:, 1:]).backward()
         live.model.get_parameter("h.0.mlp.c_fc.weight").grad = None
@@ -148,15 +146,15 @@ def test_output_logits_are_those_of_the_model(tied: bool) -> None:
 def test_attention_logits_are_queries_times_keys_times_the_multiplier() -> None:
     live = Live()
     inputs: list[torch.Tensor] = []
-    layers = [block.attn for block in live.model.h]
-    hooks = [layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for layer in layers]  # type: ignore[union-attr]
+    layers = list(attentions(live.model).values())
+    hooks = [layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for layer in layers]
     with torch.no_grad():
         live.model(IDS_BT[:, :-1])
         for hook in hooks:
             hook.remove()
         highest = 0.0
         for layer, x_BTD in zip(layers, inputs, strict=True):
-            qkv = layer.c_attn(x_BTD)  # type: ignore[operator, union-attr]
+            qkv = layer.c_attn(x_BTD)
             for head in range(3):
                 q, k = (qkv[..., part * 48 + 16 * head :][..., :16] for part in (0, 1))
                 highest = max(highest, (q @ k.transpose(1, 2)).abs().max().item() / 16)
@@ -197,7 +195,7 @@ def test_a_probe_changes_neither_weights_nor_gradients_nor_moments_nor_random_nu
 
 def everything(live: Live) -> list[list[torch.Tensor]]:
     """All tensors: weights, gradients, moments."""
-    parameters = list(live.model.parameters())
+    parameters: list[torch.Tensor] = list(live.model.parameters())
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return [parameters, gradients, *([*live.optimizer.state[parameter].values()] for parameter in parameters)]
 
