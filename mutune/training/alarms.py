@@ -37,7 +37,8 @@ class GuardConfig:
         eps_share: share of a role's elements whose second moment may lie below Adam's ε.
         rank_spike: deviations σ by which the farthest rank's loss may lie from the others, beyond its own median.
         chance: of the same rank being the highest so many times in a row, below which it is no chance.
-        skip_before: steps before the first suspicious one that a rollback skips too.
+        skip_before: steps before the first suspicious one that a rollback skips too; it skips up to the alarm, and
+            twice as many batches with each further rollback near by.
         max_rollbacks: rollbacks within 1,000 steps before the run is paused instead: batches are then not the cause.
     """
 
@@ -50,7 +51,7 @@ class GuardConfig:
     grad_spike: float = 5.0
     grad_growth: float = 10.0
     seen_tolerance: float = 0.01
-    update_jump: float = 4.0
+    update_jump: float = 3.0
     moved: float = 2.0
     attention_logit: float = 100.0
     output_logit: float = 100.0

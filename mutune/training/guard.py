@@ -52,7 +52,8 @@ class Guard:
         beta2: Adam's decay of the second moment.
         band: the predicted loss.
         band_steps: steps over which the band's loss is averaged.
-        dtypes: what a probe should say of number formats; None takes its first word for it.
+        dtypes: what a probe should say of number formats, as {"products": "bfloat16"}; of the others its first word
+            counts.
 
     Attributes:
         skips: the windows of batches that rollbacks left out; the loader needs them.
@@ -66,12 +67,12 @@ class Guard:
         beta2: float,
         band: Band | None = None,
         band_steps: int = 20,
-        dtypes: str | None = None,
+        dtypes: Mapping[str, str] | None = None,
     ) -> None:
         self.config, self.clip_norm, self.beta2 = config, clip_norm, beta2
-        self.band, self.band_steps, self.dtypes = band, band_steps, dtypes
+        self.band, self.band_steps, self.dtypes = band, band_steps, dict(dtypes or {})
         self.skips: tuple[Skip, ...] = ()
-        self.state: dict[str, Any] = {"stage": None, "tokens": 0, "told": {}, "moment": None, **_fresh()}
+        self.state: dict[str, Any] = {"stage": None, "tokens": 0, "told": {}, "dtypes": {}, "moment": None, **_fresh()}
 
     def observe(self, record: Mapping[str, Any]) -> list[Alarm]:
         """What is wrong after this step; the same thing is said once in `window` steps.
@@ -101,7 +102,7 @@ class Guard:
         if len(lately) >= self.config.max_rollbacks:
             again = f"The run went back {len(lately)} times within {AGAIN:,} steps, so other batches do not cure it"
             return Action(PAUSE, f"{said}\n{again}; it is paused.", first)
-        skip = Skip(from_step=first, num_skipped=step - first)
+        skip = Skip(from_step=first, num_skipped=(step - first) * 2 ** len(lately))  # again: skip twice as many
         how = (
             f"The run goes back to a checkpoint of step {first:,} or before, and leaves out {skip.num_skipped} batches"
         )
@@ -293,11 +294,10 @@ def _frozen(guard: Guard, record: Mapping[str, Any]) -> Iterator[Alarm]:
 
 
 def _dtype(guard: Guard, record: Mapping[str, Any]) -> Iterator[Alarm]:
-    if "dtypes" in record:
-        expected = guard.dtypes or guard.state.setdefault("dtypes", record["dtypes"])
-        if record["dtypes"] != expected:
-            onset = record["step"] - guard.config.every + 1
-            yield Alarm("dtype", record["step"], record["dtypes"], expected, onset)
+    for what, dtype in _by_place(record, "dtype."):
+        expected = guard.dtypes.get(what) or guard.state["dtypes"].setdefault(what, dtype)
+        if dtype != expected:
+            yield Alarm("dtype", record["step"], dtype, expected, record["step"] - guard.config.every + 1, what)
 
 
 def _data(guard: Guard, record: Mapping[str, Any]) -> Iterator[Alarm]:
@@ -335,7 +335,7 @@ def _push(values: list[float], value: float, most: int) -> None:
     del values[:-most]
 
 
-def _by_place(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+def _by_place(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in record.items():
         if key.startswith(prefix):
             yield key.removeprefix(prefix), value

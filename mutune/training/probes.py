@@ -83,7 +83,7 @@ class Probe:
             `frozen`: tensors that Adam did not update and heads that had no gradient since the last probe; or absent.
             `dead_heads`: heads whose output is the same for all tokens; or absent.
             `attention_logit_max`, `output_logit_max`, `log_z`: largest absolute values, and mean of log Σ exp.
-            `dtypes`: of parameters, gradients where there are any, optimizer and products of matrices.
+            `dtype.<of what>`: of parameters, gradients where there are any, optimizer and products of matrices.
         """
         with torch.no_grad():
             reshard(self.model)
@@ -230,11 +230,16 @@ def _silent_heads(now: Snapshot, last: Snapshot, optimizer: torch.optim.Optimize
         steps = now.steps[name] - last.steps.get(name, 0.0)
         if steps <= 0:
             continue
+        kept = beta2**steps
         before = last.heads.get(layer, torch.zeros_like(sums))
-        fresh_H = (sums - beta2**steps * before).sum(0).tolist()
-        usual = sorted(fresh_H)[len(fresh_H) // 2]
+        fresh_H = (sums - kept * before).sum(0).tolist()
+        usual = max(_upper_median(fresh_H), (1 - kept) * _upper_median(before.sum(0).tolist()))  # a layer may be silent
         found += [f"{layer} head {head}" for head, fresh in enumerate(fresh_H) if fresh < SILENT * usual]
     return found
+
+
+def _upper_median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 # --------------------------------------------------------------------------------------------------------- forward pass
@@ -249,7 +254,7 @@ def _activations(model: nn.Module, optimizer: torch.optim.Optimizer, forward: Ca
     fields: Fields = {name: values[name] for name in names}
     if seen.dead:
         fields["dead_heads"] = ", ".join(seen.dead)
-    return fields | {"dtypes": _dtypes(model, optimizer, seen.computed)}
+    return fields | dict(_dtypes(model, optimizer)) | {"dtype.products": seen.computed}
 
 
 class _Seen:
@@ -276,7 +281,7 @@ class _Seen:
     def mixed(self, name: str, attention: Attention, out_BTD: Tensor) -> None:
         """Heads whose output does not depend on the token."""
         variance_H = out_BTD.float().unflatten(-1, (attention.heads, -1)).flatten(0, 1).var(0).sum(-1).tolist()
-        usual = sorted(variance_H)[len(variance_H) // 2]
+        usual = _upper_median(variance_H)
         self.dead += [f"{name} head {head}" for head, value in enumerate(variance_H) if value <= CONSTANT * usual]
 
     def put_out(self, table: Tensor, x_BTD: Tensor) -> None:
@@ -310,22 +315,18 @@ def attentions(model: nn.Module) -> dict[str, Attention]:
     return {canonical_name(name): module for name, module in model.named_modules() if isinstance(module, Attention)}
 
 
-def _dtypes(model: nn.Module, optimizer: torch.optim.Optimizer, computed: str) -> str:
-    """The number formats in use, in words; gradients where there are any."""
-    tensors = trainable(model).values()
+def _dtypes(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str]]:
+    """The number formats of what there is."""
+    tensors = list(trainable(model).values())
+    states = [optimizer.state[tensor] for tensor in tensors if optimizer.state.get(tensor)]
     kinds = {
         "parameters": {tensor.dtype for tensor in tensors},
         "gradients": {tensor.grad.dtype for tensor in tensors if tensor.grad is not None},
-        "optimizer": {
-            state[key].dtype for t in tensors if (state := optimizer.state.get(t)) for key in ("exp_avg", "exp_avg_sq")
-        },
+        "optimizer": {state[key].dtype for state in states for key in ("exp_avg", "exp_avg_sq")},
     }
-    said = [f"{what} {_listed(found)}" for what, found in kinds.items() if found]
-    return ", ".join([*said, f"products {computed}"])
-
-
-def _listed(dtypes: set[torch.dtype]) -> str:
-    return "/".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    for what, found in kinds.items():
+        if found:
+            yield f"dtype.{what}", "/".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
 
 
 # ------------------------------------------------------------------------------------------------------------- sharding

@@ -31,15 +31,19 @@ from mutune.training import checkpoint
 from mutune.training.config import RunSpec, StageConfig, stage_ends
 from mutune.training.device import resolve_device
 from mutune.training.execution import keep_memory, loss_functions, threaded
+from mutune.training.guard import Guard
 from mutune.training.loop import Heldout, Record, evaluate, train
+from mutune.training.probes import Probe
 from mutune.training.result import CHECKPOINTS, METRICS, RunResult, discard
 from mutune.training.schedule import multiplier
+from mutune.training.watch import Watch
 from mutune.versions import versions
 
 WRITER = ".writer.lock"  # held by the process that trains: what a killed parent leaves running ends first
 SAVE_SECONDS = 30.0  # between the checkpoints of a trial or of a ladder's run
 SMOOTHED = 0.05  # of a run: over how many steps a paused run's training loss is averaged
 
+WATCHED_WINDOWS, WATCHED_TOKENS = 2, 256  # of the held-out text, whose logits the guard's probes look at
 #: Tokens of the first batch that the first audit runs through the model; what multipliers do does not depend on them.
 PROBE_TOKENS = 8
 
@@ -126,6 +130,19 @@ class Run:
             micro_sequences=self._micro_sequences,
             loss_bound=spec.loop.divergence_factor * math.log(self.corpus.vocab_size),
             warmup_steps=spec.schedule.warmup(spec.num_steps),
+        )
+
+    def watch(self, guard: Guard) -> Watch:
+        """The guard's eyes on this run as it now stands: anew after each start, resume and rollback."""
+        context = min(WATCHED_TOKENS, *(stage.context_length for stage in self.spec.stages))
+        windows = heldout_windows(self.corpus.heldout, context, WATCHED_WINDOWS)
+        ids_BT, rate = torch.from_numpy(windows).to(next(self.model.parameters()).device), self._rate()
+        return Watch(
+            guard,
+            Probe(self.model, self.optimizer, self.plan),
+            forward=lambda: self.heldout_loss(ids_BT[:, :-1], ids_BT[:, 1:]),
+            tokens=lambda: self.loader.tokens,
+            audit=lambda step: audit(self.model, self.optimizer, self.plan, factor=rate(step - 1), betas=self._betas),
         )
 
     @property

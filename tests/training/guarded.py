@@ -8,12 +8,10 @@ import torch
 
 from mutune.config import SweepConfig
 from mutune.model.shape import BaseConfig, ModelConfig
-from mutune.parametrization.audit import audit
 from mutune.training.alarms import GuardConfig
 from mutune.training.config import LoopConfig, RunSpec, StageConfig
 from mutune.training.guard import Guard
 from mutune.training.loop import Record
-from mutune.training.probes import Probe
 from mutune.training.run import Run
 from mutune.training.schedule import ScheduleConfig
 from mutune.training.watch import Watch
@@ -22,18 +20,11 @@ CPU = torch.device("cpu")
 
 
 def watch_of(run: Run, guard: Guard, audited: bool = True) -> Watch:
-    """As a command puts it together."""
-    rate, windows = run._rate(), run._heldout(min(128, run.spec.stages[0].context_length)).windows[:2]
-    ids_BT = torch.from_numpy(windows)
-    return Watch(
-        guard,
-        Probe(run.model, run.optimizer, run.plan),
-        forward=lambda: run.loss(ids_BT[:, :-1], ids_BT[:, 1:]),
-        tokens=lambda: run.loader.tokens,
-        audit=lambda step: (
-            audit(run.model, run.optimizer, run.plan, factor=rate(step - 1), betas=run._betas) if audited else None
-        ),
-    )
+    """A run's watch, with the auditor or without."""
+    watch = run.watch(guard)
+    if not audited:
+        watch._audit = lambda step: None
+    return watch
 
 
 def guard_of(spec: RunSpec, config: GuardConfig | None = None, **keywords: Any) -> Guard:

@@ -113,6 +113,14 @@ def test_a_head_without_a_gradient_is_frozen_at_the_next_probe_and_only_that_one
     assert live.measure()["frozen"] == "h.1.attn head 2"
 
 
+def test_a_layer_all_of_whose_heads_get_no_gradient_is_frozen_head_by_head() -> None:
+    live = Live()
+    live.measure()
+    live.model.get_parameter("h.0.attn.c_attn.weight").register_hook(lambda gradient: 0 * gradient)
+    live.train(10)
+    assert live.measure()["frozen"] == "h.0.attn head 0, h.0.attn head 1, h.0.attn head 2"
+
+
 def test_a_tensor_that_adam_leaves_out_is_frozen() -> None:
     live = Live()
     live.measure()
@@ -162,21 +170,24 @@ def test_attention_logits_are_queries_times_keys_times_the_multiplier() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ number formats
-def test_number_formats_are_told_in_words() -> None:
+def formats(fields: Fields) -> dict[str, float | str]:
+    return {key.removeprefix("dtype."): value for key, value in fields.items() if key.startswith("dtype.")}
+
+
+def test_number_formats_are_those_of_weights_gradients_moments_and_products() -> None:
     live = Live()
-    assert live.measure()["dtypes"] == "parameters float32, optimizer float32, products float32"
+    usual: dict[str, float | str] = dict.fromkeys(("parameters", "optimizer", "products"), "float32")
+    assert formats(live.measure()) == usual
     live.model.loss(IDS_BT[:, :-1], IDS_BT[:, 1:]).backward()
-    low = torch.autocast("cpu", torch.bfloat16)
 
     def forward() -> torch.Tensor:
-        with low:
+        with torch.autocast("cpu", torch.bfloat16):
             return live.model(IDS_BT)
 
-    said = live.probe.measure(forward)["dtypes"]
-    assert said == "parameters float32, gradients float32, optimizer float32, products bfloat16"
-    for state in list(live.optimizer.state.values())[:1]:
-        state["exp_avg_sq"] = state["exp_avg_sq"].bfloat16()
-    assert "optimizer bfloat16/float32" in str(live.measure()["dtypes"])
+    assert formats(live.probe.measure(forward)) == usual | {"gradients": "float32", "products": "bfloat16"}
+    state = next(iter(live.optimizer.state.values()))
+    state["exp_avg_sq"] = state["exp_avg_sq"].bfloat16()
+    assert formats(live.measure())["optimizer"] == "bfloat16/float32"
 
 
 # ------------------------------------------------------------------------------------------------------------- no trace
