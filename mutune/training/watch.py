@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from mutune.data.fingerprint import fingerprint
 from mutune.training.alarms import Alarm
@@ -13,7 +14,7 @@ from mutune.training.probes import Probe
 
 
 class Watch:
-    """Judges each record of a run, with probes in between.
+    """Judges each record of a run, with probes in between. In a distributed run every process has one.
 
     Args:
         guard: what judges.
@@ -46,5 +47,15 @@ class Watch:
         if every and step % every == 0 and not record["diverged"]:
             self._audit(step)
             record |= self.probe.measure(self._forward)
-            record["data_fingerprint"] = fingerprint(self._tokens())
+            record["data_fingerprint"] = agreed(fingerprint(self._tokens()))
         return self.guard.observe(record)
+
+
+def agreed(mark: str) -> str:
+    """A word that every process should have; where some have another than the first one, theirs."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return mark
+    marks = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(marks, mark)
+    others = [f"{other} at rank {rank}" for rank, other in enumerate(marks) if other != marks[0]]
+    return ", ".join(others) or mark

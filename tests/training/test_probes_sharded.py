@@ -15,6 +15,7 @@ from torch.multiprocessing.spawn import spawn
 from mutune.model.shape import ModelConfig
 from mutune.parametrization.apply import make_optimizer
 from mutune.training.probes import Fields, Probe
+from mutune.training.watch import agreed
 from tests.training.tiny import tiny_batches, tiny_decoder, tiny_plan
 
 SHAPE = ModelConfig(width=48, depth=2, head_size=16)
@@ -52,13 +53,15 @@ def _joined(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    Path(folder, f"{rank}.json").write_text(json.dumps({key: measured(mesh) for key, mesh in MESHES.items()}))
+    found: dict[str, Any] = {key: measured(mesh) for key, mesh in MESHES.items()}
+    found["agreed"] = [agreed("ab"), agreed("ab" if rank == 0 else "cd")]
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Fields]]]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The probes of each of two processes, by how the model is spread."""
     folder = tmp_path_factory.mktemp("processes")
     spawn(_joined, args=(str(folder),), nprocs=2)
@@ -66,7 +69,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Field
 
 
 @pytest.mark.parametrize("how", ["sharded", "replicated"])
-def test_every_process_has_the_fields_of_the_whole_model(found: list[dict[str, list[Fields]]], how: str) -> None:
+def test_every_process_has_the_fields_of_the_whole_model(found: list[dict[str, Any]], how: str) -> None:
     plain = found[0]["plain"]
     assert plain[1]["moved_tensor"] == "h.1.mlp.c_fc.weight"
     for process in found:
@@ -74,7 +77,11 @@ def test_every_process_has_the_fields_of_the_whole_model(found: list[dict[str, l
             assert probe.keys() == expected.keys()
             for key, value in expected.items():
                 loose = key in ("moved", "moved_tensor")  # other elements are sampled
-                if key == "moved_tensor" and expected["moved"] < 2.0:  # type: ignore[operator]
+                if key == "moved_tensor" and expected["moved"] < 2.0:
                     continue
                 wanted = value if isinstance(value, str) else pytest.approx(value, rel=0.3 if loose else 1e-4)
                 assert probe[key] == wanted, key
+
+
+def test_a_process_that_reads_another_file_is_named_to_all(found: list[dict[str, Any]]) -> None:
+    assert [process["agreed"] for process in found] == [["ab", "cd at rank 1"]] * 2
