@@ -56,6 +56,15 @@ def test_one_high_loss_is_a_spike_and_what_is_usual_stays_what_it_was() -> None:
     assert heard(guard, [*clean(122, 199), record_at(200, loss=6.5)]) == [(200, "loss_spike", "")]
 
 
+def test_spikes_are_left_out_of_what_is_usual() -> None:
+    """Every fifth loss is a spike, too few in a row for a level."""
+    guard = guard_with()
+    heard(guard, clean(1, 199))
+    records = [record_at(step, loss=6.5) if step % 5 == 0 else record_at(step) for step in range(200, 400)]
+    assert {name for _, name, _ in heard(guard, records)} == {"loss_spike"}
+    assert max(guard.state["loss"]) < 5.0
+
+
 def test_losses_that_stay_a_little_higher_are_a_level_whose_onset_is_the_first_of_them() -> None:
     guard = guard_with()
     heard(guard, clean(1, 299))
@@ -148,9 +157,19 @@ def test_a_run_whose_guard_starts_in_the_middle_takes_the_first_moment_as_it_is(
     assert heard(guard_with(), records) == []
 
 
+def test_a_moment_that_was_named_is_what_the_next_one_follows_from() -> None:
+    records = [record_at(step, grad_norm=0.5) for step in range(1, 201)]
+    usual, off = second_moments([0.5] * 200, CLIP), [9.0]
+    for _ in range(100):
+        off.append(BETA2 * off[-1] + (1 - BETA2) * 0.25)
+    for step in range(10, 201, 10):
+        records[step - 1]["second_moment"] = usual[step - 1] if step < 100 else off[step - 100]
+    assert heard(guard_with(), records) == [(100, "gradient_seen", "")]
+
+
 def test_a_role_s_update_ratio_is_judged_per_rate_of_the_schedule() -> None:
     guard = guard_with()
-    rates = [0.01 * (1 - step / 1000) for step in range(1, 201)]
+    rates = [0.01 * min(1.0, step / 100) for step in range(1, 201)]  # a warm-up: twenty times in twenty probes
     records = [record_at(step, lr=rates[step - 1]) for step in range(1, 201)]
     for step in range(10, 201, 10):
         records[step - 1]["update_ratio.hidden"] = 2.0 * rates[step - 1] * (8.0 if step == 200 else 1.0)
