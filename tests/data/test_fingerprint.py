@@ -42,6 +42,10 @@ def test_a_text_shorter_than_a_piece_has_one_too() -> None:
     assert fingerprint(TOKENS[:3]) != fingerprint(TOKENS[:4])
 
 
+def test_the_number_of_tokens_counts_also_where_all_are_alike() -> None:
+    assert fingerprint(np.zeros(100_000, dtype=np.uint16)) != fingerprint(np.zeros(200_000, dtype=np.uint16))
+
+
 def test_a_fingerprint_reads_the_same_few_pieces_of_a_file_of_any_size() -> None:
     class Counting(np.ndarray):
         """Counts what is read of it."""

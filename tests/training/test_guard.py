@@ -169,7 +169,7 @@ def test_a_moment_that_was_named_is_what_the_next_one_follows_from() -> None:
 
 def test_a_role_s_update_ratio_is_judged_per_rate_of_the_schedule() -> None:
     guard = guard_with()
-    rates = [0.01 * min(1.0, step / 100) for step in range(1, 201)]  # a warm-up: twenty times in twenty probes
+    rates = [0.01 * 2.0 ** (step / 10 - 20) for step in range(1, 201)]  # doubled from each probe to the next
     records = [record_at(step, lr=rates[step - 1]) for step in range(1, 201)]
     for step in range(10, 201, 10):
         records[step - 1]["update_ratio.hidden"] = 2.0 * rates[step - 1] * (8.0 if step == 200 else 1.0)

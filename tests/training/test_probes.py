@@ -83,6 +83,19 @@ def test_adam_accounts_for_how_far_weights_moved_and_for_no_more() -> None:
     assert number(live.measure(), "moved") < 1.5
 
 
+def test_a_matrix_that_moved_four_times_as_far_as_its_updates_take_it_stands_out() -> None:
+    live = Live(20)
+    live.measure()
+    weight = live.model.get_parameter("h.1.mlp.c_fc.weight")
+    before = weight.detach().clone()
+    live.train(10)
+    with torch.no_grad():
+        weight += 3.0 * (weight - before)
+    fields = live.measure()
+    assert fields["moved_tensor"] == "h.1.mlp.c_fc.weight"
+    assert number(fields, "moved") > 2.0
+
+
 def test_eps_above_the_gradients_shows_by_role_and_rare_tokens_do_not_count() -> None:
     live = Live()
     fields = live.measure()
@@ -113,10 +126,10 @@ def test_a_head_without_a_gradient_is_frozen_at_the_next_probe_and_only_that_one
     assert live.measure()["frozen"] == "h.1.attn head 2"
 
 
-def test_a_layer_all_of_whose_heads_get_no_gradient_is_frozen_head_by_head() -> None:
+def test_a_layer_all_of_whose_heads_lose_their_gradients_is_frozen_head_by_head() -> None:
     live = Live()
     live.measure()
-    live.model.get_parameter("h.0.attn.c_attn.weight").register_hook(lambda gradient: 0 * gradient)
+    live.model.get_parameter("h.0.attn.c_attn.weight").register_hook(lambda gradient: 1e-4 * gradient)
     live.train(10)
     assert live.measure()["frozen"] == "h.0.attn head 0, h.0.attn head 1, h.0.attn head 2"
 
@@ -197,7 +210,12 @@ def test_a_probe_changes_neither_weights_nor_gradients_nor_moments_nor_random_nu
     before = copy.deepcopy(everything(live))
     random = torch.get_rng_state()
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in live.model.modules()]
-    live.measure()
+
+    def forward() -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        return live.model(IDS_BT) + torch.rand(1)
+
+    live.probe.measure(forward)
     torch.testing.assert_close(everything(live), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), random)
     assert live.model.training
