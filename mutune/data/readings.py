@@ -97,7 +97,7 @@ class Gaps:
 
     def starts(self, positions: Ints, context: int, keys: Keys) -> Ints:
         ends = np.cumsum(self._counts(context))
-        order = permute(positions, int(ends[-1]), keys("order", 0))
+        order = permute(positions % int(ends[-1]), int(ends[-1]), keys("order", 0))
         gap = np.searchsorted(ends, order, side="right")
         return self.intervals[gap, 0] + (order - (ends - self._counts(context))[gap]) * context
 

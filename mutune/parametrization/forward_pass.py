@@ -59,7 +59,7 @@ def acting_multipliers(model: nn.Module, plan: Plan, forward: Callable[[], Any])
     """
     places = _multipliers(model)
     with ExitStack() as stack:
-        stack.enter_context(_undisturbed(model))
+        stack.enter_context(undisturbed(model))
         watched = [_Watched(name, module, plan) for name, module in places.items() if module.site in plan.multipliers]
         with _hooks({watch.module: watch.hook for watch in watched}):
             clean = _holds_nan(forward())
@@ -179,8 +179,8 @@ def _hooks(hooks: Mapping[Multiplier, Callable[..., Any]]) -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """No gradients, no compiled code; modes, buffers and torch's generators as before afterwards."""
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, no gradients and no compiled code; modes, buffers and torch's generators as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     cuda = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mutune.compose import build
-from mutune.data.readings import Stage, shared_steps
+from mutune.data.segments import Stage, shared_steps
 from mutune.errors import require
 from mutune.folders import differences
 from mutune.training.checkpoint import Checkpoint, read

@@ -33,10 +33,13 @@ from mutune.training import checkpoint
 from mutune.training.config import ParallelConfig, RunSpec, StageConfig, stage_ends
 from mutune.training.device import resolve_device
 from mutune.training.execution import keep_memory, loss_functions, number_format, threaded
+from mutune.training.guard import Guard
 from mutune.training.loop import Heldout, Record, evaluate, train
+from mutune.training.probes import Probe
 from mutune.training.recompute import contexts
 from mutune.training.result import CHECKPOINTS, METRICS, RunResult, discard
 from mutune.training.schedule import multiplier
+from mutune.training.watch import Watch
 from mutune.training.world import World, alone, is_sharded
 from mutune.versions import versions
 
@@ -45,6 +48,7 @@ SAVE_SECONDS = 30.0  # between the checkpoints of a trial or of a ladder's run
 SMOOTHED = 0.05  # of a run: over how many steps a paused run's training loss is averaged
 
 SPREAD = ParallelConfig()
+WATCHED_WINDOWS, WATCHED_TOKENS = 2, 256  # of the held-out text, whose logits the guard's probes look at
 #: Tokens of the first batch that the first audit runs through the model; what multipliers do does not depend on them.
 PROBE_TOKENS = 8
 
@@ -170,6 +174,19 @@ class Run:
     def _batch(self, step: int) -> np.ndarray:
         """This process's rows of the global batch."""
         return self.loader.batch(step, self.world.rank, self.world.size)
+
+    def watch(self, guard: Guard) -> Watch:
+        """The guard's eyes on this run as it now stands: anew after each start, resume and rollback."""
+        context = min(WATCHED_TOKENS, *(stage.context_length for stage in self.spec.stages))
+        windows = heldout_windows(self.corpus.heldout, context, WATCHED_WINDOWS)
+        ids_BT, rate = torch.from_numpy(windows).to(next(self.model.parameters()).device), self._rate()
+        return Watch(
+            guard,
+            Probe(self.model, self.optimizer, self.plan),
+            forward=lambda: self.heldout_loss(ids_BT[:, :-1], ids_BT[:, 1:]),
+            tokens=lambda: self.loader.corpora.values(),
+            audit=lambda step: audit(self.model, self.optimizer, self.plan, factor=rate(step - 1), betas=self._betas),
+        )
 
     @property
     def _micro_sequences(self) -> int:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mutune.data import Stage, TokenizedCorpus, WindowLoader, heldout_windows
 from mutune.data.order import keys_of, permute
+from mutune.data.windows import Skip
 from mutune.errors import Refusal
 
 TOKENS = np.arange(10_000, dtype=np.uint16)  # a token's value is its place
@@ -146,6 +147,62 @@ def test_a_longer_run_begins_like_a_shorter_one() -> None:
     assert digest(short, range(10)) == digest(long, range(10))
 
 
+# -------------------------------------------------------------------------------------------------------------- skips
+def skipping(*skips: Skip) -> WindowLoader:
+    return WindowLoader(TOKENS, TWO_STAGES, 0, skips=skips)
+
+
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    return np.array_equal(one, other)
+
+
+def test_a_skip_leaves_out_batches_and_the_steps_after_it_move_on() -> None:
+    long = WindowLoader(TOKENS, [Stage(32, 50, 8)], 0)
+    loader = WindowLoader(TOKENS, [Stage(32, 50, 8)], 0, skips=[Skip(from_step=20, num_skipped=3)])
+    assert all(same(loader.batch(step), long.batch(step)) for step in range(20))
+    assert all(same(loader.batch(step), long.batch(step + 3)) for step in range(20, 47))
+
+
+def test_skips_add_up_each_counting_the_steps_of_the_run_as_it_then_is() -> None:
+    plain = WindowLoader(TOKENS, [Stage(32, 50, 8)], 0)
+    loader = WindowLoader(TOKENS, [Stage(32, 50, 8)], 0, skips=[Skip(20, 3), Skip(25, 10)])
+    read = [next(s for s in range(50) if same(loader.batch(step), plain.batch(s))) for step in (19, 20, 24, 25, 30)]
+    assert read == [19, 23, 27, 38, 43]
+
+
+def test_the_last_steps_of_a_stage_read_what_would_come_next_in_its_own_range() -> None:
+    plain, loader = skipping(), skipping(Skip(from_step=3, num_skipped=4))
+    low, high = loader.token_ranges[0]
+    for step in (3, 4):
+        batch = loader.batch(step)
+        assert batch.shape == (8, 33)
+        assert batch.min() >= low
+        assert batch.max() < high
+    assert not any(same(loader.batch(4), plain.batch(step)) for step in range(5))
+
+
+def test_another_stage_reads_what_it_would_have_read_without_the_skip() -> None:
+    plain, early, late = skipping(), skipping(Skip(3, 4)), skipping(Skip(6, 2))
+    assert all(same(early.batch(step), plain.batch(step)) for step in range(5, 11))
+    assert all(same(late.batch(step), plain.batch(step)) for step in range(6))
+    assert same(late.batch(6), plain.batch(8))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_skip_is_the_same_for_any_world_size(world_size: int) -> None:
+    loader = skipping(Skip(1, 2))
+    parts = np.empty_like(loader.batch(2))
+    for rank in range(world_size):
+        parts[rank::world_size] = loader.batch(2, rank, world_size)
+    assert same(parts, loader.batch(2))
+
+
+def test_a_skip_of_nothing_is_refused() -> None:
+    with pytest.raises(Refusal, match=r"skips\.num_skipped=0 must be a whole number at least 1"):
+        Skip(4, 0)
+
+
+# -------------------------------------------------------------------------------------------------------------- orders
 def test_seeds_give_different_orders() -> None:
     batches = {WindowLoader(TOKENS, [Stage(64, 10, 4)], seed).batch(0).tobytes() for seed in (-1, 0, 1, 2**70)}
     assert len(batches) == 4
