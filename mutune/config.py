@@ -12,6 +12,7 @@ from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import TABLES, ParametrizationConfig
 from mutune.scaling.horizon import HorizonConfig
 from mutune.search.config import LAUNCHERS, SearchConfig, without_password
+from mutune.training.alarms import GuardConfig
 from mutune.training.config import MAX_SEED, LoopConfig, ParallelConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 from mutune.verification.places import require_span
@@ -308,6 +309,7 @@ class TrainConfig(DoorConfig):
         time_limit: minutes after which the run is saved and ends, as at SIGTERM.
         threads: CPU threads of a process; null takes the target's loop.threads, or what cores it has.
         parallel: how the run is spread over the processes that torchrun starts.
+        guard: what watches the run, and what an alarm does (docs/guard.md).
     """
 
     transfer: str | None = None
@@ -321,6 +323,7 @@ class TrainConfig(DoorConfig):
     time_limit: float | None = None
     threads: int | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

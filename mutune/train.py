@@ -11,13 +11,12 @@ examples:
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from mutune.certificate.config import TransferFile
 from mutune.compose import build, plain
@@ -45,6 +44,7 @@ STARTED = time.monotonic()
 
 if TYPE_CHECKING:
     from mutune.training.branch import Branch
+    from mutune.training.guard import Guard
     from mutune.training.loop import Record
     from mutune.training.run import Run
     from mutune.training.world import World
@@ -165,14 +165,15 @@ def _train(
     start, records = world.together(lambda: _begin(config, directory, spec, world, branch))
     run = Run(spec, world.device, world if is_launched() else None, config.parallel)
     meta = _identity(run, transfer) | ({"branch": branch.identity()} if branch else {})
-    world.together(lambda: _restore(directory, start, run, meta, branch))
+    guard = _guard(config, spec)
+    world.together(lambda: _restore(directory, start, run, meta, branch, guard))
     if world.is_first:
         describe(directory, run, note)
         write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
         print(_opening(directory, run, start), *_branching(branch), sep="\n", file=sys.stderr)
     try:
         if start < spec.num_steps:
-            _run_to_end(config, run, directory, start, meta)
+            _run_to_end(config, run, directory, start, meta, guard)
     except AuditError as error:
         raise WorkFailed(str(error)) from error
     except RuntimeError as error:
@@ -205,7 +206,17 @@ def _begin(
     return start, records
 
 
-def _restore(directory: Path, start: int, run: "Run", meta: dict[str, Any], branch: "Branch | None") -> None:
+def _guard(config: TrainConfig, spec: RunSpec) -> "Guard":
+    """What watches the run."""
+    from mutune.training.guard import Guard
+
+    formats = {"products": spec.loop.settled().dtype or ""}
+    return Guard(config.guard, clip_norm=spec.loop.clip_norm, beta2=spec.hyperparameters.beta2, dtypes=formats)
+
+
+def _restore(
+    directory: Path, start: int, run: "Run", meta: dict[str, Any], branch: "Branch | None", guard: "Guard"
+) -> None:
     from mutune.training.checkpoint import check_meta, read, restore
 
     if start:
@@ -216,6 +227,8 @@ def _restore(directory: Path, start: int, run: "Run", meta: dict[str, Any], bran
         compared = meta.keys() - INFORMATION - (OF_A_BRANCH if begins else set()) - ({"data_hash"} if mixed else set())
         check_meta(found, run.plan, {key: value for key, value in meta.items() if key in compared})
         restore(found, run.model, run.optimizer)
+        if "guard" in found.meta:
+            guard.load_state_dict(found.meta["guard"])
         written_by = found.meta.get("versions", versions())
         if run.world.is_first and written_by != versions():
             changed = "; ".join(differences(written_by, versions()))
@@ -279,41 +292,42 @@ def _compare(config: TrainConfig, transfer: TransferFile, directory: Path, loss:
     return [PREDICTION]
 
 
-def _run_to_end(config: TrainConfig, run: "Run", directory: Path, start: int, meta: dict[str, Any]) -> None:
-    from mutune.training.saving import Saver
+def _run_to_end(
+    config: TrainConfig, run: "Run", directory: Path, start: int, meta: dict[str, Any], guard: "Guard"
+) -> None:
+    from mutune.training.target import Paused, Target
 
     total, world = run.spec.num_steps, run.world
     every, first = config.checkpoint_every or max(1, total // 20), 0.0
-    ends = [end for end, _ in stage_ends(run.spec.stages)]
-    saver = Saver(directory / CHECKPOINTS, world, run.plan, _kept(config, ends), background=_in_background(config, run))
-    with (
-        closing(ProgressLine()) as line,
-        StopRequest(patient=is_launched()) as stop,
-        _written(directory / METRICS, world) as lines,
-    ):
-        for record in run.records(start):
-            step = record["step"]
-            lines.write(json.dumps(record) + "\n")
-            if record["diverged"]:
-                saver.finish()
-                raise WorkFailed(_diverged(record, directory / CHECKPOINTS))
-            limit = config.time_limit is not None and time.monotonic() - STARTED > 60 * config.time_limit
-            stopped = world.any(stop.requested or limit)
-            saver.poll()
-            if step % every == 0 or step in ends or stopped:
-                if world.is_first:
-                    os.fsync(lines.fileno())  # a checkpoint never knows a step that the records do not
-                saver.save(step, run.model, run.optimizer, meta)
-            told = step % every == 0 or step == start + FIRST_STEPS
-            first = first or line.elapsed  # before which it is audited, and compiled
-            done = step - start - 1  # since then
-            left = f" · about {clock((line.elapsed - first) / done * (total - step))} left" if done else ""
+    kept = _kept(config, [end for end, _ in stage_ends(run.spec.stages)])
+    with closing(ProgressLine()) as line, StopRequest(patient=is_launched()) as stop:
+
+        def wanted() -> bool:
+            late = config.time_limit is not None and time.monotonic() - STARTED > 60 * config.time_limit
+            return stop.requested or late
+
+        def say(text: str) -> None:
             if world.is_first:
-                line.show(_progress(directory.name, record, total, line.elapsed) + left, change=told)
-            if stopped and step < total:
-                saver.finish()
-                _stop(stop, config, step, world)
-        saver.finish()
+                line.say(text)
+
+        target = Target(run, directory, guard, meta, every, kept, _in_background(config, run), say)
+        record: Record | None = None
+        try:
+            for record in target.records(start, wanted):
+                step = record["step"]
+                told = step % every == 0 or step == start + FIRST_STEPS
+                first = first or line.elapsed  # before which it is audited, and compiled
+                done = step - start - 1  # since then
+                left = f" · about {clock((line.elapsed - first) / done * (total - step))} left" if done > 0 else ""
+                if world.is_first:
+                    line.show(_progress(directory.name, record, total, line.elapsed) + left, change=told)
+        except Paused as paused:
+            raise WorkFailed(str(paused)) from paused
+        assert record is not None, "there was a step to train"
+        if record["diverged"]:
+            raise WorkFailed(_diverged(record, directory / CHECKPOINTS))
+        if record["step"] < total:
+            _stop(stop, config, record["step"], world)
 
 
 def _stop(stop: StopRequest, config: TrainConfig, step: int, world: "World") -> None:
@@ -337,11 +351,6 @@ def _kept(config: TrainConfig, ends: list[int]) -> Callable[[list[int]], list[in
 def _in_background(config: TrainConfig, run: "Run") -> bool:
     wanted = config.background_checkpoints
     return run.world.device.type == "cuda" if wanted is None else wanted
-
-
-def _written(path: Path, world: "World") -> TextIO:
-    """The file of records, which the first process writes."""
-    return path.open("a", buffering=1) if world.is_first else Path(os.devnull).open("a")
 
 
 def _lost(directory: Path, error: RuntimeError) -> str:

@@ -54,10 +54,11 @@ def save(
     partial = begin(root, step)
     try:
         write_whole(partial, state_of(model, optimizer))
-        return publish(root, step, plan, meta, lambda kept: kept[-keep:])
+        describe(partial, step, plan, meta)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    return publish(root, step, lambda kept: kept[-keep:])
 
 
 def begin(root: Path, step: int) -> Path:
@@ -89,19 +90,26 @@ def write_whole(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise
 
 
-def publish(root: Path, step: int, plan: Plan, meta: dict[str, Any], kept: Callable[[list[int]], list[int]]) -> Path:
-    """Describe what was written, give the folder its name, and drop older checkpoints.
+def describe(partial: Path, step: int, plan: Plan, meta: dict[str, Any]) -> None:
+    """Write what the checkpoint is of beside its tensors, and see that all of it is on the disk.
 
     Args:
         meta: JSON-able facts that must agree at load (hashes) or inform (versions).
-        kept: of the steps that have a checkpoint, in order, those that stay.
     """
-    target, partial = root / str(step), _partial(root, step)
     files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
     facts = {"step": step, "plan": plan.as_dict(), **meta, "files": files}
     (partial / "meta.json").write_text(json.dumps(facts, indent=1))
     for file in partial.iterdir():
         fsync_file(file)
+
+
+def publish(root: Path, step: int, kept: Callable[[list[int]], list[int]]) -> Path:
+    """Give the folder that was written and described its name, and drop older checkpoints.
+
+    Args:
+        kept: of the steps that have a checkpoint, in order, those that stay.
+    """
+    target, partial = root / str(step), _partial(root, step)
     stale = root / f".{step}.old.partial"
     if target.exists():  # the same step again, after a crash between rename and clean-up
         os.replace(target, stale)

@@ -72,7 +72,12 @@ class Guard:
         self.config, self.clip_norm, self.beta2 = config, clip_norm, beta2
         self.band, self.band_steps, self.dtypes = band, band_steps, dict(dtypes or {})
         self.skips: tuple[Skip, ...] = ()
-        self.state: dict[str, Any] = {"stage": None, "tokens": 0, "told": {}, "dtypes": {}, "moment": None, **_fresh()}
+        self.state: dict[str, Any] = {}
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """As at the first step of a run; `skips` stay."""
+        self.state = {"stage": None, "tokens": 0, "told": {}, "dtypes": {}, "moment": None, **_fresh()}
 
     def observe(self, record: Mapping[str, Any]) -> list[Alarm]:
         """What is wrong after this step; the same thing is said once in `window` steps.

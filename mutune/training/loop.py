@@ -11,6 +11,7 @@ from torch import nn
 
 from mutune.model.decoder import Decoder
 from mutune.parametrization.apply import set_rates
+from mutune.training.guard import rank_fields
 from mutune.training.world import World, alone, reduce_last, whole
 
 Record = dict[str, Any]
@@ -58,8 +59,7 @@ def train(
 
     Yields:
         `step` (updates done), `tokens` (in the global batch), `loss` (nats per token, before the update), `lr`,
-        `grad_norm` (before clipping), `diverged`; with several processes `rank_loss_spread`, the largest of their
-        losses minus the smallest.
+        `grad_norm` (before clipping), `diverged`; with several processes what `rank_fields` says of their losses.
     """
     device = next(model.parameters()).device
     world = world or alone(device)
@@ -83,7 +83,7 @@ def train(
             "lr": peak_lr * factor,
             "grad_norm": grad_norm,
             "diverged": diverged,
-            **({"rank_loss_spread": max(losses) - min(losses)} if world.size > 1 else {}),
+            **(rank_fields(losses) if world.size > 1 else {}),
         }
         if diverged:
             return

@@ -78,13 +78,15 @@ class Saver:
         try:
             written.result() if isinstance(written, Future) else written()
             if self.world.is_first:
-                checkpoint.publish(self.root, step, self.plan, meta, self.kept)
+                checkpoint.describe(self.root / f".{step}.partial", step, self.plan, meta)
         except BaseException as error:
             if self.world.is_first:
                 shutil.rmtree(self.root / f".{step}.partial", ignore_errors=True)
             if isinstance(error, CheckpointException):
                 raise _as_os_error(error, self.root) from error
             raise
+        if self.world.is_first:
+            checkpoint.publish(self.root, step, self.kept)
 
 
 def _as_os_error(error: CheckpointException, root: Path) -> OSError:

@@ -195,7 +195,8 @@ def test_a_truncated_state_is_refused_in_one_sentence(tmp_path: Path, share: flo
     os.truncate(path, int(share * path.stat().st_size))
     model, optimizer, _ = fresh(seed=99)
     with pytest.raises(
-        Refusal, match=r"^checkpoint .*5 is damaged \(.*\); delete that folder to use the one before it\.$"
+        Refusal,
+        match=r"^checkpoint .*5 is damaged \(.*\); there is none before it, so begin anew with .*overwrite=true\.$",
     ):
         checkpoint.restore(newest(tmp_path), model, optimizer)
     assert same_parameters(model, fresh(seed=99)[0])  # nothing was loaded
@@ -206,7 +207,8 @@ def test_a_state_without_one_of_the_tensors_is_refused_in_one_sentence(tmp_path:
     path = checkpoint.save(tmp_path, 5, model, optimizer, plan, META, keep=1) / "state.safetensors"
     path.write_bytes((len(b"{}")).to_bytes(8, "little") + b"{}")  # a valid file that holds nothing
     with pytest.raises(
-        Refusal, match=r"is damaged \(.*wte\.weight.*\); delete that folder to use the one before it\.$"
+        Refusal,
+        match=r"is damaged \(.*wte\.weight.*\); there is none before it, so begin anew with .*overwrite=true\.$",
     ):
         checkpoint.restore(newest(tmp_path), model, optimizer)
 
@@ -215,7 +217,8 @@ def test_a_state_without_one_of_the_tensors_is_refused_in_one_sentence(tmp_path:
 def test_a_truncated_description_is_refused_in_one_sentence(tmp_path: Path, text: str) -> None:
     (saved(tmp_path, 5) / "meta.json").write_text(text)
     with pytest.raises(
-        Refusal, match=r"^checkpoint .*5 cannot be read \(.*\); delete that folder to use the one before it\.$"
+        Refusal,
+        match=r"^checkpoint .*5 cannot be read \(.*\); there is none before it, so begin anew with .*overwrite=true\.$",
     ):
         checkpoint.newest(tmp_path)
 

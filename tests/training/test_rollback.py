@@ -1,9 +1,9 @@
 """A run that meets damaged text goes back, reads on behind it, and ends as if it had not been there."""
 
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ from mutune.model.shape import BaseConfig, ModelConfig
 from mutune.training import checkpoint
 from mutune.training.alarms import GuardConfig
 from mutune.training.config import LoopConfig, StageConfig
-from mutune.training.guard import Action
 from mutune.training.run import Run
+from mutune.training.target import Paused, Target
 from tests.training.guarded import CPU, guard_of
 
 BAD = range(80, 84)  # batches whose text is random tokens
@@ -44,58 +44,74 @@ def damaged(loader: WindowLoader) -> np.ndarray:
 
 @dataclass
 class Told:
-    """What a run under a guard left: the loss of each step, the last time it was made, and the guard's actions."""
+    """What a run under a guard left: its records, its alarms, and how it ended."""
 
-    losses: dict[int, float] = field(default_factory=dict)
-    actions: list[Action] = field(default_factory=list)
-    skips: tuple[Skip, ...] = ()
+    folder: Path
+    skips: tuple[Skip, ...]
+    paused: str = ""
+
+    def losses(self) -> dict[int, float]:
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        return {record["step"]: record["loss"] for record in map(json.loads, lines)}
+
+    def actions(self) -> list[str]:
+        path = self.folder / "alarms.jsonl"
+        return [json.loads(line)["action"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def trained(folder: Path, policy: str, damage: bool) -> Told:
-    """Train to the end, going back as the guard says, with a checkpoint every `EVERY` steps."""
-    told, start = Told(), 0
-    remembered: dict[int, dict[str, Any]] = {}
-    while True:
-        run, guard = Run(SPEC, CPU), guard_of(SPEC, GuardConfig(policy=policy))
-        tokens = damaged(run.loader) if damage else run.loader.corpora[MAIN]
-        run.loader = WindowLoader(tokens, run.loader.stages, SPEC.seed, skips=told.skips)
-        if start:
-            saved = checkpoint.Checkpoint(folder / str(start), start, {})
-            checkpoint.restore(saved, run.model, run.optimizer)
-            guard.load_state_dict(remembered[start])
-        guard.skips, watch = told.skips, run.watch(guard)
-        for record in run.records(start):
-            action = guard.decide(watch.observe(record))
-            step = record["step"]
-            told.losses[step] = record["loss"]
-            told.actions += [action] if action.sentence else []
-            if action.do != "warn":
-                break
-            if step % EVERY == 0:
-                checkpoint.save(folder, step, run.model, run.optimizer, run.plan, {}, keep=99)
-                remembered[step] = guard.state_dict()
-        if action.do != "rollback":
-            return told
-        assert action.before is not None
-        assert action.skip is not None
-        start, told.skips = max(step for step in remembered if step <= action.before), (*told.skips, action.skip)
+    """Train to the end, or until it is paused, with a checkpoint every `EVERY` steps."""
+    folder.mkdir(exist_ok=True)
+    run, guard = Run(SPEC, CPU), guard_of(SPEC, GuardConfig(policy=policy))
+    if damage:
+        run.loader.corpora[MAIN] = damaged(run.loader)
+    target = Target(run, folder, guard, {}, EVERY, lambda steps: steps, background=False, say=lambda text: None)
+    try:
+        for _ in target.records(0, lambda: False):
+            pass
+    except Paused as paused:
+        return Told(folder, guard.skips, str(paused))
+    return Told(folder, guard.skips)
 
 
 def test_damaged_batches_are_skipped_and_the_run_ends_like_one_that_never_met_them(tmp_path: Path) -> None:
     told, clean = trained(tmp_path / "a", "rollback", damage=True), trained(tmp_path / "b", "rollback", damage=False)
-    assert clean.actions == []
-    assert [action.do for action in told.actions if action.do != "warn"] == ["rollback"] * len(told.skips)
+    assert clean.actions() == []
+    assert [action for action in told.actions() if action != "warn"] == ["rollback"] * len(told.skips)
     assert 1 <= len(told.skips) <= 2
-    assert len(told.losses) == 120
-    behind = range(90, 121)
-    assert fmean(told.losses[s] for s in behind) == pytest.approx(fmean(clean.losses[s] for s in behind), abs=0.1)
-    assert max(told.losses[step] for step in range(60, 121)) < 1.2 * clean.losses[60]
+    ours, theirs = told.losses(), clean.losses()
+    assert list(ours) == list(range(1, 121))
+    assert fmean(ours[step] for step in range(90, 121)) == pytest.approx(
+        fmean(theirs[step] for step in range(90, 121)), abs=0.1
+    )
+    assert max(ours[step] for step in range(60, 121)) < 1.2 * theirs[60]
+    assert {step: ours[step] for step in range(1, 61)} == {step: theirs[step] for step in range(1, 61)}
+    aside = [json.loads(line) for line in (told.folder / "rolled_back.jsonl").read_text().splitlines()]
+    assert max(record["loss"] for record in aside) > 1.2 * theirs[60]  # what was left out can still be looked at
 
 
-def test_a_paused_run_ends_where_the_damage_is_and_says_from_where_it_is_good(tmp_path: Path) -> None:
+def test_a_run_that_was_rolled_back_and_killed_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", "rollback", damage=True)
+    folder = tmp_path / "whole/checkpoints"
+    found = checkpoint.read(folder / "100")
+    run, guard = Run(SPEC, CPU), guard_of(SPEC, GuardConfig(policy="rollback"))
+    run.loader.corpora[MAIN] = damaged(run.loader)
+    checkpoint.restore(found, run.model, run.optimizer)
+    guard.load_state_dict(found.meta["guard"])
+    (tmp_path / "rest").mkdir()
+    rest = Target(
+        run, tmp_path / "rest", guard, {}, EVERY, lambda steps: steps, background=False, say=lambda text: None
+    )
+    assert [record["loss"] for record in rest.records(100, lambda: False)] == list(whole.losses().values())[100:]
+
+
+def test_a_paused_run_is_saved_where_the_damage_is_and_says_from_where_it_is_good(tmp_path: Path) -> None:
     told = trained(tmp_path, "pause", damage=True)
-    assert told.actions[-1].do == "pause"
-    assert BAD[0] < max(told.losses) <= BAD[-1] + 1
-    assert told.actions[-1].before is not None
-    assert told.actions[-1].before <= BAD[0]
-    assert "The run is paused" in told.actions[-1].sentence
+    last = max(told.losses())
+    assert told.actions()[-1] == "pause"
+    assert BAD[0] < last <= BAD[-1] + 1
+    assert last in checkpoint.list_steps(tmp_path / "checkpoints")
+    assert "The run is paused" in told.paused
+    assert told.paused.endswith(
+        "resume=60 goes on from the newest before it; the same command goes on from where it is."
+    )

@@ -1,0 +1,170 @@
+"""A target's run under way: its records, checkpoints and alarms, and going back where the guard says so."""
+
+import json
+import os
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from mutune.data.windows import Skip
+from mutune.parametrization.apply import initialise
+from mutune.training import checkpoint
+from mutune.training.alarms import PAUSE, ROLLBACK, Alarm
+from mutune.training.config import stage_ends
+from mutune.training.guard import Action, Guard
+from mutune.training.loop import Record
+from mutune.training.result import CHECKPOINTS, METRICS
+from mutune.training.run import Run
+from mutune.training.saving import Saver
+from mutune.training.watch import Watch
+
+ALARMS = "alarms.jsonl"
+LEFT_OUT = "rolled_back.jsonl"  # records of steps that were made again
+
+
+class Paused(Exception):
+    """The guard stopped the run; the message says why, and what to do."""
+
+
+@dataclass
+class Target:
+    """A run that keeps what it does under `directory`. Every process has one; the first writes records.
+
+    Attributes:
+        meta: what travels with each checkpoint.
+        every: steps between checkpoints.
+        kept: of the steps that have a checkpoint, in order, those that stay.
+        background: whether training goes on while a checkpoint is written.
+        say: prints a line that stays.
+    """
+
+    run: Run
+    directory: Path
+    guard: Guard
+    meta: dict[str, Any]
+    every: int
+    kept: Callable[[list[int]], list[int]]
+    background: bool
+    say: Callable[[str], None]
+    _saver: Saver = field(init=False)
+    _watch: Watch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._saver = Saver(
+            self.directory / CHECKPOINTS, self.run.world, self.run.plan, self.kept, background=self.background
+        )
+        self.run.loader.skips = self.guard.skips
+
+    def records(self, start: int, stop: Callable[[], bool]) -> Iterator[Record]:
+        """Train from step `start` to the end, or until some process's `stop` is true, which is saved.
+
+        A record may be of an earlier step than the one before it: then the run has gone back.
+
+        Raises:
+            Paused: the guard stopped the run.
+        """
+        step: int | None = start
+        while step is not None:
+            step = yield from self._stretch(step, stop)
+        self._saver.finish()
+
+    def _stretch(self, start: int, stop: Callable[[], bool]) -> Generator[Record, None, int | None]:
+        """From there on; returns the step to go back to, or None where the run is over or stopped."""
+        ends = [end for end, _ in stage_ends(self.run.spec.stages)]
+        self._watch = self.run.watch(self.guard)
+        with self._written(METRICS) as lines:
+            for record in self.run.records(start):
+                alarms = self._watch.observe(record)
+                action = self.guard.decide(alarms)
+                step, stopped = record["step"], self.run.world.any(stop())
+                lines.write(json.dumps(record) + "\n")
+                self._tell(alarms, action)
+                self._saver.poll()
+                if action.do == ROLLBACK:
+                    return self._go_back(action, step)
+                paused = action.do == PAUSE
+                if not record["diverged"] and (step % self.every == 0 or step in ends or stopped or paused):
+                    self._save(step, lines)
+                yield record
+                if paused:
+                    self._saver.finish()
+                    raise Paused(self._pause(action))
+                if stopped or record["diverged"]:
+                    break
+        return None
+
+    def _save(self, step: int, lines: TextIO) -> None:
+        if self.run.world.is_first:
+            os.fsync(lines.fileno())  # a checkpoint never knows a step that the records do not
+        meta = {**self.meta, "guard": self.guard.state_dict()}
+        self._saver.save(step, self.run.model, self.run.optimizer, meta)
+
+    def _go_back(self, action: Action, step: int) -> int:
+        """To the newest checkpoint from before the trouble, or to the beginning; the batches are left out from now on.
+
+        Records of the steps that are made again move to `rolled_back.jsonl`, their checkpoints aside.
+        """
+        assert action.before is not None
+        assert action.skip is not None
+        self._saver.finish()
+        root, skips = self.directory / CHECKPOINTS, (*self.guard.skips, action.skip)
+        good = [saved for saved in checkpoint.list_steps(root) if saved <= action.before]
+        back = max(good, default=0)
+        if self.run.world.is_first:
+            if good:
+                checkpoint.choose(root, back)
+            _move_records(self.directory, back)
+        self.run.world.wait()
+        self._load(root, back, skips)
+        self.say(f"rolled back to step {back:,} from step {step:,}, leaving out {action.skip.num_skipped} batches")
+        return back
+
+    def _load(self, root: Path, step: int, skips: tuple[Skip, ...]) -> None:
+        run = self.run
+        run.optimizer.zero_grad()
+        if step:
+            found = checkpoint.read(root / str(step))
+            checkpoint.restore(found, run.model, run.optimizer)
+            self.guard.load_state_dict(found.meta["guard"])
+        else:
+            initialise(run.model, run.plan, run.spec.seed)
+            run.optimizer.state.clear()
+            self.guard.begin_anew()
+        self.guard.skips = run.loader.skips = skips
+
+    def _pause(self, action: Action) -> str:
+        steps = [
+            saved for saved in checkpoint.list_steps(self.directory / CHECKPOINTS) if saved <= (action.before or 0)
+        ]
+        good = (
+            f"resume={max(steps)} goes on from the newest checkpoint before it"
+            if steps
+            else "no checkpoint is before it"
+        )
+        return f"{action.sentence}\n{good}; the same command goes on from where it is."
+
+    def _tell(self, alarms: list[Alarm], action: Action) -> None:
+        if not alarms or not self.run.world.is_first:
+            return
+        with self._written(ALARMS) as lines:
+            for alarm in alarms:
+                lines.write(json.dumps({**alarm.as_dict(), "action": action.do}) + "\n")
+        for alarm in alarms:
+            self.say(f"alarm      {alarm}")
+
+    def _written(self, name: str) -> TextIO:
+        """A file of the run's, which the first process writes."""
+        path = self.directory / name
+        return path.open("a", buffering=1) if self.run.world.is_first else Path(os.devnull).open("a")
+
+
+def _move_records(directory: Path, step: int) -> None:
+    """Keep the records of steps 1 to `step`; the rest goes to `rolled_back.jsonl`."""
+    path = directory / METRICS
+    lines = path.read_text().splitlines(keepends=True)
+    with (directory / LEFT_OUT).open("a") as aside:
+        aside.writelines(lines[step:])
+        aside.flush()
+        os.fsync(aside.fileno())
+    path.write_text("".join(lines[:step]))
