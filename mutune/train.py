@@ -27,7 +27,6 @@ from mutune.progress import ProgressLine, clock
 from mutune.training.config import RunSpec
 from mutune.training.price import price, price_table
 
-PREDICTION = "prediction.json"
 FIRST_STEPS = 4  # after which it is known how long the run will take
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
     from mutune.search.workers import default_workers
     from mutune.training.checkpoint import check_meta, newest, restore
     from mutune.training.device import resolve_device
-    from mutune.training.result import METRICS
+    from mutune.training.result import METRICS, PREDICTION
     from mutune.training.run import Run, describe
 
     torch.set_num_threads(config.threads or spec.loop.threads or default_workers())
@@ -116,6 +115,8 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
         check_meta(checkpoint, run.plan, meta)
         restore(checkpoint, run.model, run.optimizer)
     describe(directory, run, note)
+    if transfer.prediction is not None:
+        write_json(directory / PREDICTION, {"prediction": plain(transfer.prediction)})  # what was said, for its figure
     write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
     how = (
         f"resuming   {directory.name} at step {start:,} of {spec.num_steps:,}"
@@ -146,6 +147,7 @@ def _train(config: TrainConfig, spec: RunSpec, directory: Path, note: dict[str, 
 def _compare(config: TrainConfig, transfer: TransferFile, directory: Path, loss: float) -> list[str]:
     """Hold the loss against the prediction, here and in the certificate it came with; the names of files written."""
     from mutune.certificate.prediction import append_outcome, compare
+    from mutune.training.result import PREDICTION
 
     if transfer.prediction is None:
         return []

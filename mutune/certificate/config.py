@@ -247,6 +247,8 @@ class Prediction:
         floor: E, posterior mean: the loss of an infinite width at this data.
         left_out: loss of the widest rung minus what the others predict of it.
         left_out_inside: whether it lies in their interval.
+        band: [fraction of the run, low, median, high] of the training loss, smoothed over a twentieth of the run, from
+            after the warm-up to the end, where the ladder's curves tell of it (`certificate/band.py`).
     """
 
     reason: str | None = None
@@ -258,6 +260,15 @@ class Prediction:
     floor: float | None = None
     left_out: float | None = None
     left_out_inside: bool | None = None
+    band: list[list[float]] | None = None
+
+    def __post_init__(self) -> None:
+        rows = [] if self.band is None else self.band
+        ordered = all(len(row) == 4 and row[1] <= row[2] <= row[3] for row in rows)
+        require(
+            self.band is None or (ordered and len(rows) > 0 and all(a[0] < b[0] for a, b in pairwise(rows))),
+            "prediction.band must hold rows of fraction, low, median, high, by rising fraction; null gives no band.",
+        )
 
     def __str__(self) -> str:
         if self.loss is None:
@@ -341,4 +352,6 @@ class TransferFile:
         written = plain(build(TransferFile, plain(replace(self, seal=""))))
         if self.prediction is None:
             del written["prediction"]  # a file from before there were predictions keeps its seal
+        elif self.prediction.band is None:
+            del written["prediction"]["band"]  # nor does one from before there were bands lose it
         return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()[:16]

@@ -32,13 +32,12 @@ from mutune.training.config import RunSpec, StageConfig, stage_ends
 from mutune.training.device import resolve_device
 from mutune.training.execution import keep_memory, loss_functions, threaded
 from mutune.training.loop import Heldout, Record, evaluate, train
-from mutune.training.result import CHECKPOINTS, METRICS, RunResult, discard
+from mutune.training.result import CHECKPOINTS, METRICS, RunResult, discard, smoothing
 from mutune.training.schedule import multiplier
 from mutune.versions import versions
 
 WRITER = ".writer.lock"  # held by the process that trains: what a killed parent leaves running ends first
 SAVE_SECONDS = 30.0  # between the checkpoints of a trial or of a ladder's run
-SMOOTHED = 0.05  # of a run: over how many steps a paused run's training loss is averaged
 
 #: Tokens of the first batch that the first audit runs through the model; what multipliers do does not depend on them.
 PROBE_TOKENS = 8
@@ -257,11 +256,6 @@ def _result(run: Run, records: list[Record]) -> RunResult:
     if steps < run.spec.num_steps:
         return RunResult(fmean(losses[-smoothing(run.spec.num_steps) :]), False, None, steps, seconds, finished=False)
     return RunResult(last["heldout_loss"], False, last["heldout_bits_per_byte"], steps, seconds)
-
-
-def smoothing(num_steps: int) -> int:
-    """Steps over which the training loss of a paused run is averaged: a twentieth of the run."""
-    return max(1, round(SMOOTHED * num_steps))
 
 
 def _resume(run: Run, directory: Path) -> tuple[int, list[Record]]:
