@@ -220,7 +220,7 @@ def _levels(curves: Curves, ends: npt.NDArray[np.int64]) -> _Levels | None:
 
 
 def _among(squares: Array) -> Array:
-    """(..., F): each with its neighbours, in the mean: few runs say little of one fraction's noise, which varies slowly."""
+    """(..., F): each in the mean with its neighbours: few runs tell little of one fraction, and noise varies slowly."""
     padded = np.pad(squares, [(0, 0)] * (squares.ndim - 1) + [(NEIGHBOURS, NEIGHBOURS)], mode="edge")
     return np.lib.stride_tricks.sliding_window_view(padded, 2 * NEIGHBOURS + 1, axis=-1).mean(axis=-1)
 

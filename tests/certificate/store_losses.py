@@ -20,7 +20,7 @@ from tests.certificate.real import HIDDEN, STORED, Work, train
 
 NUM_STEPS, WIDTHS, SEEDS = 240, (16, 32, 48, 64, 96, 128), 6
 WORDS = (f"run.num_steps={NUM_STEPS}",)
-BROKEN = (6, 7)  # seeds of broken runs, which no clean one has
+BROKEN = (6,)  # seeds of broken runs, which no clean one has
 FILE = STORED / "training_losses.csv"
 #: What is wrong → the rule it trains under, and octaves from the clean rate.
 FAULTS = {
@@ -37,7 +37,7 @@ def wanted(folder: str) -> Iterator[Work]:
     """Every run."""
     for width in WIDTHS:
         yield from (Work("mup", width, 0.0, seed, folder, WORDS) for seed in range(SEEDS))
-        yield from (Work("mup", width, offset, 0, folder, WORDS) for offset in (-2.0, -1.0, 1.0))
+        yield from (Work("mup", width, offset, 0, folder, WORDS) for offset in (-1.0, 1.0))
         yield Work("mup", width, -1.0, 1, folder, WORDS)
     yield from (Work(rule, WIDTHS[-1], offset, s, folder, WORDS) for rule, offset in FAULTS.values() for s in BROKEN)
     yield from (Work("mup", HIDDEN, 0.0, seed, folder, WORDS) for seed in range(2))

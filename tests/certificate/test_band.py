@@ -1,4 +1,4 @@
-"""The target's training loss along its run: bands that hold runs, broken runs that leave them, and no band from nothing.
+"""The target's training loss along its run: bands that hold runs, broken runs that leave them, and none from nothing.
 
 The real runs are stored step by step (`store_losses`); widths that a ladder does not hold are foretold from it.
 """
@@ -129,7 +129,7 @@ def made_up(seed: int, *, noise: float, shift: float, rates: bool = False) -> tu
 @pytest.mark.parametrize(("noise", "shift"), [(0.01, 0.0), (0.01, 0.06)])
 def test_a_smoothed_loss_is_inside_as_often_as_asked(noise: float, shift: float, rates: bool) -> None:
     inside = []
-    for seed in range(10):
+    for seed in range(6):
         ladder, outcome = made_up(seed, noise=noise, shift=shift, rates=rates)
         band = foretell(ladder, 256, 0.9)
         inside.append(1 - departures(band, outcome[None]).mean())
@@ -216,10 +216,9 @@ def test_the_band_is_read_from_the_ladder_s_folders(tmp_path: Path) -> None:
 def test_runs_without_all_their_records_are_left_out(tmp_path: Path, damage: str) -> None:
     ladder, _ = made_up(0, noise=0.01, shift=0.01)
     made, said = left(tmp_path, ladder), Prediction(loss=3.0, low=2.9, high=3.1)
-    for run in made[:1]:
-        (run.directory / METRICS).write_text(damage)
+    (made[0].directory / METRICS).write_text(damage)
     target = replace(PROXY, model=PROXY.model.at_width(256))
-    assert with_band(said, made, target).band is None  # width 32 has one seed then, which leaves four widths with two
+    assert with_band(said, made, target) == with_band(said, made[1:], target)
     assert with_band(said, [], target).band is None
 
 
