@@ -204,8 +204,8 @@ def _levels(curves: Curves, ends: npt.NDArray[np.int64]) -> _Levels | None:
     moved = [mine * octaves, octaves**2] if np.ptp(curves.octaves) > 1e-6 else []
     shifts = (curves.seeds[:, None] == seeds[:-1]) - (curves.seeds[:, None] == seeds[-1]) * counts[:-1] / counts[-1]
     design = np.hstack([mine, *moved, shifts])  # R, P; shifts are 0 in the mean over runs
-    freedom = len(design) - int(np.linalg.matrix_rank(design))
-    if freedom < MIN_FREEDOM:
+    freedom = len(design) - design.shape[1]
+    if freedom < MIN_FREEDOM or np.linalg.matrix_rank(design) < design.shape[1]:  # as with one rate on either side
         return None
     losses = smoothed(curves.losses, ends)
     inverse = np.linalg.pinv(design)

@@ -161,6 +161,10 @@ def test_too_few_widths_seeds_or_runs_give_no_band() -> None:
         assert foretell(replace(ladder, **parts), 256) == []
     one_side = replace(ladder, octaves=np.where(ladder.widths == 48, 0.5, ladder.octaves))
     assert foretell(one_side, 256) == []
+    around, _ = made_up(0, noise=0.01, shift=0.0, rates=True)
+    rows = around.octaves != 0.0  # an octave to either side, which tells no curvature
+    parts = {key: getattr(around, key)[rows] for key in ("widths", "octaves", "seeds", "losses")}
+    assert foretell(replace(around, **parts), 256) == []
 
 
 BAND = [[0.1, 5.0, 5.1, 5.2], [0.5, 4.0, 4.1, 4.2], [1.0, 3.0, 3.2, 3.4]]
