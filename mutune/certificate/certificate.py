@@ -11,6 +11,7 @@ import numpy as np
 
 from mutune.certificate.adviser import Advice
 from mutune.certificate.assessment import Assessment
+from mutune.certificate.band import LEVEL
 from mutune.certificate.config import Prediction
 from mutune.certificate.differences import Difference
 from mutune.certificate.laws import law_words
@@ -129,8 +130,8 @@ def _on_the_way(prediction: Prediction) -> list[str]:
         return []
     shown = [band[0], band[len(band) // 2], band[-1]]
     said = [f"{middle:.3f} ({low:.3f}-{high:.3f}) after {share:.0%}" for share, low, middle, high in shown]
-    words = f"Training loss on the way, smoothed over {SMOOTHED:.0%} of the run: {', '.join(said)} of it."
-    return ["", f"{words} All of it: `prediction.band` in certificate.json."]
+    words = f"Training loss on the way, smoothed over {SMOOTHED:.0%} of the run, {LEVEL:.0%} intervals"
+    return ["", f"{words}: {', '.join(said)} of it. More: `prediction.band` in certificate.json."]
 
 
 def _diverged(rungs: list[dict[str, Any]], axes: list[str]) -> list[str]:
