@@ -122,7 +122,7 @@ def half_width(row: list[float]) -> float:
 def test_nearly_all_of_a_wider_run_lies_in_its_band(rungs: tuple[int, ...], size: int) -> None:
     found = outcomes(rungs, size, [(2, 3), (4, 5)], LEVEL)
     assert fmean(held.out.mean() for held in found) < 0.04  # of the steps; the soak counts all pairs of seeds
-    assert fmean(lasting(held.out).mean() for held in found) < 0.2
+    assert fmean(lasting(held.out).mean() for held in found) <= 0.25  # of four; 1.5 % of all in the soak
 
 
 def test_so_it_does_where_no_seed_is_repeated_at_the_transferred_rate() -> None:
