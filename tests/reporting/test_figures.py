@@ -211,12 +211,7 @@ def test_the_band_of_a_running_run_reaches_to_its_end_and_its_loss_is_smoothed_a
     (filled,) = above.collections
     assert filled.get_paths()[0].get_extents().extents == pytest.approx((10 * 512, 5.6, 40 * 512, 6.4))
     names = above.get_legend_handles_labels()[1]
-    assert names == [
-        "band foretold before the run",
-        "outside the band",
-        "training loss, mean of 2 steps",
-        "held-out loss",
-    ]
+    assert names == ["foretold band", "outside it", "training loss, mean of 2 steps", "held-out loss"]
 
 
 def _search(folder: Path) -> Figure:
