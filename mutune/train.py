@@ -18,6 +18,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mutune.certificate.band import band_at
 from mutune.certificate.config import TransferFile
 from mutune.compose import build, plain
 from mutune.config import TrainConfig
@@ -31,10 +32,9 @@ from mutune.search.workers import default_workers
 from mutune.training.config import RunSpec, stage_ends
 from mutune.training.launched import is_launched, share
 from mutune.training.price import price, price_table
-from mutune.training.result import CHECKPOINTS, METRICS
+from mutune.training.result import CHECKPOINTS, METRICS, PREDICTION, smoothing
 from mutune.versions import versions
 
-PREDICTION = "prediction.json"
 FIRST_STEPS = 4  # after which it is known how long the run will take
 INFORMATION = {"versions"}  # what a checkpoint tells, and a run need not agree in
 #: And what a branch has of its own: `leave` compared the run.
@@ -165,10 +165,12 @@ def _train(
     start, records = world.together(lambda: _begin(config, directory, spec, world, branch))
     run = Run(spec, world.device, world if is_launched() else None, config.parallel)
     meta = _identity(run, transfer) | ({"branch": branch.identity()} if branch else {})
-    guard = _guard(config, spec)
+    guard = _guard(config, spec, transfer)
     world.together(lambda: _restore(directory, start, run, meta, branch, guard))
     if world.is_first:
         describe(directory, run, note)
+        if transfer.prediction is not None:
+            write_json(directory / PREDICTION, {"prediction": plain(transfer.prediction)})  # for the figures on the way
         write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
         print(_opening(directory, run, start), *_branching(branch), sep="\n", file=sys.stderr)
     try:
@@ -206,12 +208,18 @@ def _begin(
     return start, records
 
 
-def _guard(config: TrainConfig, spec: RunSpec) -> "Guard":
+def _guard(config: TrainConfig, spec: RunSpec, transfer: TransferFile) -> "Guard":
     """What watches the run."""
     from mutune.training.guard import Guard
 
-    formats = {"products": spec.loop.settled().dtype or ""}
-    return Guard(config.guard, clip_norm=spec.loop.clip_norm, beta2=spec.hyperparameters.beta2, dtypes=formats)
+    return Guard(
+        config.guard,
+        clip_norm=spec.loop.clip_norm,
+        beta2=spec.hyperparameters.beta2,
+        band=band_at(transfer.prediction, spec.num_steps),
+        band_steps=smoothing(spec.num_steps),
+        dtypes={"products": spec.loop.settled().dtype or ""},
+    )
 
 
 def _restore(
@@ -282,6 +290,7 @@ def _close(config: TrainConfig, directory: Path, transfer: TransferFile) -> None
 def _compare(config: TrainConfig, transfer: TransferFile, directory: Path, loss: float) -> list[str]:
     """Hold the loss against the prediction, here and in the certificate it came with; the names of files written."""
     from mutune.certificate.prediction import append_outcome, compare
+    from mutune.training.result import PREDICTION
 
     if transfer.prediction is None:
         return []

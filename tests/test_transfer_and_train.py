@@ -190,12 +190,16 @@ def test_a_prediction_is_sealed_before_the_run_and_meets_its_outcome(house: Path
     assert prediction["low"] < prediction["loss"] < prediction["high"]
     assert f"prediction {prediction['loss']:.4f} ({prediction['low']:.4f}-{prediction['high']:.4f})" in said
     assert f"{prediction['loss']:.4f} (" in (folder / "certificate.md").read_text()
+    first, *_, last = prediction["band"]
+    assert (first[0], last[0]) == (0.1, 1.0)
+    assert f"{last[2]:.3f} ({last[1]:.3f}-{last[3]:.3f}) after 100%" in (folder / "certificate.md").read_text()
     train = ["train", f"transfer={folder / 'transfer.yaml'}", f"out={tmp_path}"]
     for _ in "ab":  # finished, and looked at again
         said = doors.run(*train).stdout
     measured = json.loads((tmp_path / "train/wide/metrics.jsonl").read_text().splitlines()[-1])["heldout_loss"]
     inside = prediction["low"] <= measured <= prediction["high"]
     assert f"measured {measured:.4f}: {'inside' if inside else 'outside'}" in said
+    assert json.loads((tmp_path / "train/wide/prediction.json").read_text())["prediction"] == prediction
     doors.run("transfer", *LIKE_ITS_LADDER, f"out={tmp_path}")  # again, which forgets no outcome
     (outcome,) = json.loads((folder / "certificate.json").read_text())["outcome"]
     assert (outcome["measured"], outcome["inside"], outcome["seed"]) == (measured, inside, 0)
@@ -236,13 +240,16 @@ def test_tables_are_compared_in_figure_page_and_certificate(house: Path, tmp_pat
     assert (folder / "figures/valley.png").exists()
 
 
-def test_a_transfer_file_from_before_there_were_predictions_keeps_its_seal(tmp_path: Path) -> None:
+@pytest.mark.parametrize("known", [(), ("prediction",)], ids=["predictions", "bands"])
+def test_a_transfer_file_from_before_there_were_these_keeps_its_seal(tmp_path: Path, known: tuple[str, ...]) -> None:
     data = yaml.safe_load((published(tmp_path) / "transfer.yaml").read_text())
     assert data["prediction"]["reason"] == "published values come without a ladder"
-    del data["prediction"]
+    if not known:
+        del data["prediction"]
     old = build(TransferFile, data).sealed(data["verdict"])
-    text = {**old.as_dict(), "seal": ""}
-    assert "prediction" not in text
+    text: dict[str, Any] = {**old.as_dict(), "seal": ""}
+    assert ("prediction" in text) == known
+    assert "band" not in text.get("prediction", {})
     written = json.loads(json.dumps(text))
     build(TransferFile, {**written, "seal": old.seal}).check_seal()
     assert old.seal == hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()[:16]

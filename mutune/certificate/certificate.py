@@ -11,12 +11,14 @@ import numpy as np
 
 from mutune.certificate.adviser import Advice
 from mutune.certificate.assessment import Assessment
+from mutune.certificate.band import LEVEL
 from mutune.certificate.config import Prediction
 from mutune.certificate.differences import Difference
 from mutune.certificate.laws import law_words
 from mutune.certificate.points import AXES
 from mutune.certificate.verdict import FAR_OCTAVES, Verdict
 from mutune.files import write_json, write_text
+from mutune.training.result import SMOOTHED
 
 BOUNDS = {"low": "≤ ", "high": "≥ ", None: ""}  # of an optimum at the edge of the tried rates, or beyond
 
@@ -70,7 +72,8 @@ def markdown(data: dict[str, Any]) -> str:
     if data["settle"]:
         lines += ["", "What would settle it:", "", *(f"- {cure}" for cure in data["settle"])]
     if data.get("prediction"):
-        lines += ["", "## Prediction of the target's loss", "", f"{Prediction(**data['prediction'])}"]
+        said = Prediction(**data["prediction"])
+        lines += ["", "## Prediction of the target's loss", "", f"{said}", *_on_the_way(said)]
     if data["rungs"]:
         lines += _ladder(data["rungs"])
     if data.get("notes"):
@@ -119,6 +122,16 @@ def spoken(data: Mapping[str, Any]) -> list[str]:
     if data.get("prediction"):
         lines.append(f"prediction {Prediction(**data['prediction'])}")
     return lines
+
+
+def _on_the_way(prediction: Prediction) -> list[str]:
+    """The first, middle and last of the band, in words; none where there is no band."""
+    if not (band := prediction.band):
+        return []
+    shown = [band[0], band[len(band) // 2], band[-1]]
+    said = [f"{middle:.3f} ({low:.3f}-{high:.3f}) after {share:.0%}" for share, low, middle, high in shown]
+    words = f"Training loss on the way, smoothed over {SMOOTHED:.0%} of the run, {LEVEL:.0%} intervals"
+    return ["", f"{words}: {', '.join(said)} of it. More: `prediction.band` in certificate.json."]
 
 
 def _diverged(rungs: list[dict[str, Any]], axes: list[str]) -> list[str]:

@@ -39,11 +39,13 @@ class Climbed:
         points: as `points.COLUMNS`, of the rungs with three finished rates.
         left_out: rungs that the budget had no room for, or of which too few runs finished, by name.
         early: whether it stopped with budget left, its verdict being clear.
+        runs: the finished ones that did not diverge.
     """
 
     points: pd.DataFrame
     left_out: list[str]
     early: bool
+    runs: list[LadderRun]
 
 
 def climb(
@@ -78,7 +80,8 @@ def climb(
     known = measurable(points)
     have = {tuple(row) for row in known[list(AXES)].itertuples(index=False)}
     lost = [spec for spec in ladder.rungs if tuple(place(spec).values()) not in have]
-    return Climbed(known, [rung_name(spec, ladder.rungs[0]) for spec in lost], plan.early)
+    names = [rung_name(spec, ladder.rungs[0]) for spec in lost]
+    return Climbed(known, names, plan.early, [run for run, result in made.values() if not result.diverged])
 
 
 def _measured(ladder: Ladder, points: pd.DataFrame, names: set[str]) -> Iterator[str]:

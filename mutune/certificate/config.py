@@ -262,6 +262,8 @@ class Prediction:
         floor: E, posterior mean: the loss of an infinite width at this data.
         left_out: loss of the widest rung minus what the others predict of it.
         left_out_inside: whether it lies in their interval.
+        band: [fraction of the run, low, median, high] of the training loss, smoothed over a twentieth of the run, from
+            after the warm-up to the end, where the ladder's curves tell of it (`certificate/band.py`).
     """
 
     reason: str | None = None
@@ -273,6 +275,15 @@ class Prediction:
     floor: float | None = None
     left_out: float | None = None
     left_out_inside: bool | None = None
+    band: list[list[float]] | None = later()
+
+    def __post_init__(self) -> None:
+        rows = [] if self.band is None else self.band
+        ordered = all(len(row) == 4 and row[1] <= row[2] <= row[3] for row in rows)
+        require(
+            self.band is None or (ordered and len(rows) > 0 and all(a[0] < b[0] for a, b in pairwise(rows))),
+            "prediction.band must hold rows of fraction, low, median, high, by rising fraction; null gives no band.",
+        )
 
     def __str__(self) -> str:
         if self.loss is None:

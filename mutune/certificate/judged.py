@@ -8,10 +8,12 @@ from typing import Any
 import pandas as pd
 
 from mutune.certificate.assessment import Assessment, assess
+from mutune.certificate.band import with_band
 from mutune.certificate.climb import Climbed, climb
 from mutune.certificate.comparison import compare
 from mutune.certificate.config import Prediction
 from mutune.certificate.differences import Difference, difference_table
+from mutune.certificate.ladder import LadderRun
 from mutune.certificate.laws import law_slopes
 from mutune.certificate.planned import Ladder
 from mutune.certificate.points import AXES
@@ -66,10 +68,12 @@ def judge_ladders(
         UnmeasuredError: the own ladder's base has too few finished runs.
     """
     own, cases, notes = next(iter(ladders)), dict[str, Case](), list[str]()
+    runs: list[LadderRun] = []
     for table, ladder in ladders.items():
         ask, alone = _question(ladder.rungs[0], target, horizon), len(ladders) == 1
         name = "ladder" if alone else f"ladder {table}"
         climbed = _climb(ladder, spares[table], ask if alone else None, name)
+        runs = climbed.runs if table == own else runs
         if climbed.early:
             count = len(climbed.points)
             notes.append(f"the ladder stopped early, after {count} runs: more could hardly change the verdict")
@@ -89,7 +93,7 @@ def judge_ladders(
         notes.append(f"{few}; it is not compared")
     case = cases[own]
     compared = compare({table: case.assessment for table, case in cases.items()}) if len(cases) > 1 else []
-    prediction = predict_target(ladders[own].rungs[0], target, case.assessment)
+    prediction = with_band(predict_target(ladders[own].rungs[0], target, case.assessment), runs, target)
     return Judged(judge(case), case.differences, prediction, case.assessment, notes, compared)
 
 

@@ -10,6 +10,7 @@ This is the only room that imports matplotlib. It reads the folders of the runs,
 
 from mutune.reporting.figures import draw_certificate, draw_study, draw_train, draw_transfer
 from mutune.reporting.frames import (
+    band,
     best_per_width,
     best_trials,
     certified,
@@ -24,10 +25,12 @@ from mutune.reporting.frames import (
     mean_valleys,
     offsets,
     optima,
+    outside,
     valleys,
 )
 from mutune.reporting.notebook import benchmarks_folder, results, runs_folder
 from mutune.reporting.plots import (
+    plot_band,
     plot_context_switches,
     plot_drift,
     plot_history,
@@ -47,6 +50,7 @@ from mutune.reporting.positions import (
 )
 
 __all__ = [
+    "band",
     "benchmarks_folder",
     "best_per_width",
     "best_trials",
@@ -67,6 +71,8 @@ __all__ = [
     "mean_valleys",
     "offsets",
     "optima",
+    "outside",
+    "plot_band",
     "plot_context_switches",
     "plot_drift",
     "plot_history",

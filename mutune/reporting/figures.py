@@ -68,11 +68,15 @@ def draw_certificate(directory: Path) -> list[Path]:
 def draw_train(directory: Path) -> list[Path]:
     """The figure of a training run, `loss.png`; it may still be running.
 
+    Where `prediction.json` beside it holds a band, it lies under the loss, which is then smoothed as the band is.
+
     Raises:
         Refusal: there is no run; the command that makes one is named.
     """
-    curves = frames.curves(frames.load_records(directory), frames.load_runs(directory))
-    return [save(train_figure(curves), directory / "figures" / "loss.png")]
+    band = frames.band(directory)
+    window = int(band.window.iloc[0]) if len(band) else None
+    curves = frames.curves(frames.load_records(directory), frames.load_runs(directory), window)
+    return [save(train_figure(curves, band), directory / "figures" / "loss.png")]
 
 
 def draw_check(directory: Path, axis: str) -> Path:
@@ -155,10 +159,14 @@ def drift_figure(valleys: pd.DataFrame) -> Figure:
     return figure
 
 
-def train_figure(curves: pd.DataFrame) -> Figure:
-    """Training and held-out loss of one run over its learning rate, with its context switches."""
+def train_figure(curves: pd.DataFrame, band: pd.DataFrame | None = None) -> Figure:
+    """Training and held-out loss of one run over its learning rate, with its context switches, and the band, if any,
+    that was foretold of a loss smoothed as `curves` is.
+    """
     figure = _figure(PAGE_WIDTH, 4.6)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    if band is not None and len(band):
+        plots.plot_band(band, frames.outside(curves, band), above)
     plots.plot_loss_curves(curves, above)
     plots.plot_learning_rate(curves, below)
     plots.plot_context_switches(frames.context_switches(curves), [above, below])

@@ -21,7 +21,7 @@ from mutune.errors import Refusal
 from mutune.files import read_yaml
 from mutune.parametrization.hyperparameters import NAMES
 from mutune.search.config import SCHEDULE
-from mutune.training.result import METRICS
+from mutune.training.result import METRICS, PREDICTION, smoothing
 
 #: Coordinates of these quantities are drawn: title, and what 1 means on its y axis.
 CHECKED = {
@@ -338,6 +338,31 @@ def curves(records: pd.DataFrame, runs: pd.DataFrame, window: int | None = None)
     frame["smooth_loss"] = rolling.mean().reset_index(level=0, drop=True)
     frame["window"] = window
     return frame
+
+
+def band(directory: Path) -> pd.DataFrame:
+    """What was foretold of the training loss of the run in `directory`: `tokens`, `low`, `median`, `high` and `window`,
+    the steps that it is a mean over; no row where nothing was.
+    """
+    columns = ["tokens", "low", "median", "high", "window"]
+    try:
+        rows = json.loads((directory / PREDICTION).read_text())["prediction"]["band"]
+        foretold = pd.DataFrame(rows or [], columns=["fraction", *columns[1:4]], dtype=float)
+    except (OSError, ValueError, LookupError, TypeError):  # as of a run whose transfer file knows no band
+        return pd.DataFrame(columns=columns, dtype=float)
+    stages = read_yaml(directory / CONFIG, "run's config")["run"]["stages"]
+    steps = np.cumsum([0, *(stage["num_steps"] for stage in stages)])
+    sizes = [s["num_steps"] * s["batch_sequences"] * s["context_length"] for s in stages]
+    foretold["tokens"] = np.interp(foretold.fraction * steps[-1], steps, np.cumsum([0, *sizes]))
+    foretold["window"] = smoothing(int(steps[-1]))
+    return foretold[columns]
+
+
+def outside(curves: pd.DataFrame, band: pd.DataFrame) -> pd.DataFrame:
+    """The rows of one run's `curves` whose smoothed loss lies outside its band, `smooth_loss` missing in all others."""
+    low, high = (np.interp(curves.tokens, band.tokens, band[end], left=math.nan) for end in ("low", "high"))
+    out = (curves.smooth_loss < low) | (curves.smooth_loss > high)  # before the band, neither
+    return curves.assign(smooth_loss=curves.smooth_loss.where(out))
 
 
 def context_switches(records: pd.DataFrame) -> pd.DataFrame:

@@ -230,6 +230,20 @@ def plot_loss_curves(curves: pd.DataFrame, axes: Axes, *, by: str = "width", log
     _tidy(axes)
 
 
+def plot_band(band: pd.DataFrame, outside: pd.DataFrame, axes: Axes) -> None:
+    """The band that one run's smoothed training loss was foretold in, and in red where it lies outside.
+
+    Args:
+        band: rows of `frames.band`. outside: those of `frames.outside`.
+    """
+    style: dict[str, Any] = {"facecolor": "0.8", "edgecolor": "0.55", "linewidth": 0.8, "zorder": 1}
+    axes.fill_between(band.tokens, band.low, band.high, label="foretold band", **style)
+    axes.plot(band.tokens, band["median"], color=GREY, linewidth=0.8, linestyle="--", zorder=1.5)
+    if outside.smooth_loss.notna().any():
+        red: dict[str, Any] = {"color": RED, "linewidth": 2.2, "zorder": 3}
+        axes.plot(outside.tokens, outside.smooth_loss, label="outside it", **red)
+
+
 def plot_learning_rate(records: pd.DataFrame, axes: Axes) -> None:
     """The base learning rate of one run over tokens."""
     axes.plot(records.tokens, records.lr, color=DARK, linewidth=1.4)

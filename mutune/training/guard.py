@@ -51,7 +51,7 @@ class Guard:
         clip_norm: the bound on the gradient norm, as the loop has it.
         beta2: Adam's decay of the second moment.
         band: the predicted loss.
-        band_steps: steps over which the band's loss is averaged.
+        band_steps: steps over which the band's loss is averaged, and for which it must be outside.
         dtypes: what a probe should say of number formats, as {"products": "bfloat16"}; of the others its first word
             counts.
 
@@ -158,7 +158,7 @@ def rank_fields(losses: Sequence[float]) -> dict[str, float]:
 def _fresh() -> dict[str, Any]:
     """What is remembered of one stage."""
     series: dict[str, Any] = {name: [] for name in ("loss", "grad", "rank", "smooth")}
-    series |= {"loss_sum": 0.0, "loss_onset": 0, "grad_low": None, "rank_run": [0, -1]}
+    series |= {"outside": 0, "loss_sum": 0.0, "loss_onset": 0, "grad_low": None, "rank_run": [0, -1]}
     return series | {"ratios": {}, "logits": {}}
 
 
@@ -204,9 +204,11 @@ def _band(guard: Guard, record: Mapping[str, Any]) -> Iterator[Alarm]:
     if band is None or len(recent) < guard.band_steps:
         return
     smooth, (low, high) = fmean(recent), band
-    if not low <= smooth <= high:
+    outside = guard.state["outside"] = 0 if low <= smooth <= high else guard.state["outside"] + 1
+    if outside >= guard.band_steps:  # of clean runs some leave it for a moment
         side, bound = ("above", high) if smooth > high else ("below", low)
-        yield Alarm("outside_band", record["step"], smooth, bound, record["step"] - guard.band_steps + 1, side)
+        onset = max(0, record["step"] - outside - guard.band_steps + 2)
+        yield Alarm("outside_band", record["step"], smooth, bound, onset, side)
 
 
 def _grad(guard: Guard, record: Mapping[str, Any]) -> Iterator[Alarm]:

@@ -4,7 +4,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-METRICS, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+METRICS, CHECKPOINTS, PREDICTION = "metrics.jsonl", "checkpoints", "prediction.json"
+SMOOTHED = 0.05  # of a run: over how many steps a training loss is averaged
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,8 @@ class RunResult:
 def discard(directory: Path) -> None:
     """Drop the checkpoint of a run that does not go on; once its result is kept, where it has one."""
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+
+
+def smoothing(num_steps: int) -> int:
+    """Steps over which the training loss of a run is averaged: a twentieth of the run."""
+    return max(1, round(SMOOTHED * num_steps))

@@ -37,7 +37,7 @@ from mutune.training.guard import Guard
 from mutune.training.loop import Heldout, Record, evaluate, train
 from mutune.training.probes import Probe
 from mutune.training.recompute import contexts
-from mutune.training.result import CHECKPOINTS, METRICS, RunResult, discard
+from mutune.training.result import CHECKPOINTS, METRICS, RunResult, discard, smoothing
 from mutune.training.schedule import multiplier
 from mutune.training.watch import Watch
 from mutune.training.world import World, alone, is_sharded
@@ -45,7 +45,6 @@ from mutune.versions import versions
 
 WRITER = ".writer.lock"  # held by the process that trains: what a killed parent leaves running ends first
 SAVE_SECONDS = 30.0  # between the checkpoints of a trial or of a ladder's run
-SMOOTHED = 0.05  # of a run: over how many steps a paused run's training loss is averaged
 
 SPREAD = ParallelConfig()
 WATCHED_WINDOWS, WATCHED_TOKENS = 2, 256  # of the held-out text, whose logits the guard's probes look at
@@ -324,11 +323,6 @@ def _result(run: Run, records: list[Record]) -> RunResult:
     if steps < run.spec.num_steps:
         return RunResult(fmean(losses[-smoothing(run.spec.num_steps) :]), False, None, steps, seconds, finished=False)
     return RunResult(last["heldout_loss"], False, last["heldout_bits_per_byte"], steps, seconds)
-
-
-def smoothing(num_steps: int) -> int:
-    """Steps over which the training loss of a paused run is averaged: a twentieth of the run."""
-    return max(1, round(SMOOTHED * num_steps))
 
 
 def _resume(run: Run, directory: Path) -> tuple[int, list[Record]]:

@@ -195,6 +195,25 @@ def test_a_training_run_is_drawn_while_it_runs_with_its_context_switch(tmp_path:
     assert re.search("learning rate", below.get_ylabel())
 
 
+def test_the_band_of_a_running_run_reaches_to_its_end_and_its_loss_is_smoothed_alike(tmp_path: Path) -> None:
+    folder = cut(write_run(tmp_path / "small", contexts=(128, 128)), 20)
+    figures.draw_train(folder)
+    plain = (folder / "figures" / "loss.png").read_bytes()
+    rows = [[0.25, 6.2, 6.3, 6.4], [1.0, 5.6, 5.7, 5.8]]
+    (folder / "prediction.json").write_text(json.dumps({"prediction": {"band": rows}}))
+    figures.draw_train(folder)
+    assert (folder / "figures" / "loss.png").read_bytes() != plain
+    band = frames.band(folder)
+    curves = frames.curves(frames.load_records(folder), frames.load_runs(folder), int(band.window.iloc[0]))
+    expected = figures.save(figures.train_figure(curves, band), tmp_path / "expected.png")
+    assert (folder / "figures" / "loss.png").read_bytes() == expected.read_bytes()
+    above = figures.train_figure(curves, band).axes[0]
+    (filled,) = above.collections
+    assert filled.get_paths()[0].get_extents().extents == pytest.approx((10 * 512, 5.6, 40 * 512, 6.4))
+    names = above.get_legend_handles_labels()[1]
+    assert names == ["foretold band", "outside it", "training loss, mean of 2 steps", "held-out loss"]
+
+
 def _search(folder: Path) -> Figure:
     write_search(folder, losses=(5.0, 4.5, 4.8, 4.2, 6.5))
     diverge(folder / "trials" / "0", 7.0, 60.0)

@@ -271,6 +271,41 @@ def test_a_context_switch_is_found_where_it_was_made(tmp_path: Path) -> None:
     assert switches.to_dict("records") == [{"tokens": NUM_STEPS * 512, "before": 128, "after": 512}]
 
 
+def foretold(directory: Path, rows: list[list[float]] | None) -> Path:
+    """Leave a band of a run's training loss beside it, as the command does."""
+    (directory / "prediction.json").write_text(json.dumps({"prediction": {"loss": 4.0, "band": rows}}))
+    return directory
+
+
+def test_a_band_stands_at_the_tokens_of_its_fractions_and_says_its_window(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", contexts=(128, 512))
+    band = frames.band(foretold(tmp_path / "a", [[0.25, 5.0, 6.0, 7.0], [0.75, 4.0, 5.0, 6.0]]))
+    half = NUM_STEPS // 2
+    assert band.tokens.tolist() == [half * 512, NUM_STEPS * 512 + half * 2048]
+    assert band[["low", "median", "high"]].to_numpy().tolist() == [[5.0, 6.0, 7.0], [4.0, 5.0, 6.0]]
+    assert set(band.window) == {2}  # a twentieth of 40 steps
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"prediction": null}', '{"prediction": {"band": null}}'])
+def test_where_nothing_was_foretold_there_is_no_band(tmp_path: Path, content: str | None) -> None:
+    write_run(tmp_path / "a")
+    if content is not None:
+        (tmp_path / "a" / "prediction.json").write_text(content)
+    assert frames.band(tmp_path / "a").empty
+
+
+def test_what_lies_outside_is_marked_and_before_the_band_nothing_does(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", loss=4.0)  # from 7 - 0.15 at step 1 to 4, in even steps
+    band = frames.band(foretold(tmp_path / "a", [[0.5, 5.3, 5.5, 5.7], [1.0, 4.5, 4.6, 4.7]]))
+    curves = frames.curves(frames.load_records(tmp_path / "a"), frames.load_runs(tmp_path / "a"), window=1)
+    marked = frames.outside(curves, band)
+    low = np.interp(marked.step, [10, 20], [5.3, 4.5])
+    expected = (marked.step >= 10) & (marked.loss < low)
+    assert expected.any()
+    assert (~expected[marked.step >= 10]).any()
+    assert (marked.smooth_loss.notna() == expected).all()
+
+
 def test_fifty_runs_load_in_under_two_seconds(tmp_path: Path) -> None:
     line = (write_run(tmp_path / "0") / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
     for number in range(1, 50):

@@ -23,8 +23,8 @@ from mutune.search.config import dimensions
 from mutune.search.proposals import propose
 from mutune.search.study import base_values
 from mutune.search.trial import trial_spec
-from mutune.training.result import METRICS
-from mutune.training.run import run_to_end, smoothing
+from mutune.training.result import METRICS, smoothing
+from mutune.training.run import run_to_end
 
 CONFIGURATIONS, SEEDS = 64, 2
 STORED = Path(__file__).parent / "curves" / "pruning.csv"

@@ -112,6 +112,4 @@ def test_a_paused_run_is_saved_where_the_damage_is_and_says_from_where_it_is_goo
     assert BAD[0] < last <= BAD[-1] + 1
     assert last in checkpoint.list_steps(tmp_path / "checkpoints")
     assert "The run is paused" in told.paused
-    assert told.paused.endswith(
-        "resume=60 goes on from the newest before it; the same command goes on from where it is."
-    )
+    assert "\nresume=60 goes on from the newest checkpoint before it; the same command goes on from" in told.paused
