@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests import doors
-from tests.test_train_processes import TARGET
+from tests.test_train_processes import OF_A_PROCESS, TARGET
 
 CONSTANT = "{kind: constant, warmup_steps: 3}"
 DECAYING = "{kind: wsd, warmup_steps: 3, decay_steps: 10, end_ratio: 0.1}"
@@ -35,7 +35,7 @@ def trained(out: Path, name: str, schedule: str, stages: str, *words: str, expec
 
 def records(out: Path, name: str) -> list[dict[str, Any]]:
     lines = (out / f"train/{name}/metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in OF_A_PROCESS} for line in lines]
 
 
 @pytest.fixture(scope="module")

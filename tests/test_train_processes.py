@@ -30,6 +30,8 @@ TARGET = [
     "{context_length: 64, batch_sequences: 4, num_steps: 20}]",
     "target.loop.heldout_windows=6",
 ]
+#: What a record says of its process: when it was made, and what a probe has seen since the one before it.
+OF_A_PROCESS = {"seconds", "moved", "moved_tensor", "frozen"}
 CLOSE = 1e-5  # nats: what the order of sums may change, in float32
 
 
@@ -55,7 +57,7 @@ def arguments(transfer: str, out: Path, *more: str) -> list[str]:
 def records(out: Path) -> list[dict[str, Any]]:
     path = out / "train/tiny/metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in OF_A_PROCESS} for line in lines]
 
 
 def losses(found: list[dict[str, Any]]) -> list[float]:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from mutune.certificate.config import TransferFile
 from mutune.compose import build
 from tests import doors
+from tests.test_train_processes import OF_A_PROCESS
 
 TINY_SWEEP = ["+sweep=smoke", "study=proxy", "model.width=16", "run.num_steps=20", "search.n_trials=2"]
 TINY_TARGET = [
@@ -331,7 +332,7 @@ def state(out: Path) -> dict[str, torch.Tensor]:
 
 def records(out: Path) -> list[dict[str, Any]]:
     lines = (out / "train/tiny/metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in OF_A_PROCESS} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ def test_a_smoothed_loss_outside_the_predicted_band_is_named_with_its_side() -> 
     level = [record_at(step, loss=7.0 if step < 40 else 4.5) for step in range(1, 100)]
     assert [name for _, name, _ in heard(guard, level) if name == "outside_band"] == []
     above = [record_at(step, loss=5.5) for step in range(100, 120)]
-    assert (105, "outside_band", "above") in heard(guard, above)
+    assert (114, "outside_band", "above") in heard(guard, above)
     below = [record_at(step, loss=2.0) for step in range(120, 140)]
     assert "below" in [where for _, name, where in heard(guard, below) if name == "outside_band"]
 
