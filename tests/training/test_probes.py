@@ -10,7 +10,8 @@ import torch
 
 from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig
-from mutune.training.probes import Fields, Probe, attentions
+from mutune.training.moments import Fields, attentions
+from mutune.training.probes import Probe
 from tests.training.tiny import HYPER, tiny_batches, tiny_decoder, tiny_optimizer, tiny_plan, tiny_train
 
 SHAPE = ModelConfig(width=48, depth=2, head_size=16)
