@@ -51,6 +51,7 @@ WITHOUT_TORCH = [
     "training/alarms.py",
     "training/config.py",
     "training/guard.py",
+    "training/guard_rules.py",
     "training/schedule.py",
     "training/price.py",
     "training/usual.py",

@@ -13,7 +13,7 @@ from mutune.data.segments import MAIN
 from mutune.training import loop
 from mutune.training.guard import rank_fields
 from mutune.training.loop import Record
-from mutune.training.probes import attentions
+from mutune.training.moments import attentions
 from mutune.training.run import Run
 
 RANKS = 2

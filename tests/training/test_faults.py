@@ -12,8 +12,8 @@ from mutune.config import SweepConfig
 from mutune.model.shape import BaseConfig, ModelConfig
 from mutune.parametrization.finding import AuditError
 from mutune.training import checkpoint
-from mutune.training import guard as guard_module
 from mutune.training.config import LoopConfig, RunSpec, StageConfig
+from mutune.training.guard_rules import RULES
 from mutune.training.loop import Record
 from mutune.training.run import Run
 from tests.training.faults import FAULTS, RANKS, Fault
@@ -128,8 +128,8 @@ def test_a_fault_is_named_within_20_steps(trunk: Trunk, broken: Callable[[str], 
 def test_without_its_rule_a_fault_has_no_such_name(
     trunk: Trunk, broken: Callable[[str], After], key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    others = {name: rule for name, rule in guard_module.RULES.items() if name not in FAULTS[key].rules}
-    monkeypatch.setattr(guard_module, "RULES", others)
+    others = {name: rule for name, rule in RULES.items() if name not in FAULTS[key].rules}
+    monkeypatch.setattr("mutune.training.guard.RULES", others)
     assert not is_named(FAULTS[key], heard(trunk, broken(key)))
 
 

@@ -12,7 +12,8 @@ import pytest
 from mutune.data.windows import Skip
 from mutune.errors import Refusal
 from mutune.training.alarms import KINDS, Alarm, GuardConfig
-from mutune.training.guard import RULES, Action, Guard, rank_fields
+from mutune.training.guard import Action, Guard, rank_fields
+from mutune.training.guard_rules import RULES
 
 CONFIG = GuardConfig()
 CLIP, BETA2 = 1.0, 0.95

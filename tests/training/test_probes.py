@@ -10,7 +10,8 @@ import torch
 
 from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig
-from mutune.training.probes import Fields, Probe, attentions
+from mutune.training.moments import Fields, attentions
+from mutune.training.probes import Probe
 from tests.training.tiny import HYPER, tiny_batches, tiny_decoder, tiny_optimizer, tiny_plan, tiny_train
 
 SHAPE = ModelConfig(width=48, depth=2, head_size=16)
@@ -129,7 +130,7 @@ def test_a_head_without_a_gradient_is_frozen_at_the_next_probe_and_only_that_one
 def test_a_layer_all_of_whose_heads_lose_their_gradients_is_frozen_head_by_head() -> None:
     live = Live()
     live.measure()
-    live.model.get_parameter("h.0.attn.c_attn.weight").register_hook(lambda gradient: 1e-4 * gradient)
+    live.model.get_parameter("h.0.attn.c_attn.weight").register_hook(lambda gradient: 2e-3 * gradient)
     live.train(10)
     assert live.measure()["frozen"] == "h.0.attn head 0, h.0.attn head 1, h.0.attn head 2"
 

@@ -14,7 +14,8 @@ from torch.multiprocessing.spawn import spawn
 
 from mutune.model.shape import ModelConfig
 from mutune.parametrization.apply import make_optimizer
-from mutune.training.probes import Fields, Probe
+from mutune.training.moments import Fields
+from mutune.training.probes import Probe
 from mutune.training.watch import agreed
 from tests.training.tiny import tiny_batches, tiny_decoder, tiny_plan
 
