@@ -185,8 +185,7 @@ def _stem(source: str) -> str:
 def _inputs(source: Source) -> dict[str, Any]:
     """What two starts of one transfer must agree in; each run of the ladder says for itself what made it."""
     transfer = source.transfer.as_dict()
-    del transfer["provenance"]["commit"]
-    transfer.pop("prediction", None)
+    del transfer["provenance"]["commit"], transfer["prediction"]
     return {"transfer": transfer}
 
 

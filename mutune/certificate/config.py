@@ -309,7 +309,7 @@ class TransferFile:
     tokenizer: TokenizerConfig
     target: TargetConfig
     verdict: str
-    prediction: Prediction | None = later()
+    prediction: Prediction | None = None
     seal: str = ""
     format: int = 1
 
@@ -365,5 +365,7 @@ class TransferFile:
 
     def _hash(self) -> str:
         """Of the values as they are read back from a file, where every number has the type of its field."""
-        values = written(build(TransferFile, plain(replace(self, seal=""))))  # a file without newer keys keeps its seal
+        values = written(build(TransferFile, plain(replace(self, seal=""))))
+        if self.prediction is None:
+            del values["prediction"]  # a file from before there were predictions keeps its seal
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -18,6 +18,8 @@ from mutune.errors import Refusal
 COLUMNS = ("arm", "context", "seed", "first", "last", "loss", "error")
 COLOURS = {"switched": "#D55E00", "control": "#0072B2"}
 GREY, DARK = "0.55", "0.25"
+FIRST_SHOWN = 2  # position at which a loss is within the axes
+LINEAR = 0.01  # nats, within which differences are on a linear axis
 HOW = "make them with: python -m pytest -m soak tests/evaluation/test_context_switch.py"
 
 
@@ -59,7 +61,10 @@ def position_differences(losses: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_loss_by_position(means: pd.DataFrame, axes: Axes) -> None:
-    """Loss over the tokens seen: a line for each arm, a band for the range of its seeds."""
+    """Loss over the tokens seen: a line for each arm, a band for the range of its seeds.
+
+    The first positions, at which little can be known, lie above the axes.
+    """
     for arm, rows in means.groupby("arm", sort=False):
         colour, context = COLOURS.get(str(arm), DARK), int(rows["context"].iloc[0])
         style: dict[str, Any] = {"color": colour, "linewidth": 2, "marker": "o", "markersize": 4}
@@ -72,17 +77,25 @@ def plot_loss_by_position(means: pd.DataFrame, axes: Axes) -> None:
             transform=axes.get_xaxis_transform(),
         )  # fmt: skip
     _position_axis(axes, means)
+    shown = means[means["first"] >= FIRST_SHOWN]
+    margin = 0.1 * (shown.high.max() - shown.low.min())
+    axes.set_ylim(shown.low.min() - margin, shown.high.max() + margin)
     axes.set_ylabel("held-out loss (nats per token)")
     axes.legend(frameon=False)
 
 
 def plot_position_differences(differences: pd.DataFrame, axes: Axes) -> None:
-    """The switched arm's loss minus its control's: the mean over seeds, and a bar from the least to the greatest."""
+    """The switched arm's loss minus its control's: the mean over seeds, and a bar from the least to the greatest.
+
+    The axis is linear within a hundredth of a nat, and logarithmic outside.
+    """
     colour = COLOURS["switched"]
     axes.axhline(0.0, color=GREY, linewidth=0.8)
     axes.vlines(differences.seen, differences.low, differences.high, color=colour, linewidth=6, alpha=0.35)
     axes.plot(differences.seen, differences.difference, "o", color=colour, markersize=5)
     _position_axis(axes, differences)
+    axes.set_yscale("symlog", linthresh=LINEAR)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylabel("switched - control")
 
 
@@ -98,6 +111,7 @@ def _position_axis(axes: Axes, frame: pd.DataFrame) -> None:
     axes.xaxis.set_major_locator(FixedLocator(list(map(float, ends))))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(0.9, 1.1 * ends[-1])
     axes.set_xlabel("tokens seen (log scale)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", linewidth=0.7)
