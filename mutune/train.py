@@ -6,6 +6,7 @@ report.html under <out>/train/<name>/. The held-out loss is compared with what t
 examples:
   python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml dry_run=true
   python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml name=second seed=1
+  python -m mutune.train transfer=runs/transfer/published--btlm_3b/transfer.yaml dry_run=true hardware=h100-sxm gpus=8
 """
 
 import json
@@ -26,6 +27,7 @@ from mutune.parametrization.finding import AuditError
 from mutune.progress import ProgressLine, clock
 from mutune.training.config import RunSpec
 from mutune.training.price import price, price_table
+from mutune.training.quote import Machine, lacking, largest_table, machine, quote_table
 
 PREDICTION = "prediction.json"
 FIRST_STEPS = 4  # after which it is known how long the run will take
@@ -48,10 +50,13 @@ def work(config: TrainConfig) -> int:
     spec = transfer.spec(config.seed)
     transfer.check_seal()
     name = config.name or transfer.target.name
-    lack = _memory(config, spec)
-    if config.dry_run:
-        print(price_table(name, spec), nothing_written("", lack), sep="\n")
+    if config.fit:
+        print(price_table(name, spec), _fit(config, spec), sep="\n")
         return OK
+    if config.dry_run:
+        print(price_table(name, spec), _priced(config, spec), sep="\n")
+        return OK
+    lack = _memory(config, spec)
     require_writable(Path(config.out))
     if lack:
         raise lack
@@ -63,6 +68,37 @@ def work(config: TrainConfig) -> int:
         claim(directory, inputs, "name", config.overwrite)
         _train(config, spec, directory, {"inputs": inputs}, transfer)
     return OK
+
+
+def _priced(config: TrainConfig, spec: RunSpec) -> str:
+    """The last lines of a dry run: on named hardware what it costs there, else whether it fits here."""
+    if config.hardware is None:
+        return nothing_written("", _memory(config, spec))
+    on = _machine(config, spec)
+    lack = lacking(spec, config.parallel, on)
+    return f"{quote_table(spec, config.parallel, on)}\n{nothing_written('', Refusal(lack) if lack else None)}"
+
+
+def _fit(config: TrainConfig, spec: RunSpec) -> str:
+    """The most sequences per forward pass that fit, on named hardware or here."""
+    if config.hardware is None:
+        from mutune.training.fitting import fit_here, fit_table
+
+        return fit_table(fit_here(spec, config.parallel, config.device))
+    on = _machine(config, spec)
+    return largest_table(spec, config.parallel, on)
+
+
+def _machine(config: TrainConfig, spec: RunSpec) -> Machine:
+    return machine(
+        str(config.hardware),
+        dtype=str(spec.loop.settled().dtype),
+        gpus=config.gpus,
+        mfu=config.mfu,
+        peak_flops=config.peak_flops,
+        memory_gb=config.memory_gb,
+        gpu_hour=config.gpu_hour,
+    )
 
 
 def _memory(config: TrainConfig, spec: RunSpec) -> Refusal | None:

@@ -36,6 +36,8 @@ ONLY_IN = {
     "omegaconf": ["compose"],
     "optuna": ["search"],
     "matplotlib": ["reporting"],
+    "tensorboard": ["training"],
+    "wandb": ["training"],
 }
 WITHOUT_TORCH = [
     "parametrization/rules.py",
@@ -50,6 +52,7 @@ WITHOUT_TORCH = [
     "training/config.py",
     "training/schedule.py",
     "training/price.py",
+    "training/quote.py",
     "search/config.py",
     "certificate/config.py",
     "verification/places.py",

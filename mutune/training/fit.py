@@ -40,7 +40,8 @@ def require_memory(specs: Sequence[RunSpec], device: str, cure: str) -> None:
         specs: what runs at the same time on `device`.
         cure: what to do where they do not fit, for the message.
     """
-    where, need = device_name(device), sum(price(spec).bytes for spec in specs)
+    where = device_name(device)
+    need = sum(price(spec, heap=where == "cpu").bytes for spec in specs)
     have = free_memory(where)
     at_once = f"{len(specs)} runs at once need" if len(specs) > 1 else "this run needs"
     require(
