@@ -3,8 +3,10 @@
 A process that runs out of memory there ends, and nothing else does.
 """
 
+import ctypes
 import math
 import multiprocessing
+import platform
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,16 +25,21 @@ T = TypeVar("T")
 
 STEPS = 2  # the first makes Adam's moments, the second has everything
 REHEARSAL = 16  # tokens, and sizes of a model whose steps load what a process needs once
+GIVEN_BACK = 2**18  # bytes of a tensor from which on it is given back, where no heap keeps it
 FIRST_TO_GO = "1000"  # of Linux's oom_score_adj
 
 
-def measure_step(spec: RunSpec, stage: int, sequences: int, device: str) -> int | None:
+def measure_step(spec: RunSpec, stage: int, sequences: int, device: str, *, heap: bool = True) -> int | None:
     """Peak bytes of training steps of `spec` in its `stage`, with so many sequences per forward pass.
 
     On a CPU it is what the process grows by (its peak resident size less that before there was a model), on a GPU what
     torch reserves. None where it runs out of memory.
+
+    Args:
+        heap: whether a CPU's memory comes from a heap that keeps what is freed, as a run's does (`keep_memory`); else
+            large tensors are given back at once, and what is measured is what is alive.
     """
-    found: int | None = apart(_peak, spec, stage, sequences, device)
+    found: int | None = apart(_peak, spec, stage, sequences, device, heap)
     return found
 
 
@@ -70,12 +77,14 @@ def _work(pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]
         pipe.send((True, None) if is_memory else (False, error))
 
 
-def _peak(spec: RunSpec, stage: int, sequences: int, name: str) -> int:
+def _peak(spec: RunSpec, stage: int, sequences: int, name: str, heap: bool) -> int:
     import torch
 
     device = torch.device(name)
     torch.set_num_threads(spec.loop.threads or 1)
     part = spec.stages[stage]
+    if device.type == "cpu":
+        _set_heap(heap, 4 * spec.tokenizer.num_ids * sequences * part.context_length)
     small = replace(spec.model, width=REHEARSAL, depth=1, num_heads=1, head_size=REHEARSAL, ffn_width=REHEARSAL)
     _train(replace(spec, model=small), REHEARSAL, StageConfig(REHEARSAL, 2, STEPS), 1, device)  # loads libraries
     before, _ = used_memory(device.type)
@@ -85,18 +94,25 @@ def _peak(spec: RunSpec, stage: int, sequences: int, name: str) -> int:
     return used_memory(device.type)[1] - before
 
 
+def _set_heap(heap: bool, logits_bytes: int) -> None:
+    from mutune.training.execution import M_MMAP_THRESHOLD, keep_memory
+
+    if heap:
+        keep_memory(logits_bytes)
+    elif platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
+
+
 def _train(spec: RunSpec, vocab_size: int, stage: StageConfig, sequences: int, device: "torch.device") -> None:
     """A few steps as a run makes them, on random tokens."""
     import torch
 
     from mutune.model.decoder import Decoder
     from mutune.parametrization.apply import make_optimizer
-    from mutune.training.execution import keep_memory, loss_functions
+    from mutune.training.execution import loss_functions
     from mutune.training.loop import train
 
     loop = spec.loop.settled()
-    if device.type == "cpu":
-        keep_memory(4 * vocab_size * sequences * stage.context_length)
     plan = spec.plan(vocab_size)
     sites = {site: row.value for site, row in plan.multipliers.items()}
     model = Decoder(spec.model, vocab_size, sites, str(loop.attention)).to(device)
