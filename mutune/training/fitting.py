@@ -59,10 +59,9 @@ def search(
     """
     best, taken, too_many, correction = 0, 0, share + 1, 1.0
     for _ in range(MOST_TRIALS):
-        allowed = too_many - 1
-        tried = min(largest(allowed, lambda n, c=correction: c * estimate(n) <= have), allowed)  # type: ignore[misc]
-        if best == 0:
-            tried = max(1, tried) if allowed else 0
+        tried = largest(too_many - 1, lambda n, c=correction: c * estimate(n) <= have)  # type: ignore[misc]
+        if tried <= best:  # the estimates are of no more use: one by itself, else what lies between
+            tried = (best + too_many) // 2 if best else min(1, too_many - 1)
         tried = balanced(tried, share)
         if tried <= WORTH * best:
             break
@@ -78,7 +77,7 @@ def search(
 def stage_bytes(spec: RunSpec, parallel: ParallelConfig, stage: int, sequences: int, where: str) -> int:
     """Estimate of one process on the present device, with so many sequences per forward pass."""
     given = replace(parallel, micro_sequences=sequences)
-    return price(replace(spec, stages=(spec.stages[stage],)), given, heap=where == "cpu").bytes
+    return price(spec, given, heap=where == "cpu").stages[stage].memory.total
 
 
 def fit_table(found: list[Fit]) -> str:

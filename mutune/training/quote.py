@@ -116,10 +116,13 @@ def largest_that_fits(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> l
         Refusal: as `quote`.
     """
     check_spread(spec, parallel, on.gpus)
-    return [
-        largest(sequences_of(stage, on.gpus), lambda n, i=i: estimate(spec, parallel, i, n, on.gpus) <= on.usable_bytes)  # type: ignore[misc]
-        for i, stage in enumerate(spec.stages)
-    ]
+
+    def of(stage: int) -> int:
+        share = sequences_of(spec.stages[stage], on.gpus)
+        most = largest(share, lambda n: estimate(spec, parallel, stage, n, on.gpus) <= on.usable_bytes)
+        return balanced(most, share)
+
+    return [of(stage) for stage in range(len(spec.stages))]
 
 
 def estimate(spec: RunSpec, parallel: ParallelConfig, stage: int, sequences: int, gpus: int) -> int:
@@ -130,19 +133,16 @@ def estimate(spec: RunSpec, parallel: ParallelConfig, stage: int, sequences: int
 
 
 def largest(share: int, fits: Callable[[int], bool]) -> int:
-    """The most of `share` sequences that fit at a time, where more never fit if fewer do not; 0 where one does not.
-
-    Of the numbers that need as few forward passes, the least: the passes are then of equal size.
-    """
+    """The most of `share` sequences that fit at a time, where more never fit if fewer do not; 0 where one does not."""
     low, high = 0, share + 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return balanced(low, share)
+    return low
 
 
 def balanced(sequences: int, share: int) -> int:
-    """The least number that needs as few forward passes for `share` as `sequences` does."""
+    """The least number that needs as few forward passes for `share` as `sequences` does, so that they are of a size."""
     return -(-share // -(-share // sequences)) if sequences else 0
 
 
