@@ -10,10 +10,11 @@ from mutune.errors import Refusal, require, require_name, require_number
 from mutune.model.shape import ModelConfig, base_config
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import TABLES, ParametrizationConfig
+from mutune.scaling.hardware import ACCELERATORS, EXAMPLE, MFU, accelerator
 from mutune.scaling.horizon import HorizonConfig
 from mutune.search.config import LAUNCHERS, SearchConfig, without_password
 from mutune.training.alarms import GuardConfig
-from mutune.training.config import MAX_SEED, LoopConfig, ParallelConfig, RunSpec, StageConfig
+from mutune.training.config import MAX_SEED, WRITERS, LoopConfig, ParallelConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 from mutune.verification.places import require_span
 
@@ -310,6 +311,16 @@ class TrainConfig(DoorConfig):
         threads: CPU threads of a process; null takes the target's loop.threads, or what cores it has.
         parallel: how the run is spread over the processes that torchrun starts.
         guard: what watches the run, and what an alarm does (docs/guard.md).
+        hardware: GPUs that dry_run=true and fit=true are about, such as h100-sxm; in a run, whose peak and price count.
+            null is the present device.
+        gpus: how many of them.
+        mfu: model FLOPs over the peak that a priced run is assumed to reach.
+        peak_flops: of one device, FLOP/s, dense; null is what the table of hardware says.
+        memory_gb: of one device, 1 GB = 10^9 bytes; null is what the table says.
+        gpu_hour: price of a device's hour; null is what the table says, a setting and no quote.
+        fit: find the most sequences per forward pass that fit, say what to set, and end. Without hardware= they really
+            run here, in a process of their own.
+        writers: who gets the records besides metrics.jsonl: tensorboard, wandb.
     """
 
     transfer: str | None = None
@@ -324,6 +335,14 @@ class TrainConfig(DoorConfig):
     threads: int | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    hardware: str | None = None
+    gpus: int = 1
+    mfu: float = MFU
+    peak_flops: float | None = None
+    memory_gb: float | None = None
+    gpu_hour: float | None = None
+    fit: bool = False
+    writers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -335,6 +354,31 @@ class TrainConfig(DoorConfig):
                 require_number(key, getattr(self, key), at_least=1, example=example, whole=True)
         if self.time_limit is not None:
             require_number("time_limit", self.time_limit, above=0, example=60.0)
+        self._check_machine()
+        for writer in self.writers:
+            require(
+                writer in WRITERS, f"writers={self.writers} has an unknown one; known writers: {', '.join(WRITERS)}."
+            )
+
+    def _check_machine(self) -> None:
+        require_number("gpus", self.gpus, at_least=1, at_most=10**6, example=8, whole=True)
+        require_number("mfu", self.mfu, above=0, at_most=1, example=MFU)
+        known = accelerator(self.hardware) if self.hardware is not None else ACCELERATORS[EXAMPLE]
+        examples = (("peak_flops", known.bf16_flops), ("memory_gb", known.memory_bytes / 1e9))
+        for key, example in (*examples, ("gpu_hour", known.gpu_hour)):
+            if getattr(self, key) is not None:
+                require_number(key, getattr(self, key), above=0, example=example)
+        priced = self.dry_run or self.fit
+        require(
+            self.gpus == 1 or (self.hardware is not None and priced),
+            f"gpus={self.gpus} is read with hardware= and dry_run=true or fit=true; for example hardware={EXAMPLE} "
+            "dry_run=true. A run takes as many as torchrun starts processes.",
+        )
+        require(
+            self.memory_gb is None or (self.hardware is not None and priced),
+            f"memory_gb={self.memory_gb} is read with hardware= and dry_run=true or fit=true; for example "
+            f"hardware={EXAMPLE} dry_run=true.",
+        )
 
 
 @dataclass(frozen=True)

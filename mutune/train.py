@@ -7,6 +7,7 @@ Under torchrun the model is sharded over its processes (FSDP2), and resumes on a
 examples:
   python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml dry_run=true
   python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml name=second seed=1
+  python -m mutune.train transfer=runs/transfer/published--btlm_3b/transfer.yaml dry_run=true hardware=h100-sxm gpus=8
   torchrun --nproc-per-node=8 -m mutune.train transfer=runs/transfer/published--btlm_3b/transfer.yaml
 """
 
@@ -30,9 +31,12 @@ from mutune.parametrization.finding import AuditError
 from mutune.progress import ProgressLine, clock
 from mutune.search.workers import default_workers
 from mutune.training.config import RunSpec, stage_ends
-from mutune.training.launched import is_launched, share
+from mutune.training.launched import is_launched, processes, share
 from mutune.training.price import price, price_table
+from mutune.training.quote import Machine, lacking, largest_table, machine, quote_table
 from mutune.training.result import CHECKPOINTS, METRICS, PREDICTION, smoothing
+from mutune.training.throughput import Throughput, rates
+from mutune.training.writers import open_writers, require_writers
 from mutune.versions import versions
 
 FIRST_STEPS = 4  # after which it is known how long the run will take
@@ -40,6 +44,7 @@ INFORMATION = {"versions"}  # what a checkpoint tells, and a run need not agree 
 #: And what a branch has of its own: `leave` compared the run.
 OF_A_BRANCH = {"run", "certificate", "branch"}
 MAX_SAID = 120
+DRAW_SECONDS = 60.0  # between drawings of a run that is under way
 STARTED = time.monotonic()
 
 if TYPE_CHECKING:
@@ -63,18 +68,21 @@ def work(config: TrainConfig) -> int:
     spec = transfer.spec(config.seed)
     transfer.check_seal()
     name = config.name or transfer.target.name
-    lack = _memory(config, spec)
     branch = None
     if config.branch_from:
         from mutune.training.branch import leave
 
         branch = leave(Path(config.branch_from), spec)
         spec = branch.spec
-    if config.dry_run:
-        print(price_table(name, spec), *_branching(branch), nothing_written("", lack), sep="\n")
+    if config.fit:
+        print(price_table(name, spec), _fit(config, spec), sep="\n")
         return OK
-    if lack and not is_launched():
+    if config.dry_run:
+        print(price_table(name, spec), *_branching(branch), _priced(config, spec), sep="\n")
+        return OK
+    if lack := _memory(config, spec):
         raise lack
+    require_writers(config.writers)
     from mutune.training.distribution import joined
 
     with joined(config.device) as world, ExitStack() as held:
@@ -122,14 +130,45 @@ def _claimed(
     return {"inputs": inputs}
 
 
+def _priced(config: TrainConfig, spec: RunSpec) -> str:
+    """The last lines of a dry run: on named hardware what it costs there, else whether it fits here."""
+    if config.hardware is None:
+        return nothing_written("", _memory(config, spec))
+    on = _machine(config, spec)
+    lack = lacking(spec, config.parallel, on)
+    return f"{quote_table(spec, config.parallel, on)}\n{nothing_written('', Refusal(lack) if lack else None)}"
+
+
+def _fit(config: TrainConfig, spec: RunSpec) -> str:
+    """The most sequences per forward pass that fit, on named hardware or here."""
+    if config.hardware is None:
+        from mutune.training.fitting import fit_here, fit_table
+
+        return fit_table(fit_here(spec, config.parallel, config.device))
+    on = _machine(config, spec)
+    return largest_table(spec, config.parallel, on)
+
+
+def _machine(config: TrainConfig, spec: RunSpec) -> Machine:
+    return machine(
+        str(config.hardware),
+        dtype=str(spec.loop.settled().dtype),
+        gpus=config.gpus,
+        mfu=config.mfu,
+        peak_flops=config.peak_flops,
+        memory_gb=config.memory_gb,
+        gpu_hour=config.gpu_hour,
+    )
+
+
 def _memory(config: TrainConfig, spec: RunSpec) -> Refusal | None:
     """Why the run does not fit here; None where it does."""
     from mutune.training.fit import require_memory
 
-    cure = "transfer to a smaller target, as in target=small (several devices are not built yet)"
+    cure = "transfer to a smaller target, as in target=small or more processes under torchrun"
     cure = cure if config.dry_run else f"dry_run=true prices it; {cure}"
     try:
-        require_memory([spec], config.device, cure)
+        require_memory([spec], config.device, cure, config.parallel, *processes())
     except Refusal as refusal:
         return refusal
     return None
@@ -175,7 +214,7 @@ def _train(
         print(_opening(directory, run, start), *_branching(branch), sep="\n", file=sys.stderr)
     try:
         if start < spec.num_steps:
-            _run_to_end(config, run, directory, start, meta, guard)
+            _run_to_end(config, run, directory, start, meta, guard, _cost(records))
     except AuditError as error:
         raise WorkFailed(str(error)) from error
     except RuntimeError as error:
@@ -184,6 +223,11 @@ def _train(
         raise ProcessLost(_lost(directory, error)) from error
     if world.is_first:
         _close(config, directory, transfer)
+
+
+def _cost(records: list[str]) -> float:
+    """What the run had cost by the last of these records."""
+    return float(json.loads(records[-1]).get("cost", 0.0)) if records else 0.0
 
 
 def _begin(
@@ -302,14 +346,20 @@ def _compare(config: TrainConfig, transfer: TransferFile, directory: Path, loss:
 
 
 def _run_to_end(
-    config: TrainConfig, run: "Run", directory: Path, start: int, meta: dict[str, Any], guard: "Guard"
+    config: TrainConfig, run: "Run", directory: Path, start: int, meta: dict[str, Any], guard: "Guard", cost: float
 ) -> None:
+    from mutune.reporting.figures import draw_train
     from mutune.training.target import Paused, Target
 
     total, world = run.spec.num_steps, run.world
-    every, first = config.checkpoint_every or max(1, total // 20), 0.0
+    every = config.checkpoint_every or max(1, total // 20)
     kept = _kept(config, [end for end, _ in stage_ends(run.spec.stages)])
-    with closing(ProgressLine()) as line, StopRequest(patient=is_launched()) as stop:
+    with closing(ProgressLine()) as line, StopRequest(patient=is_launched()) as stop, ExitStack() as opened:
+        writers = (
+            open_writers(config.writers, directory, directory.name, run.spec.as_dict(), start) if world.is_first else []
+        )
+        for writer in writers:
+            opened.callback(writer.close)
 
         def wanted() -> bool:
             late = config.time_limit is not None and time.monotonic() - STARTED > 60 * config.time_limit
@@ -319,17 +369,21 @@ def _run_to_end(
             if world.is_first:
                 line.say(text)
 
-        target = Target(run, directory, guard, meta, every, kept, _in_background(config, run), say)
+        background, measure = _in_background(config, run), _throughput(config, run)
+        target = Target(run, directory, guard, meta, every, kept, background, say, measure, cost)
         record: Record | None = None
+        seen = line.elapsed
         try:
             for record in target.records(start, wanted):
                 step = record["step"]
+                for writer in writers:
+                    writer.write(record)
                 told = step % every == 0 or step == start + FIRST_STEPS
-                first = first or line.elapsed  # before which it is audited, and compiled
-                done = step - start - 1  # since then
-                left = f" · about {clock((line.elapsed - first) / done * (total - step))} left" if done > 0 else ""
                 if world.is_first:
-                    line.show(_progress(directory.name, record, total, line.elapsed) + left, change=told)
+                    line.show(_progress(directory.name, record, total, line.elapsed, target.throughput), change=told)
+                    if step % every == 0 and line.elapsed - seen > DRAW_SECONDS:
+                        drawn(lambda: draw_train(directory))
+                        seen = line.elapsed
         except Paused as paused:
             raise WorkFailed(str(paused)) from paused
         assert record is not None, "there was a step to train"
@@ -375,10 +429,31 @@ def _lost(directory: Path, error: RuntimeError) -> str:
     )
 
 
-def _progress(name: str, record: "Record", total: int, elapsed: float) -> str:
+def _throughput(config: TrainConfig, run: "Run") -> Callable[[int, float], Throughput]:
+    """(step, cost so far) → what measures the records from there on."""
+    known = rates(
+        str(run.world.device),
+        str(run.spec.loop.settled().dtype),
+        hardware=config.hardware,
+        peak_flops=config.peak_flops,
+        gpu_hour=config.gpu_hour,
+    )
+
+    def measure(step: int, cost: float) -> Throughput:
+        return Throughput(run.spec, str(run.world.device), known, processes=run.world.size, start_step=step, cost=cost)
+
+    return measure
+
+
+def _progress(name: str, record: "Record", total: int, elapsed: float, throughput: Throughput) -> str:
+    speed = [f"{record['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in record else []
+    speed += [f"MFU {record['mfu']:.0%}"] if "mfu" in record else []
+    speed += [f"cost {record['cost']:,.2f}"] if "cost" in record else []
+    left = throughput.seconds_left
+    told = [*speed, f"{clock(elapsed)} elapsed", *([f"about {clock(left)} left"] if left is not None else [])]
     return (
         f"{name} step {record['step']:,}/{total:,} · loss {record['loss']:.4f} · lr {record['lr']:.3g} · "
-        f"{clock(elapsed)} elapsed"
+        + " · ".join(told)
     )
 
 

@@ -37,6 +37,8 @@ ONLY_IN = {
     "omegaconf": ["compose"],
     "optuna": ["search"],
     "matplotlib": ["reporting"],
+    "tensorboard": ["training"],
+    "wandb": ["training"],
 }
 WITHOUT_TORCH = [
     "parametrization/rules.py",
@@ -55,6 +57,7 @@ WITHOUT_TORCH = [
     "training/schedule.py",
     "training/price.py",
     "training/usual.py",
+    "training/quote.py",
     "search/config.py",
     "certificate/config.py",
     "certificate/stages.py",

@@ -31,7 +31,7 @@ TARGET = [
     "target.loop.heldout_windows=6",
 ]
 #: What a record says of its process: when it was made, and what a probe has seen since the one before it.
-OF_A_PROCESS = {"seconds", "moved", "moved_tensor", "frozen"}
+OF_A_PROCESS = {"seconds", "tokens_per_second", "memory_bytes", "moved", "moved_tensor", "frozen"}
 CLOSE = 1e-5  # nats: what the order of sums may change, in float32
 
 

@@ -14,6 +14,7 @@ from mutune.errors import MAX_WHOLE, require, require_name, require_number
 from mutune.model.shape import MAX_DEPTH, MAX_WIDTH, BaseConfig, ModelConfig
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import ParametrizationConfig
+from mutune.scaling.hardware import ACCELERATORS, CURRENCY, EXAMPLE, default_flops_per_gpu_second
 from mutune.training.config import LoopConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 
@@ -182,18 +183,20 @@ class PriceConfig:
     """What compute costs, for the certificate's regret. Settings, not quotes.
 
     Attributes:
-        flops_per_gpu_second: what one GPU really does; the default is 40 % of an H100's dense bfloat16 peak.
+        flops_per_gpu_second: what one GPU really does; the default is the MFU assumed of a target's price, of an H100's
+            dense bfloat16 peak.
         gpu_hour: price of a GPU's hour.
         currency: of the price.
     """
 
-    flops_per_gpu_second: float = 4e14
-    gpu_hour: float = 2.5
-    currency: str = "USD"
+    flops_per_gpu_second: float = default_flops_per_gpu_second()
+    gpu_hour: float = ACCELERATORS[EXAMPLE].gpu_hour
+    currency: str = CURRENCY
 
     def __post_init__(self) -> None:
-        require_number("prices.flops_per_gpu_second", self.flops_per_gpu_second, above=0, example=4e14)
-        require_number("prices.gpu_hour", self.gpu_hour, at_least=0, example=2.5)
+        works = PriceConfig.flops_per_gpu_second
+        require_number("prices.flops_per_gpu_second", self.flops_per_gpu_second, above=0, example=works)
+        require_number("prices.gpu_hour", self.gpu_hour, at_least=0, example=PriceConfig.gpu_hour)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and memory of a decoder, as arithmetic. No torch, nothing allocated."""
+"""Parameters and FLOPs of a decoder, as arithmetic. No torch, nothing allocated; memory is `memory.py`'s."""
 
 from collections.abc import Iterable
 
@@ -37,16 +37,3 @@ def train_flops_per_token(
 def state_bytes(parameters: int) -> int:
     """Weights, gradients and Adam's two moments in fp32."""
     return parameters * BYTES_FP32 * ADAM_STATE_COPIES
-
-
-def activation_bytes(
-    *, sequences: int, context_length: int, width: int, ffn_width: int, depth: int, heads: int, vocab_size: int
-) -> int:
-    """Estimate of what one forward pass of `sequences` keeps for its backward pass, fp32, no checkpointing.
-
-    Per token and block: norm inputs and outputs 4d, Q‖K‖V 3d, attention output d, the feed-forward's four f-wide
-    tensors; per token: logits, log-probabilities and their gradient; once: the ALiBi bias of T² per head.
-    """
-    tokens = sequences * context_length
-    blocks = tokens * depth * (8 * width + 4 * ffn_width)
-    return BYTES_FP32 * (blocks + 3 * tokens * vocab_size + heads * context_length**2)

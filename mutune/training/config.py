@@ -16,6 +16,7 @@ from mutune.training.schedule import ScheduleConfig
 MAX_SEED = 2**31 - 1
 DTYPES, ATTENTIONS = ("float32", "bfloat16"), ("sdpa", "explicit")
 RECOMPUTED = ("none", "selective", "full")
+WRITERS = ("tensorboard", "wandb")  # besides metrics.jsonl
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,14 @@ class ParallelConfig:
             or kept in between.
         activation_checkpointing: what the backward pass computes again: `none`; `selective`, all but products of
             matrices and attention; `full`, every block.
+        micro_sequences: sequences per forward pass of a process; null takes the target's loop.micro_sequences. fit=true
+            finds the most that fit.
     """
 
     replicas: int = 1
     reshard: bool = True
     activation_checkpointing: str = "none"
+    micro_sequences: int | None = None
 
     def __post_init__(self) -> None:
         require_number("parallel.replicas", self.replicas, at_least=1, example=1, whole=True)
@@ -148,6 +152,8 @@ class ParallelConfig:
             f"parallel.activation_checkpointing={self.activation_checkpointing} is unknown; known: "
             f"{', '.join(RECOMPUTED)}.",
         )
+        if self.micro_sequences is not None:
+            require_number("parallel.micro_sequences", self.micro_sequences, at_least=1, example=1, whole=True)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
-"""Where runs compute, and how much memory is free there."""
+"""Where runs compute, and how much memory is free and taken there."""
 
+import re
+import resource
 import runpy
+import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +40,25 @@ def free_memory(device: str) -> int:
 
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def used_memory(device: str) -> tuple[int, int]:
+    """Bytes that this process holds on `device`, now and at its peak: torch's tensors on a GPU, all of the process
+    elsewhere.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.memory_allocated(device)), int(torch.cuda.max_memory_allocated(device))
+    return int(psutil.Process().memory_info().rss), _peak_resident()
+
+
+def _peak_resident() -> int:
+    """Linux's own count of this program; `getrusage` also knows that of the program it was forked from."""
+    status = Path("/proc/self/status")
+    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return 1024 * int(peak[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @cache

@@ -6,9 +6,9 @@ from mutune.data.corpora import Corpora
 from mutune.data.prepare import TokenizedCorpus
 from mutune.data.windows import heldout_windows
 from mutune.errors import require
-from mutune.training.config import RunSpec
+from mutune.training.config import ParallelConfig, RunSpec
 from mutune.training.device import device_name, free_memory
-from mutune.training.price import price
+from mutune.training.price import ALONE, price
 
 
 def check_data(spec: RunSpec, corpus: TokenizedCorpus, key: str) -> None:
@@ -48,16 +48,26 @@ def check_corpora(spec: RunSpec, corpora: Corpora, key: str) -> None:
             )
 
 
-def require_memory(specs: Sequence[RunSpec], device: str, cure: str) -> None:
+def require_memory(
+    specs: Sequence[RunSpec],
+    device: str,
+    cure: str,
+    parallel: ParallelConfig = ALONE,
+    processes: int = 1,
+    on_this_host: int = 1,
+) -> None:
     """Refuse runs that do not fit side by side: parameters, gradients, Adam's moments, activations.
 
     Args:
         specs: what runs at the same time on `device`.
         cure: what to do where they do not fit, for the message.
+        parallel: how each is spread over `processes`, of which so many share this host's memory.
     """
-    where, need = device_name(device), sum(price(spec).bytes for spec in specs)
-    have = free_memory(where)
+    where = device_name(device)
+    need = sum(price(spec, parallel, processes, heap=where == "cpu").bytes for spec in specs)
+    have = free_memory(where) // (on_this_host if where == "cpu" else 1)
     at_once = f"{len(specs)} runs at once need" if len(specs) > 1 else "this run needs"
+    at_once = f"each process of {at_once}" if processes > 1 else at_once
     require(
         need <= have,
         f"device={where} has {have / 2**30:.1f} GiB free and {at_once} about {need / 2**30:.1f} GiB on it; {cure}.",

@@ -1,4 +1,4 @@
-"""Whether torchrun started this process, and as which; torch is not loaded for that."""
+"""Whether torchrun started this process, and among how many; torch is not loaded for that."""
 
 import os
 
@@ -8,14 +8,14 @@ def is_launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
-def rank() -> int:
-    """Which of them; 0 where there is one."""
-    return int(os.environ["RANK"]) if is_launched() else 0
+def processes() -> tuple[int, int]:
+    """How many processes torchrun started, on all hosts and on this one."""
+    return (int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])) if is_launched() else (1, 1)
 
 
 def share(cores: int) -> int:
     """Of so many cores, this process's among those that torchrun started on this host."""
-    return max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])) if is_launched() else cores
+    return max(1, cores // processes()[1])
 
 
 def speaks(for_lost: bool = False) -> bool:

@@ -5,23 +5,28 @@ measured to take.
 from dataclasses import dataclass
 
 from mutune.model.shape import tensor_specs
-from mutune.scaling.arithmetic import (
-    activation_bytes,
-    matmul_parameter_count,
-    parameter_count,
-    state_bytes,
-    train_flops_per_token,
-)
-from mutune.training.config import LoopConfig, RunSpec, StageConfig, stage_ends
+from mutune.parametrization.plan import TensorSpec
+from mutune.scaling.arithmetic import matmul_parameter_count, parameter_count, state_bytes, train_flops_per_token
+from mutune.scaling.memory import DecoderSize, ForwardPass, Memory, Sharding, decoder_size, peak_memory
+from mutune.training.config import LoopConfig, ParallelConfig, RunSpec, StageConfig, stage_ends
 from mutune.training.schedule import multiplier
+
+COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}
+ALONE = ParallelConfig()
 
 
 @dataclass(frozen=True)
 class StagePrice:
-    """One stage: tokens it predicts, and its training FLOPs."""
+    """One stage: tokens it predicts, their training FLOPs, and what a process holds at most."""
 
     tokens: int
     flops: int
+    memory: Memory
+
+    @property
+    def flops_per_token(self) -> float:
+        """Forward and backward."""
+        return self.flops / self.tokens
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,12 @@ class Price:
     Attributes:
         parameters: trainable parameters, the tied table once.
         tensors: distinct trainable tensors.
-        stages: tokens and FLOPs of each stage.
-        state_bytes: weights, gradients and Adam's moments, fp32, on one device.
-        activation_bytes: estimate of what one forward pass keeps, fp32, at the stage that needs most.
+        stages: each stage by itself.
     """
 
     parameters: int
     tensors: int
     stages: list[StagePrice]
-    state_bytes: int
-    activation_bytes: int
 
     @property
     def tokens(self) -> int:
@@ -53,9 +54,14 @@ class Price:
         return sum(stage.flops for stage in self.stages)
 
     @property
+    def memory(self) -> Memory:
+        """What a process holds in the stage that needs most."""
+        return max((stage.memory for stage in self.stages), key=lambda memory: memory.total)
+
+    @property
     def bytes(self) -> int:
-        """Memory of one device that trains alone."""
-        return self.state_bytes + self.activation_bytes
+        """Memory of a process at its peak."""
+        return self.memory.total
 
 
 @dataclass(frozen=True)
@@ -76,37 +82,68 @@ class Timing:
     memory: int = 0
 
 
-def price(spec: RunSpec) -> Price:
-    """Count a run's parameters, tokens, FLOPs and memory."""
+def price(
+    spec: RunSpec,
+    parallel: ParallelConfig = ALONE,
+    processes: int = 1,
+    attention: str | None = None,
+    *,
+    heap: bool = False,
+) -> Price:
+    """Count a run's parameters, tokens, FLOPs and the memory of each of its processes.
+
+    Args:
+        attention: as `ForwardPass` has it; None is the loop's.
+        heap: as `peak_memory` has it: whether the memory is that of a process on a CPU.
+    """
     shape, vocab = spec.model, spec.tokenizer.num_ids
     specs = tensor_specs(shape, vocab)
-    matrices = matmul_parameter_count(specs)
+    size, matrices = size_of(spec, specs), matmul_parameter_count(specs)
+    sharding = Sharding(processes, parallel.replicas, parallel.reshard)
 
-    def flops(stage: StageConfig) -> int:
+    def of(stage: StageConfig) -> StagePrice:
         per_token = train_flops_per_token(
             matrices, vocab_size=vocab, width=shape.width, depth=shape.depth, context_length=stage.context_length
         )
-        return per_token * stage.tokens
+        memory = peak_memory(size, forward_pass(spec, stage, parallel, processes, attention), sharding, heap=heap)
+        return StagePrice(stage.tokens, per_token * stage.tokens, memory)
 
-    def activations(stage: StageConfig) -> int:
-        return activation_bytes(
-            sequences=min(spec.loop.micro_sequences or stage.batch_sequences, stage.batch_sequences),
-            context_length=stage.context_length,
-            width=shape.width,
-            ffn_width=shape.ffn,
-            depth=shape.depth,
-            heads=shape.heads,
-            vocab_size=vocab,
-        )
+    return Price(parameter_count(specs), len(specs), [of(stage) for stage in spec.stages])
 
-    parameters = parameter_count(specs)
-    return Price(
-        parameters=parameters,
-        tensors=len(specs),
-        stages=[StagePrice(stage.tokens, flops(stage)) for stage in spec.stages],
-        state_bytes=state_bytes(parameters),
-        activation_bytes=max(activations(stage) for stage in spec.stages),
+
+def size_of(spec: RunSpec, specs: list[TensorSpec] | None = None) -> DecoderSize:
+    """What of a run's model decides its memory."""
+    shape = spec.model
+    return decoder_size(
+        tensor_specs(shape, spec.tokenizer.num_ids) if specs is None else specs,
+        width=shape.width,
+        ffn_width=shape.ffn,
+        heads=shape.heads,
+        depth=shape.depth,
+        gated=shape.activation == "swiglu",
+        alibi=shape.positions == "alibi",
     )
+
+
+def forward_pass(
+    spec: RunSpec, stage: StageConfig, parallel: ParallelConfig, processes: int, attention: str | None = None
+) -> ForwardPass:
+    """What one of so many processes computes at a time in a stage."""
+    loop, share = spec.loop.settled(), sequences_of(stage, processes)
+    at_once = min(parallel.micro_sequences or spec.loop.micro_sequences or share, share)
+    return ForwardPass(
+        sequences=at_once,
+        context_length=stage.context_length,
+        compute_bytes=COMPUTE_BYTES[str(loop.dtype)],
+        attention=attention or str(loop.attention),
+        recomputed=parallel.activation_checkpointing,
+        accumulates=at_once < share,
+    )
+
+
+def sequences_of(stage: StageConfig, processes: int) -> int:
+    """Sequences per step of the process that has most."""
+    return -(-stage.batch_sequences // processes)
 
 
 def price_table(name: str, spec: RunSpec) -> str:
@@ -125,8 +162,8 @@ def price_table(name: str, spec: RunSpec) -> str:
         )
     lines += [
         f"total      {spec.num_steps:,} steps, {cost.tokens:,} tokens, {cost.flops:.3e} FLOPs",
-        f"memory     {_gib(cost.state_bytes)} for weights, gradients and Adam's moments (fp32, one device) and about "
-        f"{_gib(cost.activation_bytes)} of activations per forward pass",
+        f"memory     {_gib(state_bytes(cost.parameters))} for weights, gradients and Adam's moments (fp32, one device) "
+        f"and at most about {_gib(cost.bytes)} with activations and what comes and goes",
         *_schedule_lines(spec),
     ]
     return "\n".join(lines)

@@ -189,7 +189,11 @@ class Run:
 
     @property
     def _micro_sequences(self) -> int:
-        return self.spec.loop.micro_sequences or max(stage.batch_sequences for stage in self.spec.stages)
+        return (
+            self.parallel.micro_sequences
+            or self.spec.loop.micro_sequences
+            or max(stage.batch_sequences for stage in self.spec.stages)
+        )
 
     def _rate(self) -> Callable[[int], float]:
         return multiplier(self.spec.schedule, self.spec.num_steps, stage_ends(self.spec.stages))

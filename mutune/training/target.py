@@ -17,6 +17,7 @@ from mutune.training.loop import Record
 from mutune.training.result import CHECKPOINTS, METRICS
 from mutune.training.run import Run
 from mutune.training.saving import Saver
+from mutune.training.throughput import Throughput
 from mutune.training.watch import Watch
 
 ALARMS = "alarms.jsonl"
@@ -37,6 +38,8 @@ class Target:
         kept: of the steps that have a checkpoint, in order, those that stay.
         background: whether training goes on while a checkpoint is written.
         say: prints a line that stays.
+        measure: (step, cost so far) → what adds speed, memory and cost to the records from there on.
+        cost: of the run so far, where a price is known.
     """
 
     run: Run
@@ -47,6 +50,9 @@ class Target:
     kept: Callable[[list[int]], list[int]]
     background: bool
     say: Callable[[str], None]
+    measure: Callable[[int, float], Throughput]
+    cost: float = 0.0
+    throughput: Throughput = field(init=False)
     _saver: Saver = field(init=False)
     _watch: Watch = field(init=False)
 
@@ -72,12 +78,14 @@ class Target:
     def _stretch(self, start: int, stop: Callable[[], bool]) -> Generator[Record, None, int | None]:
         """From there on; returns the step to go back to, or None where the run is over or stopped."""
         ends = [end for end, _ in stage_ends(self.run.spec.stages)]
-        self._watch = self.run.watch(self.guard)
+        self._watch, self.throughput = self.run.watch(self.guard), self.measure(start, self.cost)
         with self._written(METRICS) as lines:
             for record in self.run.records(start):
                 alarms = self._watch.observe(record)
                 action = self.guard.decide(alarms)
                 step, stopped = record["step"], self.run.world.any(stop())
+                record |= self.throughput.of(record)
+                self.cost = record.get("cost", 0.0)
                 lines.write(json.dumps(record) + "\n")
                 self._tell(alarms, action)
                 self._saver.poll()

@@ -4,7 +4,6 @@ import pytest
 
 from mutune.model.shape import ModelConfig, tensor_specs
 from mutune.scaling.arithmetic import (
-    activation_bytes,
     forward_flops_per_token,
     matmul_parameter_count,
     parameter_count,
@@ -68,10 +67,3 @@ def test_flops_per_token_of_the_cerebras_proxy() -> None:
 
 def test_training_state_is_sixteen_bytes_per_parameter() -> None:
     assert state_bytes(2_646_255_744) == 42_340_091_904
-
-
-def test_activations_of_a_toy_follow_the_documented_formula() -> None:
-    # 2·8 tokens: 3 blocks · (8·4 + 4·10) = 216 and 3·50 = 150 each; the ALiBi bias 2·8² = 128; four bytes a number
-    assert activation_bytes(
-        sequences=2, context_length=8, width=4, ffn_width=10, depth=3, heads=2, vocab_size=50
-    ) == 4 * (16 * 216 + 16 * 150 + 128)

@@ -17,6 +17,7 @@ from mutune.training.alarms import GuardConfig
 from mutune.training.config import LoopConfig, StageConfig
 from mutune.training.run import Run
 from mutune.training.target import Paused, Target
+from mutune.training.throughput import Rates, Throughput
 from tests.training.guarded import CPU, guard_of
 
 BAD = range(80, 84)  # batches whose text is random tokens
@@ -29,6 +30,10 @@ SPEC = replace(
     stages=(StageConfig(context_length=32, batch_sequences=8, num_steps=120),),
     loop=LoopConfig(heldout_windows=4, audit_every=0),
 )
+
+
+def measured(step: int, cost: float) -> Throughput:
+    return Throughput(SPEC, "cpu", Rates(), start_step=step, cost=cost)
 
 
 def damaged(loader: WindowLoader) -> np.ndarray:
@@ -65,7 +70,9 @@ def trained(folder: Path, policy: str, damage: bool) -> Told:
     run, guard = Run(SPEC, CPU), guard_of(SPEC, GuardConfig(policy=policy))
     if damage:
         run.loader.corpora[MAIN] = damaged(run.loader)
-    target = Target(run, folder, guard, {}, EVERY, lambda steps: steps, background=False, say=lambda text: None)
+    target = Target(
+        run, folder, guard, {}, EVERY, lambda steps: steps, background=False, say=lambda text: None, measure=measured
+    )
     try:
         for _ in target.records(0, lambda: False):
             pass
@@ -100,7 +107,15 @@ def test_a_run_that_was_rolled_back_and_killed_goes_on_to_the_same_end(tmp_path:
     guard.load_state_dict(found.meta["guard"])
     (tmp_path / "rest").mkdir()
     rest = Target(
-        run, tmp_path / "rest", guard, {}, EVERY, lambda steps: steps, background=False, say=lambda text: None
+        run,
+        tmp_path / "rest",
+        guard,
+        {},
+        EVERY,
+        lambda steps: steps,
+        background=False,
+        say=lambda text: None,
+        measure=measured,
     )
     assert [record["loss"] for record in rest.records(100, lambda: False)] == list(whole.losses().values())[100:]
 

@@ -1,0 +1,126 @@
+"""What a run costs on named hardware, and the largest micro-batch that fits it."""
+
+from dataclasses import replace
+
+import pytest
+
+from mutune.certificate.config import TargetConfig
+from mutune.compose import compose
+from mutune.config import TransferConfig
+from mutune.data.config import DataConfig
+from mutune.errors import Refusal
+from mutune.model.shape import BaseConfig
+from mutune.parametrization.hyperparameters import BaseHyperparameters
+from mutune.parametrization.rules import ParametrizationConfig
+from mutune.scaling.hardware import ACCELERATORS
+from mutune.training.config import ParallelConfig, RunSpec
+from mutune.training.quote import (
+    balanced,
+    estimate,
+    lacking,
+    largest,
+    largest_that_fits,
+    machine,
+    one_for_all,
+    quote,
+    quote_table,
+)
+from mutune.training.schedule import ScheduleConfig
+
+EIGHT = machine("h100-sxm", dtype="bfloat16", gpus=8, mfu=0.5)
+
+
+def btlm(dtype: str = "bfloat16") -> RunSpec:
+    target: TargetConfig = compose("transfer", TransferConfig, ["target=btlm_3b", f"target.loop.dtype={dtype}"]).target
+    assert target.tokenizer is not None
+    return RunSpec(
+        model=target.model,
+        data=DataConfig(),
+        tokenizer=target.tokenizer,
+        parametrization=ParametrizationConfig(table="btlm"),
+        base=BaseConfig(width=256, depth=32, ffn_width=682.6),
+        hyperparameters=BaseHyperparameters(),
+        schedule=target.schedule or ScheduleConfig(),
+        stages=target.run_stages(),
+        loop=target.loop,
+    )
+
+
+def test_btlm_on_eight_h100s_takes_its_flops_over_what_they_do() -> None:
+    first, second = quote(btlm(), ParallelConfig(), EIGHT)
+    per_second = 8 * 0.5 * ACCELERATORS["h100-sxm"].bf16_flops
+    assert first.tokens_per_second == pytest.approx(per_second / 17_883_724_800)  # FLOPs per token, context 2,048
+    assert second.tokens_per_second == pytest.approx(per_second / 23_923_522_560)  # and 8,192
+    assert (first.price.tokens, second.price.tokens) == (470_785_720_320, 156_928_573_440)
+    assert first.seconds + second.seconds == pytest.approx(1.21736865e22 / per_second, rel=5e-9)
+
+
+def test_the_words_have_steps_days_money_and_every_component() -> None:
+    lines = quote_table(btlm(), ParallelConfig(activation_checkpointing="full"), EIGHT).splitlines()
+    hours = 1.21736865e22 / (0.5 * ACCELERATORS["h100-sxm"].bf16_flops) / 3600
+    days, money = hours / 24 / 8, 2.5 * hours
+    assert lines[-1] == f"costs      159,636 steps, {days:.1f} days, {hours:,.1f} GPU hours, {money:,.2f} USD"
+    assert lines[0].startswith("hardware   8 × h100-sxm: 989.4 TFLOP/s in bfloat16 and 80 GB each, 2.50 USD per hour;")
+    parts = [line for line in lines if line.startswith(" " * 11)]
+    columns = [[float(line.split()[-2 + i].replace(",", "")) for line in parts[:-1]] for i in (0, 1)]
+    for numbers in columns:
+        assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.06)
+    assert parts[-1].split()[-2:] == ["yes", "yes"]
+
+
+def test_float32_is_priced_by_the_peak_of_float32() -> None:
+    slow = machine("h100-sxm", dtype="float32", gpus=8, mfu=0.5)
+    ratio = (
+        quote(btlm("float32"), ParallelConfig(), slow)[0].seconds / quote(btlm(), ParallelConfig(), EIGHT)[0].seconds
+    )
+    assert ratio == pytest.approx(989.4 / 67)
+
+
+def test_what_is_set_by_hand_replaces_the_table() -> None:
+    on = machine("h100-sxm", dtype="bfloat16", gpus=1, mfu=0.4, peak_flops=1e15, memory_gb=64, gpu_hour=7)
+    assert (on.peak_flops, on.memory_bytes, on.gpu_hour, on.flops) == (1e15, 64e9, 7, 4e14)
+
+
+def test_a_run_that_does_not_fit_is_told_what_would_help() -> None:
+    spec, lone = btlm(), replace(EIGHT, gpus=1)
+    said = lacking(spec, ParallelConfig(), lone)
+    assert said is not None
+    assert "hardware=h100-sxm has 73.6 GB to fill and stage 2 needs" in said
+    assert "parallel.activation_checkpointing=selective" in said
+    assert lacking(spec, ParallelConfig(activation_checkpointing="full"), EIGHT) is None
+
+
+@pytest.mark.parametrize("recomputed", ["none", "selective", "full"])
+def test_the_largest_micro_batch_fits_and_one_more_does_not(recomputed: str) -> None:
+    spec, parallel = btlm(), ParallelConfig(activation_checkpointing=recomputed)
+    for stage, found in enumerate(largest_that_fits(spec, parallel, EIGHT)):
+        share = spec.stages[stage].batch_sequences // 8
+        assert 1 <= found < share
+        assert estimate(spec, parallel, stage, found, 8) <= EIGHT.usable_bytes
+        passes = -(-share // found)
+        fewer = -(-share // (passes - 1))  # the least that would need one pass less
+        assert estimate(spec, parallel, stage, fewer, 8) > EIGHT.usable_bytes
+
+
+@pytest.mark.parametrize("most", range(21))
+def test_halving_finds_what_counting_finds(most: int) -> None:
+    asked: list[int] = []
+    assert largest(20, lambda n: asked.append(n) or n <= most) == most  # type: ignore[func-returns-value]
+    assert len(asked) <= 5
+
+
+def test_parts_are_of_equal_size() -> None:
+    assert [balanced(n, 20) for n in (1, 7, 9, 10, 19, 20)] == [1, 7, 7, 10, 10, 20]
+
+
+def test_one_number_serves_all_stages() -> None:
+    assert one_for_all([8, 2], [240, 60]) == 2
+    assert one_for_all([16, 4], [16, 4]) == 16  # both take all they have
+    assert one_for_all([5, 4], [16, 4]) == 5
+
+
+def test_a_batch_that_cannot_be_spread_is_refused() -> None:
+    with pytest.raises(Refusal, match=r"^gpus=512 is more than the 480 sequences of a step; for example gpus=480\.$"):
+        quote(btlm(), ParallelConfig(), replace(EIGHT, gpus=512))
+    with pytest.raises(Refusal, match=r"^parallel\.replicas=3 does not divide gpus=8"):
+        quote(btlm(), ParallelConfig(replicas=3), EIGHT)
