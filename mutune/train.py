@@ -28,6 +28,7 @@ from mutune.progress import ProgressLine, clock
 from mutune.training.config import RunSpec
 from mutune.training.price import price, price_table
 from mutune.training.quote import Machine, lacking, largest_table, machine, quote_table
+from mutune.training.writers import require_writers
 
 PREDICTION = "prediction.json"
 FIRST_STEPS = 4  # after which it is known how long the run will take
@@ -46,6 +47,7 @@ def work(config: TrainConfig) -> int:
     """Check everything, then train to the end."""
     if config.transfer is None:
         raise Refusal("transfer= is missing; for example transfer=runs/transfer/proxy--small/transfer.yaml.")
+    require_writers(config.writers)
     transfer = build(TransferFile, read_yaml(Path(config.transfer), "transfer file"))
     spec = transfer.spec(config.seed)
     transfer.check_seal()
