@@ -64,6 +64,7 @@ def work(config: TrainConfig) -> int:
     """Check everything, then train to the end."""
     if config.transfer is None:
         raise Refusal("transfer= is missing; for example transfer=runs/transfer/proxy--small/transfer.yaml.")
+    require_writers(config.writers)
     transfer = build(TransferFile, read_yaml(Path(config.transfer), "transfer file"))
     spec = transfer.spec(config.seed)
     transfer.check_seal()
@@ -355,9 +356,8 @@ def _run_to_end(
     every = config.checkpoint_every or max(1, total // 20)
     kept = _kept(config, [end for end, _ in stage_ends(run.spec.stages)])
     with closing(ProgressLine()) as line, StopRequest(patient=is_launched()) as stop, ExitStack() as opened:
-        writers = (
-            open_writers(config.writers, directory, directory.name, run.spec.as_dict(), start) if world.is_first else []
-        )
+        asked = config.writers if world.is_first else []
+        writers = open_writers(asked, directory, directory.name, run.spec.as_dict(), start)
         for writer in writers:
             opened.callback(writer.close)
 
@@ -450,11 +450,15 @@ def _progress(name: str, record: "Record", total: int, elapsed: float, throughpu
     speed += [f"MFU {record['mfu']:.0%}"] if "mfu" in record else []
     speed += [f"cost {record['cost']:,.2f}"] if "cost" in record else []
     left = throughput.seconds_left
-    told = [*speed, f"{clock(elapsed)} elapsed", *([f"about {clock(left)} left"] if left is not None else [])]
-    return (
-        f"{name} step {record['step']:,}/{total:,} · loss {record['loss']:.4f} · lr {record['lr']:.3g} · "
-        + " · ".join(told)
-    )
+    told = [
+        f"{name} step {record['step']:,}/{total:,}",
+        f"loss {record['loss']:.4f}",
+        f"lr {record['lr']:.3g}",
+        *speed,
+        f"{clock(elapsed)} elapsed",
+        *([f"about {clock(left)} left"] if left is not None else []),
+    ]
+    return " · ".join(told)
 
 
 def _diverged(record: "Record", checkpoints: Path) -> str:

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from mutune.model.alibi import AlibiScores, alibi_slopes, causal_bias, flex
 from mutune.model.shape import ModelConfig
 from mutune.parametrization.multiplier import Multiplier
+from mutune.scaling.memory import LOGITS_AT_ONCE
 
 LAYER_NORM_EPS = 1e-5
-MAX_LOGITS = 2**26  # that exist at once: 256 MiB in float32
+MAX_LOGITS = LOGITS_AT_ONCE
 #: What attention adds to its logits: (H, T, T) or (1, T, T), or for FlexAttention the rule.
 Bias = Tensor | AlibiScores
 
@@ -55,7 +56,7 @@ class Decoder(nn.Module):
         self.ln_f = LayerNorm(shape.width, eps=LAYER_NORM_EPS)
         self.output_multiplier = Multiplier("output", multipliers["output"])
         self.lm_head = None if shape.tied else nn.Linear(shape.width, vocab_size, bias=False)
-        self._flex = attention == "flex"
+        self._flex, self._fused = attention == "flex", attention == "sdpa"
         self._bias_cache: dict[tuple[int, torch.device, torch.dtype], Bias] = {}
 
     def forward(self, ids_BT: Tensor) -> Tensor:
@@ -97,7 +98,9 @@ class Decoder(nn.Module):
                 raise ValueError(f"context {time} exceeds model.max_positions={self.shape.max_positions}")
             x_BTD = x_BTD + self.wpe.weight[:time]
         x_BTD = self.embedding_multiplier(x_BTD)
-        bias = self._attention_bias(time, x_BTD.device, x_BTD.dtype)
+        low = self._fused and torch.is_autocast_enabled(x_BTD.device.type)  # else each block would cast it for itself
+        dtype = torch.get_autocast_dtype(x_BTD.device.type) if low else x_BTD.dtype
+        bias = self._attention_bias(time, x_BTD.device, dtype)
         for block in self.h:
             x_BTD = block(x_BTD, bias)
         hidden_BTD: Tensor = self.output_multiplier(self.ln_f(x_BTD))

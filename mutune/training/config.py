@@ -114,6 +114,12 @@ class LoopConfig:
             if getattr(self, name) is not None:
                 require_number(f"loop.{name}", getattr(self, name), at_least=1, example=example, whole=True)
 
+    def attention_on(self, device: str) -> str:
+        """How attention is computed on that kind of device where nothing was measured; on GPUs by rule, since the
+        biases of a long context would not fit.
+        """
+        return self.attention or ("flex" if device.startswith("cuda") else ATTENTIONS[0])
+
     def settled(self) -> "LoopConfig":
         """With what is left open as it is where nothing was measured."""
         return replace(

@@ -41,7 +41,7 @@ def _fit_stage(spec: RunSpec, parallel: ParallelConfig, stage: int, where: str) 
         return stage_bytes(spec, parallel, stage, sequences, where)
 
     def measure(sequences: int) -> int | None:
-        return measure_step(spec, stage, sequences, where)
+        return measure_step(spec, stage, sequences, where, parallel)
 
     sequences, measured = search(share, have, estimate, measure)
     return Fit(sequences, share, estimate(max(1, sequences)), measured, have)

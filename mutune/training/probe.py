@@ -15,8 +15,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mutune.training.config import RunSpec, StageConfig
+from mutune.training.config import ParallelConfig, RunSpec, StageConfig
 from mutune.training.device import used_memory
+from mutune.training.price import ALONE
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,15 @@ GIVEN_BACK = 2**18  # bytes of a tensor from which on it is given back, where no
 FIRST_TO_GO = "1000"  # of Linux's oom_score_adj
 
 
-def measure_step(spec: RunSpec, stage: int, sequences: int, device: str, *, heap: bool = True) -> int | None:
+def measure_step(
+    spec: RunSpec,
+    stage: int,
+    sequences: int,
+    device: str,
+    parallel: ParallelConfig = ALONE,
+    *,
+    heap: bool = True,
+) -> int | None:
     """Peak bytes of training steps of `spec` in its `stage`, with so many sequences per forward pass.
 
     On a CPU it is what the process grows by (its peak resident size less that before there was a model), on a GPU what
@@ -39,7 +48,7 @@ def measure_step(spec: RunSpec, stage: int, sequences: int, device: str, *, heap
         heap: whether a CPU's memory comes from a heap that keeps what is freed, as a run's does (`keep_memory`); else
             large tensors are given back at once, and what is measured is what is alive.
     """
-    found: int | None = apart(_peak, spec, stage, sequences, device, heap)
+    found: int | None = apart(_peak, spec, stage, sequences, device, parallel, heap)
     return found
 
 
@@ -77,7 +86,7 @@ def _work(pipe: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]
         pipe.send((True, None) if is_memory else (False, error))
 
 
-def _peak(spec: RunSpec, stage: int, sequences: int, name: str, heap: bool) -> int:
+def _peak(spec: RunSpec, stage: int, sequences: int, name: str, parallel: ParallelConfig, heap: bool) -> int:
     import torch
 
     device = torch.device(name)
@@ -86,9 +95,9 @@ def _peak(spec: RunSpec, stage: int, sequences: int, name: str, heap: bool) -> i
     if device.type == "cpu":
         _set_heap(heap, 4 * spec.tokenizer.num_ids * sequences * part.context_length)
     small = replace(spec.model, width=REHEARSAL, depth=1, num_heads=1, head_size=REHEARSAL, ffn_width=REHEARSAL)
-    _train(replace(spec, model=small), REHEARSAL, StageConfig(REHEARSAL, 2, STEPS), 1, device)  # loads libraries
+    _train(replace(spec, model=small), REHEARSAL, StageConfig(REHEARSAL, 2, STEPS), 1, device, parallel)  # loads all
     before, _ = used_memory(device.type)
-    _train(spec, spec.tokenizer.num_ids, part, sequences, device)
+    _train(spec, spec.tokenizer.num_ids, part, sequences, device, parallel)
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
     return used_memory(device.type)[1] - before
@@ -103,7 +112,14 @@ def _set_heap(heap: bool, logits_bytes: int) -> None:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, GIVEN_BACK)
 
 
-def _train(spec: RunSpec, vocab_size: int, stage: StageConfig, sequences: int, device: "torch.device") -> None:
+def _train(
+    spec: RunSpec,
+    vocab_size: int,
+    stage: StageConfig,
+    sequences: int,
+    device: "torch.device",
+    parallel: ParallelConfig,
+) -> None:
     """A few steps as a run makes them, on random tokens."""
     import torch
 
@@ -111,11 +127,13 @@ def _train(spec: RunSpec, vocab_size: int, stage: StageConfig, sequences: int, d
     from mutune.parametrization.apply import make_optimizer
     from mutune.training.execution import loss_functions
     from mutune.training.loop import train
+    from mutune.training.recompute import contexts
 
-    loop = spec.loop.settled()
+    loop, loop_attention = spec.loop.settled(), spec.loop.attention_on(device.type)
     plan = spec.plan(vocab_size)
     sites = {site: row.value for site, row in plan.multipliers.items()}
-    model = Decoder(spec.model, vocab_size, sites, str(loop.attention)).to(device)
+    recompute = contexts(parallel.activation_checkpointing)
+    model = Decoder(spec.model, vocab_size, sites, loop_attention, recompute).to(device)
     loss, _ = loss_functions(model, loop)
     optimizer = make_optimizer(model, plan, betas=(spec.hyperparameters.beta1, spec.hyperparameters.beta2))
     batch = min(stage.batch_sequences, 2 * sequences)  # two forward passes, where a step has more than one

@@ -81,11 +81,6 @@ def machine(
     )
 
 
-def attention_on_gpus(spec: RunSpec) -> str:
-    """How attention is computed there, as `ForwardPass` has it: the fused kernel needs no bias of T²."""
-    return "explicit" if spec.loop.attention == "explicit" else "flex"
-
-
 def quote(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> list[StageQuote]:
     """What each stage takes on a machine.
 
@@ -93,7 +88,7 @@ def quote(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> list[StageQuo
         Refusal: the batch or the replicas cannot be spread over so many GPUs.
     """
     check_spread(spec, parallel, on.gpus)
-    attention = attention_on_gpus(spec)
+    attention = spec.loop.attention_on("cuda")
     parts = price(spec, parallel, on.gpus, attention).stages
     at_once = [forward_pass(spec, stage, parallel, on.gpus, attention).sequences for stage in spec.stages]
     return [StageQuote(part, sequences, part.flops / on.flops) for part, sequences in zip(parts, at_once, strict=True)]
@@ -128,7 +123,7 @@ def largest_that_fits(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> l
 def estimate(spec: RunSpec, parallel: ParallelConfig, stage: int, sequences: int, gpus: int) -> int:
     """Bytes of a GPU in a stage, with so many sequences per forward pass."""
     given = replace(parallel, micro_sequences=sequences)
-    run = forward_pass(spec, spec.stages[stage], given, gpus, attention_on_gpus(spec))
+    run = forward_pass(spec, spec.stages[stage], given, gpus, spec.loop.attention_on("cuda"))
     return peak_memory(size_of(spec), run, Sharding(gpus, parallel.replicas, parallel.reshard)).total
 
 

@@ -102,7 +102,7 @@ class Run:
         loop = spec.loop.settled()
         if device.type == "cpu":
             keep_memory(4 * self.corpus.vocab_size * max(self._micro_sequences * s.context_length for s in spec.stages))
-        attention = spec.loop.attention or ("flex" if device.type == "cuda" else "sdpa")
+        attention = spec.loop.attention_on(device.type)
         recompute = contexts(parallel.activation_checkpointing)
 
         def build() -> Decoder:
@@ -189,11 +189,8 @@ class Run:
 
     @property
     def _micro_sequences(self) -> int:
-        return (
-            self.parallel.micro_sequences
-            or self.spec.loop.micro_sequences
-            or max(stage.batch_sequences for stage in self.spec.stages)
-        )
+        chosen = self.parallel.micro_sequences or self.spec.loop.micro_sequences
+        return chosen or max(stage.batch_sequences for stage in self.spec.stages)
 
     def _rate(self) -> Callable[[int], float]:
         return multiplier(self.spec.schedule, self.spec.num_steps, stage_ends(self.spec.stages))
@@ -228,7 +225,8 @@ class Run:
 
     def _heldout(self, context_length: int) -> Heldout:
         windows = heldout_windows(self.corpus.heldout, context_length, self.spec.loop.heldout_windows)
-        return Heldout(windows, self.corpus.tokenizer.token_bytes)
+        chosen = self.parallel.micro_sequences or self.spec.loop.micro_sequences or Heldout.chunk
+        return Heldout(windows, self.corpus.tokenizer.token_bytes, min(Heldout.chunk, chosen))
 
 
 def second_opinion_of(spec: RunSpec, plan: Plan) -> list[Finding]:

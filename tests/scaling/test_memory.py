@@ -105,8 +105,9 @@ def test_eight_shards_hold_an_eighth_of_the_state_and_two_replicas_of_four_a_qua
 
 def test_blocks_that_stay_gathered_cost_their_weights() -> None:
     run, size = ForwardPass(1, 2048, 2, "flex"), btlm()
-    kept, dropped = (at_loss(size, run, Sharding(8, reshard=reshard)).gathered for reshard in (False, True))
-    assert kept - dropped == 2 * 32 * size.block
+    kept, dropped = (list(moments_of_a_step(size, run, Sharding(8, reshard=reshard))) for reshard in (False, True))
+    assert kept[0].gathered - dropped[0].gathered == 2 * 32 * size.block  # at the loss, none
+    assert kept[1].gathered - dropped[1].gathered == 2 * 30 * size.block  # in a backward pass, two
 
 
 def test_a_chunked_loss_never_holds_more_than_its_chunk() -> None:

@@ -21,10 +21,11 @@ def device(per_sequence: int, asked: list[int], limit: int) -> Callable[[int], i
     return measure
 
 
+@pytest.mark.parametrize("limit", [1000, 10**6])  # where memory runs out: as soon as it is not free, or not at all
 @pytest.mark.parametrize("really", [5, 8, 10, 13, 20])
-def test_what_is_found_was_measured_to_fit_whatever_the_estimate_said(really: int) -> None:
+def test_what_is_found_was_measured_to_fit_whatever_the_estimate_said(really: int, limit: int) -> None:
     asked: list[int] = []
-    found, took = search(1000, 1000, lambda n: 100 + 10 * n, device(really, asked, 1000))
+    found, took = search(1000, 1000, lambda n: 100 + 10 * n, device(really, asked, limit))
     assert found in asked
     assert took == 100 + really * found <= 1000
     best = 900 // really
