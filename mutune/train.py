@@ -24,26 +24,21 @@ from mutune.certificate.config import TransferFile
 from mutune.compose import build, plain
 from mutune.config import TrainConfig
 from mutune.door import OK, ProcessLost, StopRequest, WorkFailed, drawn, enter, nothing_written
-from mutune.errors import Refusal, require
+from mutune.errors import Refusal
 from mutune.files import read_yaml, require_writable, write_json, write_text
-from mutune.folders import check_claim, claim, differences, locked
+from mutune.folders import check_claim, claim, locked
 from mutune.parametrization.finding import AuditError
-from mutune.progress import ProgressLine, clock
+from mutune.progress import ProgressLine
 from mutune.search.workers import default_workers
 from mutune.training.config import RunSpec, stage_ends
 from mutune.training.launched import is_launched, processes, share
-from mutune.training.price import price, price_table
+from mutune.training.price import price_table
 from mutune.training.quote import Machine, lacking, largest_table, machine, quote_table
 from mutune.training.result import CHECKPOINTS, METRICS, PREDICTION, smoothing
 from mutune.training.throughput import Throughput, rates
 from mutune.training.writers import open_writers, require_writers
-from mutune.versions import versions
 
 FIRST_STEPS = 4  # after which it is known how long the run will take
-INFORMATION = {"versions"}  # what a checkpoint tells, and a run need not agree in
-#: And what a branch has of its own: `leave` compared the run.
-OF_A_BRANCH = {"run", "certificate", "branch"}
-MAX_SAID = 120
 DRAW_SECONDS = 60.0  # between drawings of a run that is under way
 STARTED = time.monotonic()
 
@@ -199,58 +194,32 @@ def _train(
     import torch
 
     from mutune.training.distribution import is_loss_of_a_process
+    from mutune.training.resume import begin, cost_of, identity, restore
     from mutune.training.run import Run, describe
+    from mutune.training.sentences import lost, opening
 
     torch.set_num_threads(config.threads or spec.loop.threads or share(default_workers()))
-    start, records = world.together(lambda: _begin(config, directory, spec, world, branch))
+    start, records = world.together(lambda: begin(directory, config.resume, spec.num_steps, world, branch))
     run = Run(spec, world.device, world if is_launched() else None, config.parallel)
-    meta = _identity(run, transfer) | ({"branch": branch.identity()} if branch else {})
-    guard = _guard(config, spec, transfer)
-    world.together(lambda: _restore(directory, start, run, meta, branch, guard))
+    meta, guard = identity(run, transfer.verdict, transfer.seal, branch), _guard(config, spec, transfer)
+    notes = world.together(lambda: restore(directory, start, run, meta, branch, guard))
     if world.is_first:
         describe(directory, run, note)
         if transfer.prediction is not None:
             write_json(directory / PREDICTION, {"prediction": plain(transfer.prediction)})  # for the figures on the way
         write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
-        print(_opening(directory, run, start), *_branching(branch), sep="\n", file=sys.stderr)
+        print(opening(directory, run, start), *_branching(branch), *notes, sep="\n", file=sys.stderr)
     try:
         if start < spec.num_steps:
-            _run_to_end(config, run, directory, start, meta, guard, _cost(records))
+            _run_to_end(config, run, directory, start, meta, guard, cost_of(records))
     except AuditError as error:
         raise WorkFailed(str(error)) from error
     except RuntimeError as error:
         if world.size == 1 or not is_loss_of_a_process(error):
             raise
-        raise ProcessLost(_lost(directory, error)) from error
+        raise ProcessLost(lost(directory, error)) from error
     if world.is_first:
         _close(config, directory, transfer)
-
-
-def _cost(records: list[str]) -> float:
-    """What the run had cost by the last of these records."""
-    return float(json.loads(records[-1]).get("cost", 0.0)) if records else 0.0
-
-
-def _begin(
-    config: TrainConfig, directory: Path, spec: RunSpec, world: "World", branch: "Branch | None"
-) -> tuple[int, list[str]]:
-    """The step to go on from, and the lines of the records up to it, as the first process finds them."""
-    from mutune.training.checkpoint import choose
-
-    start, records, refusal = 0, list[str](), None
-    if world.is_first:
-        try:
-            start = choose(directory / CHECKPOINTS, config.resume)
-            path = directory / METRICS
-            if branch and not start:
-                start, path = branch.step, branch.records
-            records = _records_until(path, start, finished=start == spec.num_steps)
-        except Refusal as error:
-            refusal = error
-    start, refusal = world.share((start, refusal))
-    if refusal:
-        raise refusal
-    return start, records
 
 
 def _guard(config: TrainConfig, spec: RunSpec, transfer: TransferFile) -> "Guard":
@@ -265,53 +234,6 @@ def _guard(config: TrainConfig, spec: RunSpec, transfer: TransferFile) -> "Guard
         band_steps=smoothing(spec.num_steps),
         dtypes={"products": spec.loop.settled().dtype or ""},
     )
-
-
-def _restore(
-    directory: Path, start: int, run: "Run", meta: dict[str, Any], branch: "Branch | None", guard: "Guard"
-) -> None:
-    from mutune.training.checkpoint import check_meta, read, restore
-
-    if start:
-        own = directory / CHECKPOINTS / str(start)
-        begins = branch is not None and not own.is_dir()
-        found = branch.checkpoint if branch and begins else read(own)
-        mixed = begins and any(stage.data for stage in run.spec.stages)  # whose texts need not be those of the trunk
-        compared = meta.keys() - INFORMATION - (OF_A_BRANCH if begins else set()) - ({"data_hash"} if mixed else set())
-        check_meta(found, run.plan, {key: value for key, value in meta.items() if key in compared})
-        restore(found, run.model, run.optimizer)
-        if "guard" in found.meta:
-            guard.load_state_dict(found.meta["guard"])
-        written_by = found.meta.get("versions", versions())
-        if run.world.is_first and written_by != versions():
-            changed = "; ".join(differences(written_by, versions()))
-            print(f"note       the checkpoint was written by other code ({changed})", file=sys.stderr)
-
-
-def _identity(run: "Run", transfer: TransferFile) -> dict[str, Any]:
-    """What a checkpoint and the run that goes on from it must agree in, besides the plan; and what it tells."""
-    return {
-        "run": run.spec.as_dict(),
-        "data_hash": run.corpora.content_hash,
-        "tokenizer_hash": run.corpus.tokenizer.content_hash,
-        "certificate": {"verdict": transfer.verdict, "seal": transfer.seal},
-        "versions": versions(),
-    }
-
-
-def _opening(directory: Path, run: "Run", start: int) -> str:
-    import torch
-
-    total, where, world = run.spec.num_steps, run.world.device, run.world
-    how = (
-        f"resuming   {directory.name} at step {start:,} of {total:,}"
-        if start
-        else f"training   {directory.name}: {price(run.spec).parameters:,} parameters, {total:,} steps"
-    )
-    threads = torch.get_num_threads()
-    on = f"{threads} thread{'s' if threads > 1 else ''}" if where.type == "cpu" else str(where)
-    on = f"{world.size} processes, each by {on}" if world.size > 1 else on
-    return f"{how}, by {on} → {directory}/"
 
 
 def _close(config: TrainConfig, directory: Path, transfer: TransferFile) -> None:
@@ -350,6 +272,7 @@ def _run_to_end(
     config: TrainConfig, run: "Run", directory: Path, start: int, meta: dict[str, Any], guard: "Guard", cost: float
 ) -> None:
     from mutune.reporting.figures import draw_train
+    from mutune.training.sentences import diverged, progress
     from mutune.training.target import Paused, Target
 
     total, world = run.spec.num_steps, run.world
@@ -380,7 +303,7 @@ def _run_to_end(
                     writer.write(record)
                 told = step % every == 0 or step == start + FIRST_STEPS
                 if world.is_first:
-                    line.show(_progress(directory.name, record, total, line.elapsed, target.throughput), change=told)
+                    line.show(progress(directory.name, record, total, line.elapsed, target.throughput), change=told)
                     if step % every == 0 and line.elapsed - seen > DRAW_SECONDS:
                         drawn(lambda: draw_train(directory))
                         seen = line.elapsed
@@ -388,7 +311,7 @@ def _run_to_end(
             raise WorkFailed(str(paused)) from paused
         assert record is not None, "there was a step to train"
         if record["diverged"]:
-            raise WorkFailed(_diverged(record, directory / CHECKPOINTS))
+            raise WorkFailed(diverged(record, directory / CHECKPOINTS))
         if record["step"] < total:
             _stop(stop, config, record["step"], world)
 
@@ -416,19 +339,6 @@ def _in_background(config: TrainConfig, run: "Run") -> bool:
     return run.world.device.type == "cuda" if wanted is None else wanted
 
 
-def _lost(directory: Path, error: RuntimeError) -> str:
-    """What to say where another process of the run is gone."""
-    from mutune.training.checkpoint import list_steps
-
-    steps = list_steps(directory / CHECKPOINTS)
-    saved = f"its newest checkpoint is of step {max(steps):,}" if steps else "it had saved no checkpoint yet"
-    said = str(error).strip().splitlines()[0][:MAX_SAID]
-    return (
-        f"another process of {directory.name} is gone ({said}); {saved}, from which the same command goes on, with as "
-        "many processes or others; torchrun's report says which it was and why."
-    )
-
-
 def _throughput(config: TrainConfig, run: "Run") -> Callable[[int, float], Throughput]:
     """(step, cost so far) → what measures the records from there on."""
     known = rates(
@@ -443,57 +353,6 @@ def _throughput(config: TrainConfig, run: "Run") -> Callable[[int, float], Throu
         return Throughput(run.spec, str(run.world.device), known, processes=run.world.size, start_step=step, cost=cost)
 
     return measure
-
-
-def _progress(name: str, record: "Record", total: int, elapsed: float, throughput: Throughput) -> str:
-    speed = [f"{record['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in record else []
-    speed += [f"MFU {record['mfu']:.0%}"] if "mfu" in record else []
-    speed += [f"cost {record['cost']:,.2f}"] if "cost" in record else []
-    left = throughput.seconds_left
-    told = [
-        f"{name} step {record['step']:,}/{total:,}",
-        f"loss {record['loss']:.4f}",
-        f"lr {record['lr']:.3g}",
-        *speed,
-        f"{clock(elapsed)} elapsed",
-        *([f"about {clock(left)} left"] if left is not None else []),
-    ]
-    return " · ".join(told)
-
-
-def _diverged(record: "Record", checkpoints: Path) -> str:
-    """What to say of a run that diverged, and which checkpoint is from before it."""
-    from mutune.training.checkpoint import list_steps
-
-    step = record["step"]
-    good = [saved for saved in list_steps(checkpoints) if saved < step - 1]  # the loss is that of step - 1 updates
-    kept = f"the newest checkpoint before it is {checkpoints}/{max(good)}" if good else "no checkpoint is before it"
-    return (
-        f"the run diverged at step {step:,} (loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}); "
-        f"{kept}."
-    )
-
-
-def _records_until(path: Path, step: int, finished: bool) -> list[str]:
-    """The lines of the records of steps 1 to `step`, where a checkpoint was taken.
-
-    Raises:
-        Refusal: one of them is missing or damaged, or the last has no held-out loss though the run is finished.
-    """
-    lines = path.read_text(errors="replace").splitlines(keepends=True)[:step] if path.is_file() else []
-    last = {}
-    for number in range(1, step + 1):
-        try:
-            last = json.loads(lines[number - 1])
-            whole = last["step"] == number and (not finished or number < step or "heldout_loss" in last)
-        except (IndexError, ValueError, TypeError, KeyError):
-            whole = False
-        require(
-            whole,
-            f"{path} lacks the whole record of step {number:,}, though there is a checkpoint of step {step:,}; restore "
-            f"that file, or train again under another name=NAME.",
-        )
-    return lines
 
 
 if __name__ == "__main__":

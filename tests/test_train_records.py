@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mutune.errors import Refusal
-from mutune.train import _diverged, _records_until
+from mutune.training.resume import _records_until
+from mutune.training.sentences import diverged
 
 
 def write(path: Path, steps: int) -> list[str]:
@@ -57,10 +58,10 @@ def test_a_finished_run_must_have_been_measured(tmp_path: Path) -> None:
     assert len(_records_until(path, 7, finished=False)) == 7
 
 
-def test_a_diverged_run_names_no_checkpoint_of_the_weights_that_diverged(tmp_path: Path) -> None:
+def test_a_diverged_run_names_no_checkpoint_of_the_weights_thatdiverged(tmp_path: Path) -> None:
     record = {"step": 10, "loss": 99.0, "grad_norm": 1.0}
-    assert "no checkpoint is before it" in _diverged(record, tmp_path / "none")
+    assert "no checkpoint is before it" in diverged(record, tmp_path / "none")
     (tmp_path / "9").mkdir()  # nine updates made the loss of record 10
-    assert "no checkpoint is before it" in _diverged(record, tmp_path)
+    assert "no checkpoint is before it" in diverged(record, tmp_path)
     (tmp_path / "8").mkdir()
-    assert _diverged(record, tmp_path).endswith(f"the newest checkpoint before it is {tmp_path}/8.")
+    assert diverged(record, tmp_path).endswith(f"the newest checkpoint before it is {tmp_path}/8.")

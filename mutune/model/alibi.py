@@ -38,18 +38,23 @@ class AlibiScores:
 
     Attributes:
         slopes_H: float32; zeros for a model without ALiBi.
-        mask: causal.
+        mask: causal, and where documents are told apart within them.
     """
 
     slopes_H: Tensor
     mask: "BlockMask"
 
     @staticmethod
-    def make(slopes_H: list[float], time: int, device: torch.device) -> "AlibiScores":
-        """For sequences of `time` tokens."""
+    def make(
+        slopes_H: list[float], time: int, device: torch.device, document_BT: Tensor | None = None
+    ) -> "AlibiScores":
+        """For sequences of `time` tokens, or for these, whose tokens see their own document alone."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        mask = create_block_mask(_is_past, B=None, H=None, Q_LEN=time, KV_LEN=time, device=str(device))
+        visible, sequences = _is_past, None
+        if document_BT is not None:
+            visible, sequences = _is_past_within(document_BT), len(document_BT)
+        mask = create_block_mask(visible, B=sequences, H=None, Q_LEN=time, KV_LEN=time, device=str(device))
         return AlibiScores(torch.tensor(slopes_H, device=device), mask)
 
     def score(self, score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -77,3 +82,10 @@ def _kernel(device: str) -> Callable[..., Any]:
 
 def _is_past(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return query >= key
+
+
+def _is_past_within(document_BT: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_BT[batch, query] == document_BT[batch, key])
+
+    return visible

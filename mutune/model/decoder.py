@@ -5,6 +5,7 @@ Source of every line: the published model code as transcribed in its port (pre-L
 the head, ALiBi added after scaling and before the softmax).
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from mutune.scaling.memory import LOGITS_AT_ONCE
 
 LAYER_NORM_EPS = 1e-5
 MAX_LOGITS = LOGITS_AT_ONCE
-#: What attention adds to its logits: (H, T, T) or (1, T, T), or for FlexAttention the rule.
+#: What attention adds to its logits: (H, T, T) or (1, T, T), with documents (B, H, T, T), or for FlexAttention the rule.
 Bias = Tensor | AlibiScores
 
 
@@ -33,6 +34,8 @@ class Decoder(nn.Module):
         multipliers: site → value, as in a plan's `multipliers` table.
         attention: `sdpa`, torch's fused kernel; `explicit`, which is written out; or on GPUs `flex`, FlexAttention,
             which never makes the T² biases.
+        document_end: the token that ends a document, where attention is to stay within documents; None lets it see all
+            that comes before, also of other documents.
         recompute: None, or the contexts of `torch.utils.checkpoint` in which each block's forward pass is done again
             for its backward pass.
 
@@ -46,9 +49,10 @@ class Decoder(nn.Module):
         multipliers: Mapping[str, float],
         attention: str = "sdpa",
         recompute: Callable[[], tuple[Any, Any]] | None = None,
+        document_end: int | None = None,
     ) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.document_end = shape, document_end
         self.embedding_multiplier = Multiplier("embedding", multipliers["embedding"])
         self.wte = nn.Embedding(vocab_size, shape.width)
         self.wpe = nn.Embedding(shape.max_positions, shape.width) if shape.positions == "learned" else None
@@ -100,22 +104,39 @@ class Decoder(nn.Module):
         x_BTD = self.embedding_multiplier(x_BTD)
         low = self._fused and torch.is_autocast_enabled(x_BTD.device.type)  # else each block would cast it for itself
         dtype = torch.get_autocast_dtype(x_BTD.device.type) if low else x_BTD.dtype
-        bias = self._attention_bias(time, x_BTD.device, dtype)
+        if self.document_end is None:
+            bias = self._attention_bias(time, x_BTD.device, dtype)
+        else:
+            ends_BT = ids_BT == self.document_end
+            bias = self._bias_within(ends_BT.cumsum(1) - ends_BT.long(), dtype)  # the end belongs to what it ends
         for block in self.h:
             x_BTD = block(x_BTD, bias)
         hidden_BTD: Tensor = self.output_multiplier(self.ln_f(x_BTD))
         return hidden_BTD
+
+    def _bias_within(self, document_BT: Tensor, dtype: torch.dtype) -> Bias:
+        """The same, and what hides tokens of other documents."""
+        time, device = document_BT.shape[1], document_BT.device
+        if self._flex:
+            return AlibiScores.make(self._slopes_H, time, device, document_BT)
+        bias_HTT = self._attention_bias(time, device, dtype)
+        assert isinstance(bias_HTT, Tensor)
+        other_BTT = document_BT[:, :, None] != document_BT[:, None, :]
+        return bias_HTT[None].masked_fill(other_BTT[:, None], -math.inf)
+
+    @property
+    def _slopes_H(self) -> list[float]:
+        return alibi_slopes(self.shape.heads) if self.shape.positions == "alibi" else [0.0]
 
     def _attention_bias(self, time: int, device: torch.device, dtype: torch.dtype) -> Bias:
         """Causal mask plus ALiBi; kept for the last context length only."""
         key = (time, device, dtype)
         if key not in self._bias_cache:
             self._bias_cache.clear()
-            slopes_H = alibi_slopes(self.shape.heads) if self.shape.positions == "alibi" else [0.0]
             if self._flex:
-                self._bias_cache[key] = AlibiScores.make(slopes_H, time, device)
+                self._bias_cache[key] = AlibiScores.make(self._slopes_H, time, device)
             else:
-                self._bias_cache[key] = causal_bias(slopes_H, time, device=device, dtype=dtype)
+                self._bias_cache[key] = causal_bias(self._slopes_H, time, device=device, dtype=dtype)
         return self._bias_cache[key]
 
 
@@ -170,8 +191,10 @@ class Attention(nn.Module):
         if isinstance(bias, AlibiScores):
             out_BHTK = flex(q_BHTK, k_BHTK, v_BHTK, bias)
         elif self.attention == "sdpa":
-            bias_1HTT = bias[None]  # four dimensions: with three, torch's CPU kernel falls back to a slower path
-            out_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=bias_1HTT, scale=1.0)
+            bias = (
+                bias[None] if bias.dim() == 3 else bias
+            )  # with three dimensions torch's CPU kernel takes a slower path
+            out_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=bias, scale=1.0)
         else:
             out_BHTK = (q_BHTK @ k_BHTK.transpose(-2, -1) + bias).softmax(-1) @ v_BHTK
         return self.c_proj(out_BHTK.transpose(1, 2).flatten(-2))

@@ -86,6 +86,8 @@ class LoopConfig:
         compile: whether the model is compiled; null is what a sweep measures to pay, elsewhere false.
         threads: CPU threads of a run; null is what a sweep measures to pay where cores would idle, elsewhere 1;
             a target takes all cores.
+        document_mask: whether attention stays within documents; null lets tokens see those of the documents before, as
+            BTLM's did.
     """
 
     clip_norm: float = 1.0
@@ -98,6 +100,7 @@ class LoopConfig:
     attention: str | None = None
     compile: bool | None = None
     threads: int | None = None
+    document_mask: bool | None = later()
 
     def __post_init__(self) -> None:
         for name, known in (("dtype", DTYPES), ("attention", ATTENTIONS)):

@@ -106,7 +106,8 @@ class Run:
         recompute = contexts(parallel.activation_checkpointing)
 
         def build() -> Decoder:
-            return Decoder(spec.model, self.corpus.vocab_size, sites, attention, recompute)
+            end = self.corpus.tokenizer.eot if spec.loop.document_mask else None
+            return Decoder(spec.model, self.corpus.vocab_size, sites, attention, recompute, end)
 
         if world is None:
             self.model = build().to(device)

@@ -93,6 +93,23 @@ def test_attention_by_rule_is_attention_by_biases(heads: int, positions: str) ->
     assert not torch.allclose(wanted[:, 0], wanted[:, -1])
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("attention", ["sdpa", "explicit", "flex"])
+def test_with_a_document_mask_each_document_is_read_as_if_it_stood_alone(attention: str) -> None:
+    shape, end = ModelConfig(width=32, depth=2, num_heads=2), 7
+    torch.manual_seed(0)
+    masked, plain = (Decoder(shape, VOCAB, SITES, attention, None, token) for token in (end, None))
+    masked.load_state_dict(plain.state_dict())
+    one, other, rest = torch.tensor([1, 2, 3, end]), torch.tensor([4, 5, end]), torch.tensor([9, 8, 6, 5, 1])
+    with torch.no_grad():
+        together = masked(torch.stack([torch.cat([one, other, rest]), torch.cat([rest, one, other])]))
+        alone = [plain(document[None])[0] for document in (one, other, rest)]
+        seen = plain(torch.cat([one, other, rest])[None])[0]
+    torch.testing.assert_close(together[0], torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(seen[4:], together[0, 4:], rtol=1e-3)
+    torch.testing.assert_close(together[1, 9:], alone[1], rtol=1e-4, atol=1e-5)  # `rest` has no end, so `one` is of it
+
+
 # ------------------------------------------------------------------------------------------------------ computed again
 class Products(TorchDispatchMode):
     """Counts products of matrices, and attentions."""

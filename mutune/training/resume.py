@@ -1,0 +1,107 @@
+"""Where a target's run goes on: the checkpoint, the records up to it, and whether they are of this run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mutune.errors import Refusal, require
+from mutune.folders import differences
+from mutune.training import checkpoint
+from mutune.training.branch import Branch
+from mutune.training.guard import Guard
+from mutune.training.result import CHECKPOINTS, METRICS
+from mutune.training.run import Run
+from mutune.training.world import World
+from mutune.versions import versions
+
+INFORMATION = {"versions"}  # what a checkpoint tells, and a run need not agree in
+#: And what a branch has of its own: `leave` compared the run.
+OF_A_BRANCH = {"run", "certificate", "branch"}
+
+
+def identity(run: Run, verdict: str, seal: str, branch: Branch | None) -> dict[str, Any]:
+    """What a checkpoint and the run that goes on from it must agree in, besides the plan; and what it tells."""
+    return {
+        "run": run.spec.as_dict(),
+        "data_hash": run.corpora.content_hash,
+        "tokenizer_hash": run.corpus.tokenizer.content_hash,
+        "certificate": {"verdict": verdict, "seal": seal},
+        "versions": versions(),
+        **({"branch": branch.identity()} if branch else {}),
+    }
+
+
+def begin(
+    directory: Path, resume: int | None, num_steps: int, world: World, branch: Branch | None
+) -> tuple[int, list[str]]:
+    """The step to go on from, and the lines of the records up to it, as the first process finds them.
+
+    Args:
+        resume: the step of the checkpoint that is wanted; None takes the newest.
+        branch: where the run begins if it has no checkpoint of its own.
+    """
+    start, records, refusal = 0, list[str](), None
+    if world.is_first:
+        try:
+            start = checkpoint.choose(directory / CHECKPOINTS, resume)
+            path = directory / METRICS
+            if branch and not start:
+                start, path = branch.step, branch.records
+            records = _records_until(path, start, finished=start == num_steps)
+        except Refusal as error:
+            refusal = error
+    start, refusal = world.share((start, refusal))
+    if refusal:
+        raise refusal
+    return start, records
+
+
+def restore(
+    directory: Path, start: int, run: Run, meta: dict[str, Any], branch: Branch | None, guard: Guard
+) -> list[str]:
+    """Load the state of step `start`, where there is one; returns what is to be said of it.
+
+    Raises:
+        Refusal: it is damaged, or of another run.
+    """
+    if not start:
+        return []
+    own = directory / CHECKPOINTS / str(start)
+    begins = branch is not None and not own.is_dir()
+    found = branch.checkpoint if branch and begins else checkpoint.read(own)
+    mixed = begins and any(stage.data for stage in run.spec.stages)  # whose texts need not be those of the trunk
+    compared = meta.keys() - INFORMATION - (OF_A_BRANCH if begins else set()) - ({"data_hash"} if mixed else set())
+    checkpoint.check_meta(found, run.plan, {key: value for key, value in meta.items() if key in compared})
+    checkpoint.restore(found, run.model, run.optimizer)
+    if "guard" in found.meta:
+        guard.load_state_dict(found.meta["guard"])
+    written_by = found.meta.get("versions", versions())
+    changed = "; ".join(differences(written_by, versions()))
+    return [f"note       the checkpoint was written by other code ({changed})"] if changed else []
+
+
+def _records_until(path: Path, step: int, finished: bool) -> list[str]:
+    """The lines of the records of steps 1 to `step`, where a checkpoint was taken.
+
+    Raises:
+        Refusal: one of them is missing or damaged, or the last has no held-out loss though the run is finished.
+    """
+    lines = path.read_text(errors="replace").splitlines(keepends=True)[:step] if path.is_file() else []
+    last = {}
+    for number in range(1, step + 1):
+        try:
+            last = json.loads(lines[number - 1])
+            whole = last["step"] == number and (not finished or number < step or "heldout_loss" in last)
+        except (IndexError, ValueError, TypeError, KeyError):
+            whole = False
+        require(
+            whole,
+            f"{path} lacks the whole record of step {number:,}, though there is a checkpoint of step {step:,}; restore "
+            f"that file, or train again under another name=NAME.",
+        )
+    return lines
+
+
+def cost_of(records: list[str]) -> float:
+    """What the run had cost by the last of these records."""
+    return float(json.loads(records[-1]).get("cost", 0.0)) if records else 0.0

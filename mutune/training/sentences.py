@@ -1,0 +1,68 @@
+"""What a target's run says of itself while it is under way."""
+
+from pathlib import Path
+
+import torch
+
+from mutune.progress import clock
+from mutune.training.checkpoint import list_steps
+from mutune.training.loop import Record
+from mutune.training.price import price
+from mutune.training.result import CHECKPOINTS
+from mutune.training.run import Run
+from mutune.training.throughput import Throughput
+
+MAX_SAID = 120  # characters of what a backend says
+
+
+def opening(directory: Path, run: Run, start: int) -> str:
+    """What is about to be trained, and by what."""
+    total, where, world = run.spec.num_steps, run.world.device, run.world
+    how = (
+        f"resuming   {directory.name} at step {start:,} of {total:,}"
+        if start
+        else f"training   {directory.name}: {price(run.spec).parameters:,} parameters, {total:,} steps"
+    )
+    threads = torch.get_num_threads()
+    on = f"{threads} thread{'s' if threads > 1 else ''}" if where.type == "cpu" else str(where)
+    on = f"{world.size} processes, each by {on}" if world.size > 1 else on
+    return f"{how}, by {on} → {directory}/"
+
+
+def progress(name: str, record: Record, total: int, elapsed: float, throughput: Throughput) -> str:
+    """The line of progress after a step."""
+    speed = [f"{record['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in record else []
+    speed += [f"MFU {record['mfu']:.0%}"] if "mfu" in record else []
+    speed += [f"cost {record['cost']:,.2f}"] if "cost" in record else []
+    left = throughput.seconds_left
+    told = [
+        f"{name} step {record['step']:,}/{total:,}",
+        f"loss {record['loss']:.4f}",
+        f"lr {record['lr']:.3g}",
+        *speed,
+        f"{clock(elapsed)} elapsed",
+        *([f"about {clock(left)} left"] if left is not None else []),
+    ]
+    return " · ".join(told)
+
+
+def diverged(record: Record, checkpoints: Path) -> str:
+    """What to say of a run that diverged, and which checkpoint is from before it."""
+    step = record["step"]
+    good = [saved for saved in list_steps(checkpoints) if saved < step - 1]  # the loss is that of step - 1 updates
+    kept = f"the newest checkpoint before it is {checkpoints}/{max(good)}" if good else "no checkpoint is before it"
+    return (
+        f"the run diverged at step {step:,} (loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}); "
+        f"{kept}."
+    )
+
+
+def lost(directory: Path, error: RuntimeError) -> str:
+    """What to say where another process of the run is gone."""
+    steps = list_steps(directory / CHECKPOINTS)
+    saved = f"its newest checkpoint is of step {max(steps):,}" if steps else "it had saved no checkpoint yet"
+    said = str(error).strip().splitlines()[0][:MAX_SAID]
+    return (
+        f"another process of {directory.name} is gone ({said}); {saved}, from which the same command goes on, with as "
+        "many processes or others; torchrun's report says which it was and why."
+    )
