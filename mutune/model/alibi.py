@@ -51,9 +51,8 @@ class AlibiScores:
         """For sequences of `time` tokens, or for these, whose tokens see their own document alone."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        visible, sequences = _is_past, None
-        if document_BT is not None:
-            visible, sequences = _is_past_within(document_BT), len(document_BT)
+        visible = _is_past if document_BT is None else _is_past_within(document_BT)
+        sequences = None if document_BT is None else len(document_BT)
         mask = create_block_mask(visible, B=sequences, H=None, Q_LEN=time, KV_LEN=time, device=str(device))
         return AlibiScores(torch.tensor(slopes_H, device=device), mask)
 

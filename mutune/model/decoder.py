@@ -21,7 +21,7 @@ from mutune.scaling.memory import LOGITS_AT_ONCE
 
 LAYER_NORM_EPS = 1e-5
 MAX_LOGITS = LOGITS_AT_ONCE
-#: What attention adds to its logits: (H, T, T) or (1, T, T), with documents (B, H, T, T), or for FlexAttention the rule.
+#: What attention adds to its logits: (H, T, T) or (1, T, T), with documents (B, H, T, T); for FlexAttention the rule.
 Bias = Tensor | AlibiScores
 
 
