@@ -191,9 +191,7 @@ class Attention(nn.Module):
         if isinstance(bias, AlibiScores):
             out_BHTK = flex(q_BHTK, k_BHTK, v_BHTK, bias)
         elif self.attention == "sdpa":
-            bias = (
-                bias[None] if bias.dim() == 3 else bias
-            )  # with three dimensions torch's CPU kernel takes a slower path
+            bias = bias[None] if bias.dim() == 3 else bias  # with three, torch's CPU kernel falls back to a slower path
             out_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=bias, scale=1.0)
         else:
             out_BHTK = (q_BHTK @ k_BHTK.transpose(-2, -1) + bias).softmax(-1) @ v_BHTK
