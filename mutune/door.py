@@ -16,12 +16,12 @@ from mutune.compose import compose
 from mutune.config import DoorConfig
 from mutune.errors import Refusal, require
 from mutune.help import help_text
-from mutune.training.launched import speaks
+from mutune.training.launched import rank, speaks
 
 T = TypeVar("T", bound="DoorConfig")
 
 CACHED = "tokenized text in the cache"
-SILENCE = 3.0  # seconds that a process which does not speak stays: torchrun ends all once the first has ended
+SILENCE = 3.0  # seconds in which the first process speaks for all
 OK, FAILED, REFUSED, NOT_GO, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
 
 
@@ -119,12 +119,15 @@ def enter(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence
 
 
 def _end(door: str, sentence: object, code: int) -> int:
-    """The last sentence, once for all processes of a run; returns the code."""
+    """The last sentence; returns the code. Of what all processes of a run have to say the first says it, and with its
+    end torchrun ends them all; what one alone has to say it says once the first has had its time.
+    """
     if speaks(for_lost=isinstance(sentence, ProcessLost)):
         print(f"mutune.{door}: {sentence}", file=sys.stderr)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SILENCE)
+        print(f"mutune.{door}, process {rank()}: {sentence}", file=sys.stderr)
     return code
 
 

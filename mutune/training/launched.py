@@ -8,6 +8,11 @@ def is_launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ
 
 
+def rank() -> int:
+    """Which of them this is; 0 where there is one."""
+    return int(os.environ["RANK"]) if is_launched() else 0
+
+
 def processes() -> tuple[int, int]:
     """How many processes torchrun started, on all hosts and on this one."""
     return (int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])) if is_launched() else (1, 1)

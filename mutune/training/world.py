@@ -61,20 +61,21 @@ class World:
         """What `work` returns here, once it has succeeded everywhere.
 
         Raises:
-            Refusal: the first process's that has one, to all of them.
+            Refusal, OSError: the first process's that has one, to all of them.
         """
         if self.size == 1:
             return work()
-        result, refusal = None, None
+        result, failure = None, None
         try:
             result = work()
-        except Refusal as error:
-            refusal = str(error)
-        refusals: list[str | None] = [None] * self.size
-        dist.all_gather_object(refusals, refusal)
-        for rank, found in enumerate(refusals):
+        except (Refusal, OSError) as error:
+            failure = type(error) if isinstance(error, Refusal) else OSError, str(error)
+        failures: list[tuple[type[Exception], str] | None] = [None] * self.size
+        dist.all_gather_object(failures, failure)
+        for rank, found in enumerate(failures):
             if found is not None:
-                raise Refusal(found if rank == 0 else f"{found.rstrip('.')} (process {rank} of {self.size}).")
+                kind, said = found
+                raise kind(said if rank == 0 else f"{said.rstrip('.')} (process {rank} of {self.size}).")
         return cast(T, result)
 
 

@@ -1,4 +1,4 @@
-"""What one of several processes does in a test: `torchrun tests/training/processes.py FOLDER`. Not a test itself.
+"""What one of several processes does in a test: `torchrun -m tests.training.processes FOLDER`. Not a test itself.
 
 Every process trains one small run in several ways; the first writes what came out to `FOLDER/<processes>.json`.
 """
@@ -22,6 +22,7 @@ from mutune.training.loop import Record
 from mutune.training.run import Run
 from mutune.training.saving import Saver
 from mutune.training.world import World, whole
+from tests.training.test_rollback import trained as trained_under_guard
 
 STEPS, SAVED = 30, 15
 SPEC = replace(
@@ -94,6 +95,8 @@ def main(folder: Path) -> None:
         if world.size < 4:
             found["from_4"] = continued(world, folder / "of_4")
         if world.size == 2:
+            told = trained_under_guard(folder / "rolled_back", "rollback", damage=True, world=world)
+            found["rolled_back"] = {"skips": [[skip.from_step, skip.num_skipped] for skip in told.skips]}
             for name, way in WAYS.items():
                 found[name] = {"losses": losses(Run(SPEC, world.device, world, way), until=5)}
         if world.size == 4:

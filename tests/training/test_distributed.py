@@ -18,6 +18,8 @@ from mutune.training.run import Run
 from mutune.training.world import World, alone
 from tests.doors import ROOT
 from tests.training.processes import LOW, SAVED, SPEC, STEPS, WAYS, digest, losses
+from tests.training.test_rollback import Told
+from tests.training.test_rollback import trained as trained_under_guard
 
 CPU = torch.device("cpu")
 CLOSE = 1e-5  # nats: what the order of sums may change over the run, in float32
@@ -39,7 +41,7 @@ def found(folder: Path) -> dict[int, dict[str, Any]]:
     """What so many processes found, four of them first."""
     results = {}
     for processes in (4, 2, 1):
-        done = torchrun(processes, str(ROOT / "tests/training/processes.py"), str(folder))
+        done = torchrun(processes, "-m", "tests.training.processes", str(folder))
         assert done.returncode == 0, done.stderr
         results[processes] = json.loads((folder / f"{processes}.json").read_text())
     return results
@@ -109,6 +111,16 @@ def test_a_sharded_run_in_bfloat16_is_that_of_autocast(found: dict[int, dict[str
     low = losses(Run(LOW, CPU), until=5)
     assert furthest(low, plain["losses"][:5]) > 1e-5  # it does round
     assert furthest(found[1]["bfloat16"]["losses"], low) < LOW_CLOSE
+
+
+def test_processes_go_back_together_and_leave_out_the_same_batches(
+    found: dict[int, dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    alone = trained_under_guard(tmp_path, "rollback", damage=True)
+    assert found[2]["rolled_back"]["skips"] == [[skip.from_step, skip.num_skipped] for skip in alone.skips] != []
+    together = Told(folder / "rolled_back", alone.skips)
+    assert together.actions() == alone.actions()
+    assert furthest(list(together.losses().values()), list(alone.losses().values())) < 10 * CLOSE
 
 
 def test_a_lost_or_cut_shard_is_named_before_anything_is_loaded(found: dict[int, dict[str, Any]], folder: Path) -> None:

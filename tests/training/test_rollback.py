@@ -18,6 +18,7 @@ from mutune.training.config import LoopConfig, StageConfig
 from mutune.training.run import Run
 from mutune.training.target import Paused, Target
 from mutune.training.throughput import Rates, Throughput
+from mutune.training.world import World
 from tests.training.guarded import CPU, guard_of
 
 BAD = range(80, 84)  # batches whose text is random tokens
@@ -64,10 +65,10 @@ class Told:
         return [json.loads(line)["action"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def trained(folder: Path, policy: str, damage: bool) -> Told:
-    """Train to the end, or until it is paused, with a checkpoint every `EVERY` steps."""
+def trained(folder: Path, policy: str, damage: bool, world: World | None = None) -> Told:
+    """Train to the end, or until paused, with a checkpoint every `EVERY` steps; so does each of a `world`."""
     folder.mkdir(exist_ok=True)
-    run, guard = Run(SPEC, CPU), guard_of(SPEC, GuardConfig(policy=policy))
+    run, guard = Run(SPEC, CPU, world), guard_of(SPEC, GuardConfig(policy=policy))
     if damage:
         run.loader.corpora[MAIN] = damaged(run.loader)
     target = Target(
