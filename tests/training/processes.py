@@ -5,6 +5,7 @@ Every process trains one small run in several ways; the first writes what came o
 
 import hashlib
 import json
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,26 @@ def continued(world: World, root: Path, spec: RunSpec = SPEC) -> dict[str, Any]:
     return {"losses": losses(run, SAVED), "final": digest(run.model)}
 
 
+def on_a_full_disk(world: World, root: Path, background: bool) -> dict[str, Any]:
+    """What a save says, and leaves, where the second process can write no more than a kilobyte."""
+    run = Run(SPEC, world.device, world)
+    losses(run, until=1)
+    saver = Saver(root, world, run.plan, lambda steps: steps, background=background)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = ""
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        saver.save(1, run.model, run.optimizer, {})
+        saver.finish()
+    except OSError as error:
+        said = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    world.wait()
+    return {"said": said, "left": sorted(path.name for path in root.iterdir())}
+
+
 def main(folder: Path) -> None:
     """Do it all, and write what came out."""
     torch.set_num_threads(1)
@@ -97,6 +118,8 @@ def main(folder: Path) -> None:
         if world.size == 2:
             told = trained_under_guard(folder / "rolled_back", "rollback", damage=True, world=world)
             found["rolled_back"] = {"skips": [[skip.from_step, skip.num_skipped] for skip in told.skips]}
+            for background in (False, True):
+                found[f"full_{background}"] = on_a_full_disk(world, folder / "of_2", background)
             for name, way in WAYS.items():
                 found[name] = {"losses": losses(Run(SPEC, world.device, world, way), until=5)}
         if world.size == 4:

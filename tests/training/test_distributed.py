@@ -113,6 +113,15 @@ def test_a_sharded_run_in_bfloat16_is_that_of_autocast(found: dict[int, dict[str
     assert furthest(found[1]["bfloat16"]["losses"], low) < LOW_CLOSE
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_where_one_process_cannot_write_the_save_fails_for_all_and_leaves_what_was_there(
+    background: bool, found: dict[int, dict[str, Any]]
+) -> None:
+    full = found[2][f"full_{background}"]
+    assert "process 1 could not write its part of a checkpoint" in full["said"]
+    assert full["left"] == [str(SAVED)]
+
+
 def test_processes_go_back_together_and_leave_out_the_same_batches(
     found: dict[int, dict[str, Any]], folder: Path, tmp_path: Path
 ) -> None:
