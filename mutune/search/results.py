@@ -7,7 +7,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from mutune.compose import build, plain
+from mutune.compose import build, written
 from mutune.errors import Refusal
 from mutune.files import read_yaml, write_yaml
 from mutune.folders import CONFIG
@@ -96,7 +96,7 @@ def write_best(
         confirmed=list(confirmed),
     )
     unit = "" if values.heldout_bits_per_byte is None else "; losses in nats per token"
-    write_yaml(directory / BEST, plain(values), f"base hyperparameters of the best finished trial{unit}")
+    write_yaml(directory / BEST, written(values), f"base hyperparameters of the best finished trial{unit}")
 
 
 def read_best(directory: Path) -> BestValues:
