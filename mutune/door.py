@@ -37,7 +37,12 @@ def nothing_written(but: str, lack: Refusal | None = None) -> str:
 
 
 class WorkFailed(Exception):
-    """The work itself failed in a known way; the message says what happened and what to do. Exit code 1."""
+    """The work itself failed in a known way; the message says what happened and what to do. Exit code 1.
+
+    All processes of a run raise it, where there are several.
+    """
+
+    shared = True
 
 
 class ProcessLost(WorkFailed):
@@ -120,10 +125,14 @@ def enter(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence
 
 def _end(door: str, sentence: object, code: int) -> int:
     """The last sentence; returns the code. Of what all processes of a run have to say the first says it, and with its
-    end torchrun ends them all; what one alone has to say it says once the first has had its time.
+    end torchrun ends them all; what one alone has to say it says, where it is not known once the first has had its
+    time.
     """
+    alone = getattr(sentence, "shared", True) is False and not isinstance(sentence, ProcessLost)
     if speaks(for_lost=isinstance(sentence, ProcessLost)):
         print(f"mutune.{door}: {sentence}", file=sys.stderr)
+    elif alone:
+        print(f"mutune.{door}, process {rank()}: {sentence}", file=sys.stderr, flush=True)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SILENCE)

@@ -64,27 +64,32 @@ def work(config: TrainConfig) -> int:
     spec = transfer.spec(config.seed)
     transfer.check_seal()
     name = config.name or transfer.target.name
-    branch = None
+    directory, origin = Path(config.out) / "train" / name, None
     if config.branch_from:
-        from mutune.training.branch import leave
+        from mutune.training.branch import branch
 
-        branch = leave(Path(config.branch_from), spec)
-        spec = branch.spec
+        origin = branch(Path(config.branch_from), spec, directory / CHECKPOINTS)
+        spec = origin.spec
     if config.fit:
         print(price_table(name, spec), _fit(config, spec), sep="\n")
         return OK
     if config.dry_run:
-        print(price_table(name, spec), *_branching(branch), _priced(config, spec), sep="\n")
+        print(price_table(name, spec), *_branching(origin), _priced(config, spec), sep="\n")
         return OK
     if lack := _memory(config, spec):
         raise lack
     require_writers(config.writers)
-    from mutune.training.distribution import joined
+    from mutune.training.distribution import is_loss_of_a_process, joined
+    from mutune.training.sentences import lost
 
     with joined(config.device) as world, ExitStack() as held:
-        directory = Path(config.out) / "train" / name
-        note = world.together(lambda: _claimed(config, transfer, spec, directory, world, held, branch))
-        _train(config, spec, directory, note, transfer, world, branch)
+        try:
+            note = world.together(lambda: _claimed(config, transfer, spec, directory, world, held, origin))
+            _train(config, spec, directory, note, transfer, world, origin)
+        except RuntimeError as error:
+            if world.size == 1 or not is_loss_of_a_process(error):
+                raise
+            raise ProcessLost(lost(directory, error)) from error
     return OK
 
 
@@ -92,10 +97,12 @@ def _branching(branch: "Branch | None") -> list[str]:
     """Where a branch leaves its trunk, and what that does to the rate."""
     if branch is None:
         return []
-    before, after = (branch.spec.hyperparameters.learning_rate * factor for factor in branch.rates())
+    if not branch.rates:
+        return [f"branch     from step {branch.step:,} of a run that no longer has that checkpoint"]
+    before, after = (branch.spec.hyperparameters.learning_rate * factor for factor in branch.rates)
     left = branch.spec.num_steps - branch.step
     return [
-        f"branch     from step {branch.step:,} of {branch.checkpoint.path.parents[1]}/, {left:,} steps are left; the "
+        f"branch     from step {branch.step:,} of {branch.trunk}/, {left:,} steps are left; the "
         f"base learning rate goes from {before:.4g} to {after:.4g} there"
     ]
 
@@ -117,7 +124,7 @@ def _claimed(
 
     require_even([stage.batch_sequences for stage in spec.stages], world, config.parallel)
     inputs = {"run": spec.as_dict(), "data_hash": _check_data(transfer, spec), "verdict": transfer.verdict}
-    inputs |= {"branch": branch.identity()} if branch else {}
+    inputs |= {"branch": branch.identity} if branch else {}
     if world.is_first:
         require_writable(Path(config.out))
         check_claim(directory, inputs, "name", config.overwrite)
@@ -193,10 +200,10 @@ def _train(
 ) -> None:
     import torch
 
-    from mutune.training.distribution import is_loss_of_a_process
+    from mutune.training.checkpoint import note_going_back, set_aside
     from mutune.training.resume import begin, cost_of, identity, restore
     from mutune.training.run import Run, describe
-    from mutune.training.sentences import lost, opening
+    from mutune.training.sentences import opening
 
     torch.set_num_threads(config.threads or spec.loop.threads or share(default_workers()))
     start, records = world.together(lambda: begin(directory, config.resume, spec.num_steps, world, branch))
@@ -205,19 +212,18 @@ def _train(
     notes = world.together(lambda: restore(directory, start, run, meta, branch, guard))
     if world.is_first:
         describe(directory, run, note)
+        set_aside(directory / CHECKPOINTS, start)
+        if config.resume is not None:
+            note_going_back(directory / CHECKPOINTS, config.resume)
         if transfer.prediction is not None:
             write_json(directory / PREDICTION, {"prediction": plain(transfer.prediction)})  # for the figures on the way
         write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
         print(opening(directory, run, start), *_branching(branch), *notes, sep="\n", file=sys.stderr)
     try:
         if start < spec.num_steps:
-            _run_to_end(config, run, directory, start, meta, guard, cost_of(records))
+            _run_to_end(config, run, directory, start, meta, guard, cost_of(records), branch)
     except AuditError as error:
         raise WorkFailed(str(error)) from error
-    except RuntimeError as error:
-        if world.size == 1 or not is_loss_of_a_process(error):
-            raise
-        raise ProcessLost(lost(directory, error)) from error
     if world.is_first:
         _close(config, directory, transfer)
 
@@ -269,7 +275,14 @@ def _compare(config: TrainConfig, transfer: TransferFile, directory: Path, loss:
 
 
 def _run_to_end(
-    config: TrainConfig, run: "Run", directory: Path, start: int, meta: dict[str, Any], guard: "Guard", cost: float
+    config: TrainConfig,
+    run: "Run",
+    directory: Path,
+    start: int,
+    meta: dict[str, Any],
+    guard: "Guard",
+    cost: float,
+    branch: "Branch | None",
 ) -> None:
     from mutune.reporting.figures import draw_train
     from mutune.training.sentences import diverged, progress
@@ -285,15 +298,15 @@ def _run_to_end(
             opened.callback(writer.close)
 
         def wanted() -> bool:
-            late = config.time_limit is not None and time.monotonic() - STARTED > 60 * config.time_limit
-            return stop.requested or late
+            return stop.requested or _is_late(config)
 
         def say(text: str) -> None:
             if world.is_first:
                 line.say(text)
 
+        origin = branch.checkpoint if branch else None
         background, measure = _in_background(config, run), _throughput(config, run)
-        target = Target(run, directory, guard, meta, every, kept, background, say, measure, cost)
+        target = Target(run, directory, guard, meta, every, kept, background, say, measure, cost, origin)
         record: Record | None = None
         seen = line.elapsed
         try:
@@ -316,10 +329,15 @@ def _run_to_end(
             _stop(stop, config, record["step"], world)
 
 
+def _is_late(config: TrainConfig) -> bool:
+    return config.time_limit is not None and time.monotonic() - STARTED > 60 * config.time_limit
+
+
 def _stop(stop: StopRequest, config: TrainConfig, step: int, world: "World") -> None:
     """End, after saving, for whichever process was asked to."""
     if not stop.requested and world.is_first:
-        why = f"time_limit={config.time_limit:g} minutes are over" if config.time_limit else "another process was asked"
+        late = f"time_limit={config.time_limit} minutes are over"
+        why = late if _is_late(config) else "another process was asked to"
         print(f"\nstopped    after step {step:,}, which is saved: {why}", file=sys.stderr)
     stop.obey()
 
@@ -329,7 +347,8 @@ def _kept(config: TrainConfig, ends: list[int]) -> Callable[[list[int]], list[in
 
     def kept(steps: list[int]) -> list[int]:
         marked = [s for s in steps if s in ends or (config.keep_every and s % config.keep_every == 0)]
-        return [*steps[-config.keep_checkpoints :], *marked]
+        old = [s for s in steps if s <= steps[-1] - 2 * config.guard.window]  # to which the guard may have to go back
+        return [*steps[-config.keep_checkpoints :], *marked, *old[-1:]]
 
     return kept
 

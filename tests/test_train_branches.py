@@ -64,7 +64,14 @@ def test_a_branch_that_is_stopped_goes_on_from_its_own_checkpoint(
     with monkeypatch.context() as late:
         late.setattr(train, "STARTED", train.STARTED - 3600)
         trained(out, "stopped", DECAYING, stages, trunk, "time_limit=60", expect=143)
-    assert "resuming   stopped at step 21 of 30" in trained(out, "stopped", DECAYING, stages, trunk)
+    kept = out / "train/trunk/checkpoints/20"
+    kept.rename(kept.with_name("gone"))
+    try:
+        said = trained(out, "stopped", DECAYING, stages, trunk)
+    finally:
+        kept.with_name("gone").rename(kept)
+    assert "resuming   stopped at step 21 of 30" in said
+    assert "branch     from step 20 of a run that no longer has that checkpoint" in said
     assert records(out, "stopped") == records(out, "decay")
 
 

@@ -152,11 +152,18 @@ def test_an_earlier_checkpoint_is_used_when_asked_for_and_the_newer_are_set_asid
     size = state.stat().st_size
     os.truncate(state, 1000)
     refused = doors.run("train", *arguments(transfer, tmp_path), expect=2)
+    before = saved(tmp_path)
     cut = f"is damaged (state.safetensors has 1,000 of its {size:,} bytes); resume=55 goes on from the one before it."
     assert cut in refused.stderr
+    os.truncate(state.parents[1] / "55/state.safetensors", 1000)
+    refused = doors.run("train", *arguments(transfer, tmp_path, "resume=55"), expect=2)
+    assert "resume=50 goes on from the one before it" in refused.stderr
+    assert saved(tmp_path) == before  # nothing was set aside
     missing = doors.run("train", *arguments(transfer, tmp_path, "resume=7"), expect=2)
     assert "resume=7 has no checkpoint under " in missing.stderr
     resumed = doors.run("train", *arguments(transfer, tmp_path, "resume=45"))
     assert "resuming   tiny at step 45 of 60" in resumed.stderr
     assert records(tmp_path) == undisturbed
     assert {"50.aside", "55.aside", "60.aside", "60"} <= saved(tmp_path)
+    again = doors.run("train", *arguments(transfer, tmp_path, "resume=45"))  # as a job does that is started again
+    assert "resuming   tiny at step 60 of 60" in again.stderr

@@ -111,6 +111,10 @@ class WindowLoader:
         """The stage that `step` belongs to."""
         return self.stages[self._segment_at(step)[0].number]
 
+    def stage_start(self, step: int) -> int:
+        """The first step of the stage that `step` belongs to, or of the part of it that is read by itself."""
+        return self._segment_at(step)[1]
+
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> npt.NDArray[np.int64]:
         """Tokens [B / world_size, T + 1] of `step`: inputs are `[:, :-1]`, targets `[:, 1:]`.
 

@@ -104,6 +104,12 @@ KINDS: dict[str, Kind] = {
         "hyperparameters.learning_rate or loop.clip_norm",
         ROLLBACK,
     ),
+    "diverged": Kind(
+        "the loss is above loop.divergence_factor times that of a model that knows nothing, which ends the run",
+        "read the text of the batch, and look at the losses before it: one alone is a batch, a rise is a rate that is "
+        "too high; guard.policy=rollback leaves the batch out",
+        ROLLBACK,
+    ),
     "loss_spike": Kind(
         "one batch is far from the others (repeats, another language, damaged text), or one update was too large",
         "read the text of the batch; a spike that is over after a few steps costs nothing, while frequent ones ask for "

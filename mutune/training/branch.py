@@ -9,7 +9,7 @@ from mutune.compose import build
 from mutune.data.segments import Stage, shared_steps
 from mutune.errors import require
 from mutune.folders import differences
-from mutune.training.checkpoint import Checkpoint, read
+from mutune.training.checkpoint import Checkpoint, newest, read
 from mutune.training.config import RunSpec, StageConfig, stage_ends
 from mutune.training.schedule import multiplier
 
@@ -22,48 +22,48 @@ class Branch:
     """Where a run leaves its trunk.
 
     Attributes:
-        checkpoint: the trunk's, whose state the run begins with.
-        trunk: what the trunk was.
         spec: the run, which knows what the trunk has read.
+        identity: what two starts of the branch must agree in: the step, and a hash of the trunk's checkpoint.
+        checkpoint: the trunk's, whose state the run begins with; None where it is gone and the run has its own.
+        rates: the trunk's last rate and the branch's first, over the peak; empty where the trunk is gone.
     """
 
-    checkpoint: Checkpoint
-    trunk: RunSpec
     spec: RunSpec
+    identity: dict[str, Any]
+    checkpoint: Checkpoint | None = None
+    rates: tuple[float, ...] = ()
 
     @property
     def step(self) -> int:
         """Updates that the trunk has done."""
-        return self.checkpoint.step
+        return int(self.identity["step"])
 
     @property
-    def records(self) -> Path:
-        """The trunk's."""
-        return self.checkpoint.path.parents[1] / "metrics.jsonl"
-
-    def identity(self) -> dict[str, Any]:
-        """What two starts of the branch must agree in."""
-        told = (self.checkpoint.path / "meta.json").read_bytes()
-        return {"step": self.step, "checkpoint": hashlib.sha256(told).hexdigest()[:16]}
-
-    def rates(self) -> tuple[float, float]:
-        """The trunk's last rate and the branch's first, over the peak."""
-        old, new = (multiplier(s.schedule, s.num_steps, stage_ends(s.stages)) for s in (self.trunk, self.spec))
-        return old(self.step - 1), new(self.step)
+    def trunk(self) -> Path:
+        """The trunk's folder."""
+        assert self.checkpoint is not None, "a run that begins has its trunk"
+        return self.checkpoint.path.parents[1]
 
 
-def leave(path: Path, spec: RunSpec) -> Branch:
-    """The branch that trains `spec` from the checkpoint in that folder on.
+def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
+    """The branch that trains `spec` from the checkpoint in the folder `path` on.
+
+    Args:
+        own: the folder of the branch's checkpoints, which know the trunk where it has dropped its own.
 
     Raises:
         Refusal: it is no checkpoint, of another model, text, table, values or seed, or its first steps are not the
             run's.
     """
+    kept = newest(own)
+    if kept and "branch" in kept.meta and not path.exists():
+        before = build(RunSpec, kept.meta["run"]).extends
+        return Branch(replace(spec, extends=before), kept.meta["branch"])
     require(
         (path / "meta.json").is_file(),
         f"branch_from={path} is no checkpoint; for example branch_from=runs/train/trunk/checkpoints/1000.",
     )
-    found = read(path)
+    found = read(path.resolve())
     trunk = build(RunSpec, found.meta["run"])
     ours, theirs = (_without(each.as_dict()) for each in (spec, trunk))
     changed = differences(theirs, ours)
@@ -83,7 +83,14 @@ def leave(path: Path, spec: RunSpec) -> Branch:
         f"branch_from={path} has done {found.step:,} steps, and this run has {spec.num_steps:,}; for example "
         "a longer last stage of target.stages.",
     )
-    return Branch(found, trunk, replace(spec, extends=(*(trunk.extends or ()), trunk.stages)))
+    told = hashlib.sha256((path / "meta.json").read_bytes()).hexdigest()[:16]
+    old, new = (multiplier(s.schedule, s.num_steps, stage_ends(s.stages)) for s in (trunk, spec))
+    return Branch(
+        replace(spec, extends=(*(trunk.extends or ()), trunk.stages)),
+        {"step": found.step, "checkpoint": told},
+        found,
+        (old(found.step - 1), new(found.step)),
+    )
 
 
 def _without(spec: dict[str, Any]) -> dict[str, Any]:

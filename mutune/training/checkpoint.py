@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mutune.errors import Refusal, require
-from mutune.files import fsync_directory, fsync_file
+from mutune.files import fsync_directory, fsync_file, write_json
 from mutune.parametrization.forward_pass import reshard
 from mutune.parametrization.plan import Plan
 from mutune.training.world import is_sharded
 
+GONE_BACK = "gone_back.json"
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -118,7 +119,9 @@ def publish(root: Path, step: int, kept: Callable[[list[int]], list[int]]) -> Pa
     shutil.rmtree(stale, ignore_errors=True)
     steps = sorted(list_steps(root))
     for old in sorted(set(steps) - set(kept(steps)) - {step}):
-        shutil.rmtree(root / str(old))
+        leaving = root / f".{old}.old.partial"  # by another name first: a kill leaves no half of it under its own
+        os.replace(root / str(old), leaving)
+        shutil.rmtree(leaving)
     return target
 
 
@@ -139,21 +142,39 @@ def newest(root: Path) -> Checkpoint | None:
 
 
 def choose(root: Path, step: int | None) -> int:
-    """The step to go on from: that one, or None the newest; 0 where there is none. Newer ones are set aside, renamed.
+    """The step to go on from: that one, or None the newest; 0 where there is none.
+
+    A step that was gone back to once is not gone back to again (`gone_back`): the same command goes on.
 
     Raises:
         Refusal: there is no checkpoint of that step.
     """
     steps = sorted(list_steps(root))
-    if step is None:
+    if step is None or step == gone_back(root):
         return steps[-1] if steps else 0
     works = f"for example resume={steps[-1]}" if steps else "leave it out to begin anew"
     require(step in steps, f"resume={step} has no checkpoint under {root}; {works}.")
-    for newer in steps[steps.index(step) + 1 :]:
-        aside = root / f"{newer}.aside"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(root / str(newer), aside)
     return step
+
+
+def set_aside(root: Path, step: int) -> None:
+    """Rename the checkpoints that are newer than `step`, so that it is the newest."""
+    for newer in sorted(list_steps(root)):
+        if newer > step:
+            aside = root / f"{newer}.aside"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(root / str(newer), aside)
+
+
+def note_going_back(root: Path, step: int) -> None:
+    """Remember that `resume=step` was done."""
+    write_json(root / GONE_BACK, {"resume": step})
+
+
+def gone_back(root: Path) -> int | None:
+    """The step that was last gone back to by `resume=`."""
+    path = root / GONE_BACK
+    return int(json.loads(path.read_text())["resume"]) if path.is_file() else None
 
 
 def read(path: Path) -> Checkpoint:
@@ -173,7 +194,7 @@ def read(path: Path) -> Checkpoint:
 
 def _cure(path: Path) -> str:
     """What to do about a checkpoint that is no use."""
-    before = [step for step in list_steps(path.parent) if step < int(path.name)]
+    before = [step for step in list_steps(path.parent) if path.name.isdecimal() and step < int(path.name)]
     if before:
         return f"resume={max(before)} goes on from the one before it"
     return "there is none before it, so begin anew with another name=NAME or overwrite=true"

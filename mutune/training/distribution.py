@@ -23,7 +23,7 @@ from mutune.training.world import World, alone
 
 WAIT = timedelta(minutes=30)  # for the other processes, who may be tokenizing a corpus
 #: What the backends say where another process is gone. gloo has no exception of its own.
-LOST = ("gloo", "nccl", "connection", "timed out", "peer", "socket")
+LOST = ("connection closed by peer", "connection reset by peer", "gloo/transport", "gloo/rendezvous", "remote process")
 
 
 @contextmanager
@@ -47,6 +47,10 @@ def joined(device: str) -> Iterator[World]:
     dist.init_process_group(backend, timeout=WAIT, device_id=where if name == "cuda" else None)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), where)
+    except Exception as error:
+        if not hasattr(error, "shared"):
+            error.shared = False  # type: ignore[attr-defined]  # so that this process says it, before the others notice
+        raise
     finally:
         dist.destroy_process_group()
 

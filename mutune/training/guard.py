@@ -28,13 +28,13 @@ class Action:
         do: `warn` goes on; `pause` saves and stops; `rollback` loads a checkpoint and goes on from there.
         sentence: for the user; empty where there is no alarm.
         before: of a rollback: the newest checkpoint of at most this step is good.
-        skip: of a rollback: the batches that are not read again, for `WindowLoader.skips`.
+        skips: of a rollback: the batches that are not read again, for `WindowLoader.skips`.
     """
 
     do: str = WARN
     sentence: str = ""
     before: int | None = None
-    skip: Skip | None = None
+    skips: tuple[Skip, ...] = ()
 
 
 class Guard:
@@ -84,8 +84,12 @@ class Guard:
         found = [alarm for rule in RULES.values() for alarm in rule(self, record)]
         return [alarm for alarm in found if self._is_new(alarm)]
 
-    def decide(self, alarms: Sequence[Alarm]) -> Action:
-        """What the policy makes of a step's alarms: the strongest that they call for and the policy allows."""
+    def decide(self, alarms: Sequence[Alarm], stage_start: int = 0) -> Action:
+        """What the policy makes of a step's alarms: the strongest that they call for and the policy allows.
+
+        Args:
+            stage_start: the first step of the stage that is read; batches are left out of each stage by itself.
+        """
         if not alarms:
             return Action()
         said = "\n".join(map(str, alarms))
@@ -101,11 +105,12 @@ class Guard:
         if len(lately) >= self.config.max_rollbacks:
             again = f"The run went back {len(lately)} times within {AGAIN:,} steps, so other batches do not cure it"
             return Action(PAUSE, f"{said}\n{again}; it is paused.", first)
-        skip = Skip(from_step=first, num_skipped=(step - first) * 2 ** len(lately))  # again: skip twice as many
-        how = (
-            f"The run goes back to a checkpoint of step {first:,} or before, and leaves out {skip.num_skipped} batches"
-        )
-        return Action(ROLLBACK, f"{said}\n{how} from there on.", first, skip)
+        here = max(first, stage_start)
+        parts = [(first, here), (here, step)] if first < here else [(first, step)]
+        skips = tuple(Skip(low, (high - low) * 2 ** len(lately)) for low, high in parts)  # again: twice as many
+        left_out = sum(skip.num_skipped for skip in skips)
+        how = f"The run goes back to a checkpoint of step {first:,} or before, and leaves out {left_out} batches"
+        return Action(ROLLBACK, f"{said}\n{how} from there on.", first, skips)
 
     def state_dict(self) -> dict[str, Any]:
         """What it remembers, as plain data for a checkpoint."""

@@ -26,6 +26,8 @@ def _not_finite(guard: "Guard", record: Mapping[str, Any]) -> Iterator[Alarm]:
             where = f"rank {rank}" if math.isnan(record.get("rank_deviation", 0.0)) else name
             yield Alarm("not_finite", record["step"], record[name], "a finite number", record["step"], where)
             return
+    if record["diverged"]:
+        yield Alarm("diverged", record["step"], record["loss"], "below the bound that ends a run", record["step"])
 
 
 def _loss(guard: "Guard", record: Mapping[str, Any]) -> Iterator[Alarm]:

@@ -18,6 +18,11 @@ def processes() -> tuple[int, int]:
     return (int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])) if is_launched() else (1, 1)
 
 
+def own_device(name: str) -> str:
+    """Of GPUs, this process's."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if is_launched() and name == "cuda" else name
+
+
 def share(cores: int) -> int:
     """Of so many cores, this process's among those that torchrun started on this host."""
     return max(1, cores // processes()[1])

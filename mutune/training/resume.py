@@ -27,7 +27,7 @@ def identity(run: Run, verdict: str, seal: str, branch: Branch | None) -> dict[s
         "tokenizer_hash": run.corpus.tokenizer.content_hash,
         "certificate": {"verdict": verdict, "seal": seal},
         "versions": versions(),
-        **({"branch": branch.identity()} if branch else {}),
+        **({"branch": branch.identity} if branch else {}),
     }
 
 
@@ -46,7 +46,7 @@ def begin(
             start = checkpoint.choose(directory / CHECKPOINTS, resume)
             path = directory / METRICS
             if branch and not start:
-                start, path = branch.step, branch.records
+                start, path = branch.step, branch.trunk / METRICS
             records = _records_until(path, start, finished=start == num_steps)
         except Refusal as error:
             refusal = error
@@ -67,14 +67,16 @@ def restore(
     if not start:
         return []
     own = directory / CHECKPOINTS / str(start)
-    begins = branch is not None and not own.is_dir()
-    found = branch.checkpoint if branch and begins else checkpoint.read(own)
+    origin = branch.checkpoint if branch and not own.is_dir() else None
+    begins, found = origin is not None, origin or checkpoint.read(own)
     mixed = begins and any(stage.data for stage in run.spec.stages)  # whose texts need not be those of the trunk
     compared = meta.keys() - INFORMATION - (OF_A_BRANCH if begins else set()) - ({"data_hash"} if mixed else set())
     checkpoint.check_meta(found, run.plan, {key: value for key, value in meta.items() if key in compared})
     checkpoint.restore(found, run.model, run.optimizer)
     if "guard" in found.meta:
         guard.load_state_dict(found.meta["guard"])
+    if begins:
+        guard.begin_anew()  # other stages, and maybe other texts, are usual from here on
     written_by = found.meta.get("versions", versions())
     changed = "; ".join(differences(written_by, versions()))
     return [f"note       the checkpoint was written by other code ({changed})"] if changed else []

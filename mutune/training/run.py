@@ -141,7 +141,7 @@ class Run:
             record["tokens"] = tokens_after(spec.stages, step)
             record["context_length"] = stage.context_length
             if spec.loop.audit_every and step % spec.loop.audit_every == 0 and not record["diverged"]:
-                audit(self.model, self.optimizer, self.plan, factor=rate(step - 1), betas=self._betas)
+                self._audit(rate(step - 1))
             every = spec.loop.eval_every
             if not record["diverged"] and (step in ends or (every and step % every == 0)):
                 measured = evaluate(self.model, self._heldout(stage.context_length), self.heldout_loss, self.world)
@@ -185,7 +185,7 @@ class Run:
             Probe(self.model, self.optimizer, self.plan),
             forward=lambda: self.heldout_loss(ids_BT[:, :-1], ids_BT[:, 1:]),
             tokens=lambda: self.loader.corpora.values(),
-            audit=lambda step: audit(self.model, self.optimizer, self.plan, factor=rate(step - 1), betas=self._betas),
+            audit=lambda step: self._audit(rate(step - 1)),
         )
 
     @property
@@ -214,8 +214,11 @@ class Run:
         )
         if start_step == 0:  # a checkpoint's plan is compared, and had its opinion
             found += second_opinion_of(self.spec, self.plan)
-        if found:
-            raise AuditError(found)
+        self.world.together(lambda: _raise(found))
+
+    def _audit(self, factor: float) -> None:
+        """Every process holds its own model and optimizer against the plan; what one finds, all raise."""
+        self.world.together(lambda: audit(self.model, self.optimizer, self.plan, factor=factor, betas=self._betas))
 
     def _logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """In float32 where that can be; a model that is gathered in bfloat16 cannot."""
@@ -228,6 +231,11 @@ class Run:
         windows = heldout_windows(self.corpus.heldout, context_length, self.spec.loop.heldout_windows)
         chosen = self.parallel.micro_sequences or self.spec.loop.micro_sequences or Heldout.chunk
         return Heldout(windows, self.corpus.tokenizer.token_bytes, min(Heldout.chunk, chosen))
+
+
+def _raise(found: list[Finding]) -> None:
+    if found:
+        raise AuditError(found)
 
 
 def second_opinion_of(spec: RunSpec, plan: Plan) -> list[Finding]:

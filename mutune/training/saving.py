@@ -37,9 +37,20 @@ class Saver:
         self.background = background and world.size > 1
         self._group = dist.new_group(backend="gloo") if self.background else None
         self._pending: tuple[int, dict[str, Any], Any] | None = None
+        self._keep_all = False
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, meta: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        meta: dict[str, Any],
+        keep_all: bool = False,
+    ) -> None:
         """Save the state after `step` updates; every process calls it at the same step.
+
+        Args:
+            keep_all: drop no older checkpoint.
 
         Raises:
             OSError: it could not be written, now or in the background before; the checkpoints before are still there.
@@ -49,6 +60,7 @@ class Saver:
             checkpoint.begin(self.root, step)
         self.world.wait()
         tensors = checkpoint.state_of(model, optimizer)
+        self._keep_all = keep_all
         self._pending = step, meta, self._start(self.root / f".{step}.partial", tensors)
         if not self.background:
             self.finish()
@@ -62,9 +74,11 @@ class Saver:
         return lambda: save_shards(tensors, storage_writer=writer)
 
     def poll(self) -> None:
-        """Give a checkpoint its name once its files are written."""
-        if self._pending and isinstance(self._pending[2], Future) and self._pending[2].done():
-            self._publish()
+        """Give a checkpoint its name once its files are written everywhere; every process calls it."""
+        if self._pending and isinstance(written := self._pending[2], Future):
+            failed = written.done() and written.exception() is not None
+            if self.world.any(failed) or not self.world.any(not written.done()):
+                self._publish()
 
     def finish(self) -> None:
         """Wait for what is being written; every process calls it."""
@@ -86,7 +100,7 @@ class Saver:
                 raise _as_os_error(error, self.root) from error
             raise
         if self.world.is_first:
-            checkpoint.publish(self.root, step, self.kept)
+            checkpoint.publish(self.root, step, (lambda steps: steps) if self._keep_all else self.kept)
 
 
 def _as_os_error(error: CheckpointException, root: Path) -> OSError:

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mutune.data.windows import Skip
+from mutune.errors import Refusal
+from mutune.files import write_text
 from mutune.parametrization.apply import initialise
+from mutune.parametrization.forward_pass import reshard
 from mutune.training import checkpoint
 from mutune.training.alarms import PAUSE, ROLLBACK, Alarm
 from mutune.training.config import stage_ends
@@ -40,6 +43,7 @@ class Target:
         say: prints a line that stays.
         measure: (step, cost so far) → what adds speed, memory and cost to the records from there on.
         cost: of the run so far, where a price is known.
+        origin: of a branch, the checkpoint that it began with.
     """
 
     run: Run
@@ -52,6 +56,7 @@ class Target:
     say: Callable[[str], None]
     measure: Callable[[int, float], Throughput]
     cost: float = 0.0
+    origin: checkpoint.Checkpoint | None = None
     throughput: Throughput = field(init=False)
     _saver: Saver = field(init=False)
     _watch: Watch = field(init=False)
@@ -82,7 +87,7 @@ class Target:
         with self._written(METRICS) as lines:
             for record in self.run.records(start):
                 alarms = self._watch.observe(record)
-                action = self.guard.decide(alarms)
+                action = self.guard.decide(alarms, self.run.loader.stage_start(record["step"] - 1))
                 step, stopped = record["step"], self.run.world.any(stop())
                 record |= self.throughput.of(record)
                 self.cost = record.get("cost", 0.0)
@@ -93,64 +98,78 @@ class Target:
                     return self._go_back(action, step)
                 paused = action.do == PAUSE
                 if not record["diverged"] and (step % self.every == 0 or step in ends or stopped or paused):
-                    self._save(step, lines)
+                    self._save(step, lines, keep_all=paused)
                 yield record
                 if paused:
                     self._saver.finish()
-                    raise Paused(self._pause(action))
+                    raise Paused(self._pause(action, saved=not record["diverged"]))
                 if stopped or record["diverged"]:
                     break
         return None
 
-    def _save(self, step: int, lines: TextIO) -> None:
+    def _save(self, step: int, lines: TextIO, keep_all: bool) -> None:
         if self.run.world.is_first:
             os.fsync(lines.fileno())  # a checkpoint never knows a step that the records do not
         meta = {**self.meta, "guard": self.guard.state_dict()}
-        self._saver.save(step, self.run.model, self.run.optimizer, meta)
+        self._saver.save(step, self.run.model, self.run.optimizer, meta, keep_all)
 
     def _go_back(self, action: Action, step: int) -> int:
-        """To the newest checkpoint from before the trouble, or to the beginning; the batches are left out from now on.
+        """To the newest whole checkpoint from before the trouble, or where none was taken yet to where the run began;
+        the batches are left out from now on.
 
-        Records of the steps that are made again move to `rolled_back.jsonl`, their checkpoints aside.
+        Newer checkpoints are set aside, and records of the steps that are made again move to `rolled_back.jsonl`.
+
+        Raises:
+            Paused: only newer checkpoints are left.
         """
         assert action.before is not None
-        assert action.skip is not None
         self._saver.finish()
-        root, skips = self.directory / CHECKPOINTS, (*self.guard.skips, action.skip)
-        good = [saved for saved in checkpoint.list_steps(root) if saved <= action.before]
-        back = max(good, default=0)
+        root, skips = self.directory / CHECKPOINTS, (*self.guard.skips, *action.skips)
+        found = self._good(root, action.before)
+        if found is None and checkpoint.list_steps(root):
+            raise Paused(self._pause(action, saved=False))
+        back = found.step if found else 0
+        self._load(found, skips)
         if self.run.world.is_first:
-            if good:
-                checkpoint.choose(root, back)
+            checkpoint.set_aside(root, back)
             _move_records(self.directory, back)
         self.run.world.wait()
-        self._load(root, back, skips)
-        self.say(f"rolled back to step {back:,} from step {step:,}, leaving out {action.skip.num_skipped} batches")
+        left_out = sum(skip.num_skipped for skip in action.skips)
+        self.say(f"rolled back to step {back:,} from step {step:,}, leaving out {left_out} batches")
         return back
 
-    def _load(self, root: Path, step: int, skips: tuple[Skip, ...]) -> None:
+    def _good(self, root: Path, before: int) -> checkpoint.Checkpoint | None:
+        """The newest whole checkpoint of at most that step; the run's origin where it has none of its own."""
+        for step in sorted(checkpoint.list_steps(root), reverse=True):
+            if step <= before:
+                try:
+                    return checkpoint.read(root / str(step))
+                except Refusal as refusal:
+                    self.say(f"note       {refusal}")
+        return None if checkpoint.list_steps(root) else self.origin
+
+    def _load(self, found: checkpoint.Checkpoint | None, skips: tuple[Skip, ...]) -> None:
         run = self.run
         run.optimizer.zero_grad()
-        if step:
-            found = checkpoint.read(root / str(step))
+        if found:
             checkpoint.restore(found, run.model, run.optimizer)
-            self.guard.load_state_dict(found.meta["guard"])
+            if found is self.origin:
+                self.guard.begin_anew()
+            else:
+                self.guard.load_state_dict(found.meta["guard"])
         else:
+            reshard(run.model)
             initialise(run.model, run.plan, run.spec.seed)
             run.optimizer.state.clear()
             self.guard.begin_anew()
         self.guard.skips = run.loader.skips = skips
 
-    def _pause(self, action: Action) -> str:
-        steps = [
-            saved for saved in checkpoint.list_steps(self.directory / CHECKPOINTS) if saved <= (action.before or 0)
-        ]
-        good = (
-            f"resume={max(steps)} goes on from the newest checkpoint before it"
-            if steps
-            else "no checkpoint is before it"
-        )
-        return f"{action.sentence}\n{good}; the same command goes on from where it is."
+    def _pause(self, action: Action, saved: bool) -> str:
+        steps = checkpoint.list_steps(self.directory / CHECKPOINTS)
+        before = max((step for step in steps if step <= (action.before or 0)), default=None)
+        good = "no checkpoint is before it" if before is None else f"resume={before} goes on from the newest before it"
+        now = "where it is" if saved else f"step {max(steps, default=0):,}, the newest that is saved"
+        return f"{action.sentence}\n{good}; the same command goes on from {now}."
 
     def _tell(self, alarms: list[Alarm], action: Action) -> None:
         if not alarms or not self.run.world.is_first:
@@ -175,4 +194,4 @@ def _move_records(directory: Path, step: int) -> None:
         aside.writelines(lines[step:])
         aside.flush()
         os.fsync(aside.fileno())
-    path.write_text("".join(lines[:step]))
+    write_text(path, "".join(lines[:step]))

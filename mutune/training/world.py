@@ -3,7 +3,7 @@
 Numbers go over gloo, whatever the model computes on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mutune.errors import Refusal
+from mutune.parametrization.finding import AuditError, Finding
 
 T = TypeVar("T")
 
@@ -61,22 +62,46 @@ class World:
         """What `work` returns here, once it has succeeded everywhere.
 
         Raises:
-            Refusal, OSError: the first process's that has one, to all of them.
+            Refusal, OSError, AuditError: the first process's that has one, to all of them, as `shared`.
         """
         if self.size == 1:
             return work()
         result, failure = None, None
         try:
             result = work()
-        except (Refusal, OSError) as error:
-            failure = type(error) if isinstance(error, Refusal) else OSError, str(error)
-        failures: list[tuple[type[Exception], str] | None] = [None] * self.size
+        except (Refusal, OSError, AuditError) as error:
+            failure = error
+        failures: list[Exception | None] = [None] * self.size
         dist.all_gather_object(failures, failure)
         for rank, found in enumerate(failures):
             if found is not None:
-                kind, said = found
-                raise kind(said if rank == 0 else f"{said.rstrip('.')} (process {rank} of {self.size}).")
+                raise shared(found, "" if rank == 0 else f"process {rank} of {self.size}: ")
         return cast(T, result)
+
+
+class SharedAuditError(AuditError):
+    """What the audit of one process found, raised by all."""
+
+    def __init__(self, findings: Sequence[Finding], whose: str) -> None:
+        super().__init__(findings)
+        self.whose = whose
+
+    def __str__(self) -> str:
+        return f"{self.whose}{super().__str__()}"
+
+
+def shared(error: Exception, whose: str = "") -> Exception:
+    """The same error, marked as one that all processes raise: the first says it.
+
+    Args:
+        whose: put before its sentence.
+    """
+    if isinstance(error, AuditError):
+        error = SharedAuditError(error.findings, whose)
+    elif whose:
+        error = (Refusal if isinstance(error, Refusal) else OSError)(f"{whose}{error}")
+    error.shared = True  # type: ignore[attr-defined]
+    return error
 
 
 def alone(device: torch.device) -> World:

@@ -304,7 +304,7 @@ def test_a_rollback_skips_the_batches_from_before_the_onset_to_the_alarm() -> No
     guard = guard_with(replace(CONFIG, policy="rollback", skip_before=2))
     action = guard.decide([alarm("loss_spike", onset=400), alarm("loss_level", step=500, onset=495)])
     # record 495 is of batch 494; two more before it, up to batch 499
-    assert action.skip == Skip(from_step=492, num_skipped=8)
+    assert action.skips == (Skip(from_step=492, num_skipped=8),)
     assert action.before == 492
     assert "goes back to a checkpoint of step 492 or before, and leaves out 8 batches" in action.sentence
 
@@ -313,7 +313,7 @@ def test_rollbacks_that_do_not_help_end_in_a_pause() -> None:
     guard = guard_with(replace(CONFIG, policy="rollback", max_rollbacks=2))
     guard.skips = (Skip(100, 5), Skip(1400, 5))
     again = guard.decide([alarm("loss_level", 1500, 1495)])
-    assert again.skip == Skip(1492, 16)  # the first is long ago, and the second doubles what is skipped
+    assert again.skips == (Skip(1492, 16),)  # the first is long ago, and the second doubles what is skipped
     guard.skips = (*guard.skips, Skip(1490, 5))
     action = guard.decide([alarm("loss_level", 1500, 1495)])
     assert action.do == "pause"

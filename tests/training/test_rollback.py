@@ -1,20 +1,28 @@
 """A run that meets damaged text goes back, reads on behind it, and ends as if it had not been there."""
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from mutune.config import SweepConfig
 from mutune.data.segments import MAIN
 from mutune.data.windows import Skip, WindowLoader
 from mutune.model.shape import BaseConfig, ModelConfig
-from mutune.training import checkpoint
+from mutune.training import checkpoint, loop
+from mutune.training import target as target_module
 from mutune.training.alarms import GuardConfig
-from mutune.training.config import LoopConfig, StageConfig
+from mutune.training.config import LoopConfig, RunSpec, StageConfig
+from mutune.training.guard import Guard
+from mutune.training.loop import Loss, Record
+from mutune.training.resume import _records_until
 from mutune.training.run import Run
 from mutune.training.target import Paused, Target
 from mutune.training.throughput import Rates, Throughput
@@ -35,6 +43,20 @@ SPEC = replace(
 
 def measured(step: int, cost: float) -> Throughput:
     return Throughput(SPEC, "cpu", Rates(), start_step=step, cost=cost)
+
+
+def target_of(run: Run, folder: Path, guard: Guard, kept: Callable[[list[int]], list[int]] = lambda s: s) -> Target:
+    return Target(
+        run,
+        folder,
+        guard,
+        meta={},
+        every=EVERY,
+        kept=kept,
+        background=False,
+        say=lambda text: None,
+        measure=measured,
+    )
 
 
 def damaged(loader: WindowLoader) -> np.ndarray:
@@ -71,9 +93,7 @@ def trained(folder: Path, policy: str, damage: bool, world: World | None = None)
     run, guard = Run(SPEC, CPU, world), guard_of(SPEC, GuardConfig(policy=policy))
     if damage:
         run.loader.corpora[MAIN] = damaged(run.loader)
-    target = Target(
-        run, folder, guard, {}, EVERY, lambda steps: steps, background=False, say=lambda text: None, measure=measured
-    )
+    target = target_of(run, folder, guard)
     try:
         for _ in target.records(0, lambda: False):
             pass
@@ -107,17 +127,7 @@ def test_a_run_that_was_rolled_back_and_killed_goes_on_to_the_same_end(tmp_path:
     checkpoint.restore(found, run.model, run.optimizer)
     guard.load_state_dict(found.meta["guard"])
     (tmp_path / "rest").mkdir()
-    rest = Target(
-        run,
-        tmp_path / "rest",
-        guard,
-        {},
-        EVERY,
-        lambda steps: steps,
-        background=False,
-        say=lambda text: None,
-        measure=measured,
-    )
+    rest = target_of(run, tmp_path / "rest", guard)
     assert [record["loss"] for record in rest.records(100, lambda: False)] == list(whole.losses().values())[100:]
 
 
@@ -128,4 +138,95 @@ def test_a_paused_run_is_saved_where_the_damage_is_and_says_from_where_it_is_goo
     assert BAD[0] < last <= BAD[-1] + 1
     assert last in checkpoint.list_steps(tmp_path / "checkpoints")
     assert "The run is paused" in told.paused
-    assert "\nresume=60 goes on from the newest checkpoint before it; the same command goes on from" in told.paused
+    assert "\nresume=60 goes on from the newest before it; the same command goes on from" in told.paused
+
+
+# -------------------------------------------------------------------------------------------- a batch that is no number
+def broken(run: Run, patch: pytest.MonkeyPatch, *bad: int, loss: float = float("nan")) -> None:
+    """Make the loss of the batches that lie at these places of the text something else, whichever step reads them."""
+    places = {step: run.loader.batch(step).tobytes() for step in bad}
+    backward = loop._backward
+
+    def spoiled(model: nn.Module, function: Loss, ids_BT: torch.Tensor, micro_sequences: int) -> float:
+        value = backward(model, function, ids_BT, micro_sequences)
+        return loss if ids_BT.numpy().tobytes() in places.values() else value
+
+    patch.setattr(loop, "_backward", spoiled)
+
+
+TWO = replace(
+    SPEC,
+    stages=(
+        StageConfig(context_length=32, batch_sequences=4, num_steps=40),
+        StageConfig(context_length=64, batch_sequences=2, num_steps=20),
+    ),
+)
+
+
+def under_guard(folder: Path, spec: RunSpec, patch: pytest.MonkeyPatch, *bad: int, **more: Any) -> Target:
+    folder.mkdir(exist_ok=True)
+    run, guard = Run(spec, CPU), guard_of(spec, GuardConfig(policy=more.pop("policy", "rollback")))
+    broken(run, patch, *bad, **{key: more.pop(key) for key in ("loss",) if key in more})
+    return target_of(run, folder, guard, **more)
+
+
+def steps_of(records: Iterator[Record]) -> list[int]:
+    return [record["step"] for record in records]
+
+
+def test_a_bad_batch_at_the_start_of_a_stage_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = under_guard(tmp_path, TWO, monkeypatch, 40)
+    assert steps_of(target.records(0, lambda: False))[-1] == 60
+    assert [skip.from_step for skip in target.guard.skips] == [38, 40]  # each stage by itself
+
+
+def test_a_bad_batch_before_any_checkpoint_begins_the_run_anew_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = under_guard(tmp_path, TWO, monkeypatch, 7)
+    assert steps_of(target.records(0, lambda: False)) == [*range(1, 8), *range(1, 61)]
+    assert sorted(checkpoint.list_steps(tmp_path / "checkpoints")) == [20, 40, 60]
+
+
+def test_a_run_whose_older_checkpoints_are_gone_pauses_rather_than_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = under_guard(tmp_path, TWO, monkeypatch, 21, kept=lambda steps: steps[-1:])
+    with pytest.raises(Paused, match="no checkpoint is before it; the same command goes on from step 20, the newest"):
+        steps_of(target.records(0, lambda: False))
+    assert checkpoint.list_steps(tmp_path / "checkpoints") == [20]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) >= 20
+
+
+def test_a_loss_beyond_the_bound_is_left_out_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = under_guard(tmp_path, TWO, monkeypatch, 30, loss=99.0)
+    assert steps_of(target.records(0, lambda: False))[-1] == 60
+    assert json.loads((tmp_path / "alarms.jsonl").read_text().splitlines()[-1])["action"] == "rollback"
+
+
+@pytest.mark.parametrize("dying", ["_move_records", "write_text"])
+def test_a_kill_in_the_middle_of_going_back_leaves_a_run_that_goes_on(
+    dying: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    target = under_guard(tmp_path, TWO, monkeypatch, 30)
+    with monkeypatch.context() as kill:
+        kill.setattr(target_module, dying, die)
+        with pytest.raises(KeyboardInterrupt):
+            steps_of(target.records(0, lambda: False))
+    assert max(checkpoint.list_steps(tmp_path / "checkpoints")) == 20
+    assert len(_records_until(tmp_path / "metrics.jsonl", 20, finished=False)) == 20
+
+
+def test_a_pause_drops_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(steps: list[int]) -> list[int]:
+        return steps[-1:]
+
+    damaged_run = Run(SPEC, CPU)
+    damaged_run.loader.corpora[MAIN] = damaged(damaged_run.loader)
+    target = target_of(damaged_run, tmp_path, guard_of(SPEC, GuardConfig(policy="pause")), kept)
+    with pytest.raises(Paused):
+        steps_of(target.records(0, lambda: False))
+    assert len(checkpoint.list_steps(tmp_path / "checkpoints")) == 2
