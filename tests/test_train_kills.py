@@ -33,54 +33,60 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def train(transfer: str, out: Path, processes: int, *, kill_after: float | None = None) -> bool:
-    """Run the command, and kill one of its processes after that many seconds of training; whether it was killed."""
-    words = [transfer, f"out={out}", "checkpoint_every=20", "threads=1"]
+def train(transfer: str, out: Path, processes: int, *, after: int | None = None, draw: random.Random) -> bool:
+    """Run the command, and kill one of its processes somewhere in a step after so many; whether it was killed."""
+    words = [transfer, f"out={out}", "checkpoint_every=5", "threads=1"]
     process = torchrun(processes, *words) if processes > 1 else doors.start("train", *words)
-    began = len(records(out))
-    if kill_after is not None:
+    if after is not None:
+        began = last_step(out)
         try:
-            doors.wait_until(lambda: len(records(out)) > began or len(records(out)) < began, process)
+            doors.wait_until(lambda: last_step(out) >= began + after, process)
         except AssertionError:
             return False  # it ended first
-        time.sleep(kill_after)
+        time.sleep(draw.uniform(0.0, 0.3))
         victims = [process.pid]
         if processes > 1:
             children = psutil.Process(process.pid).children(recursive=True)
-            victims = [child.pid for child in children if child.environ().get("RANK") == str(random.randrange(2))]
+            victims = [child.pid for child in children if child.environ().get("RANK") == str(draw.randrange(2))]
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
     _, stderr = process.communicate(timeout=1800)
-    assert kill_after is not None or process.returncode == 0, stderr
+    assert after is not None or process.returncode == 0, stderr
     return process.returncode != 0
 
 
+def last_step(out: Path) -> int:
+    """How many records are there."""
+    path = out / "train/tiny/metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 @pytest.mark.soak
-def test_a_run_that_is_killed_twenty_times_ends_with_the_weights_of_an_undisturbed_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_killed_twenty_times_ends_with_the_weights_of_an_undisturbed_one(
+    processes: int, tmp_path: Path
+) -> None:
     doors.run("transfer", *TARGET, f"out={tmp_path}")
     transfer = f"transfer={tmp_path / 'transfer/published--tiny/transfer.yaml'}"
-    rows = []
-    for processes in (1, 2):
-        undisturbed, killed = tmp_path / f"undisturbed{processes}", tmp_path / f"killed{processes}"
-        began = time.monotonic()
-        train(transfer, undisturbed, processes)
-        draw, kills = random.Random(processes), 0
-        per_kill = (time.monotonic() - began) / KILLS
-        while kills < KILLS and train(transfer, killed, processes, kill_after=draw.uniform(0.0, 1.5 * per_kill)):
-            kills += 1
-        train(transfer, killed, processes)
-        ours, theirs = weights(killed), weights(undisturbed)
-        same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-        rows.append(
-            {
-                "processes": processes,
-                "steps": len(records(killed)),
-                "kills": kills,
-                "records equal": records(killed) == records(undisturbed),
-                "weights and moments equal, bit for bit": same,
-            }
-        )
-        assert kills == KILLS
-        assert same
-        assert records(killed) == records(undisturbed)
-    soak.record("target_kill", "A target killed at random, against an undisturbed one", rows)
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    draw, kills = random.Random(processes), 0
+    train(transfer, undisturbed, processes, draw=draw)
+    while kills < KILLS and train(transfer, killed, processes, after=draw.randint(1, 35), draw=draw):
+        kills += 1
+    train(transfer, killed, processes, draw=draw)
+    ours, theirs = weights(killed), weights(undisturbed)
+    same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    row = {
+        "processes": processes,
+        "steps": last_step(killed),
+        "kills": kills,
+        "records equal": records(killed) == records(undisturbed),
+        "weights and moments equal, bit for bit": same,
+    }
+    assert kills == KILLS
+    assert same
+    assert records(killed) == records(undisturbed)
+    title = (
+        f"The target small, {processes} process{'es' if processes > 1 else ''}, killed at random, against undisturbed"
+    )
+    soak.record(f"target_kill_{processes}", title, [row])
