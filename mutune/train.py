@@ -308,12 +308,15 @@ def _run_to_end(
         background, measure = _in_background(config, run), _throughput(config, run)
         target = Target(run, directory, guard, meta, every, kept, background, say, measure, cost, origin)
         record: Record | None = None
-        seen = line.elapsed
+        seen, last = line.elapsed, start
         try:
             for record in target.records(start, wanted):
                 step = record["step"]
                 for writer in writers:
+                    if step <= last:
+                        writer.rewind(step - 1)
                     writer.write(record)
+                last = step
                 told = step % every == 0 or step == start + FIRST_STEPS
                 if world.is_first:
                     line.show(progress(directory.name, record, total, line.elapsed, target.throughput), change=told)

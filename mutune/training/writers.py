@@ -18,6 +18,9 @@ class Writer(Protocol):
     def write(self, record: dict[str, Any]) -> None:
         """Take one record; its numbers are drawn over `step`."""
 
+    def rewind(self, step: int) -> None:
+        """The run has gone back to `step`: what was written after it is no longer so."""
+
     def close(self) -> None:
         """Write what is still to be written."""
 
@@ -60,10 +63,17 @@ class TensorBoard:
     """Event files that `tensorboard --logdir <run>/tensorboard` shows."""
 
     def __init__(self, directory: Path, start_step: int) -> None:
+        self._folder = str(directory / "tensorboard")
+        self._open(start_step + 1 if start_step else None)
+
+    def _open(self, purge_step: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = start_step + 1 if start_step else None
-        self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+        self._writer = SummaryWriter(self._folder, purge_step=purge_step)
+
+    def rewind(self, step: int) -> None:
+        self.close()
+        self._open(step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         for key, value in numbers(record).items():
@@ -91,6 +101,9 @@ class WeightsAndBiases:
 
     def write(self, record: dict[str, Any]) -> None:
         self._run.log(numbers(record), step=record["step"])
+
+    def rewind(self, step: int) -> None:
+        """W&B keeps what it has of a step, and takes no more of it: the steps that are made again are not shown."""
 
     def close(self) -> None:
         self._run.finish()

@@ -59,6 +59,18 @@ def test_tensorboard_reads_what_was_written_and_a_resumed_run_replaces_what_it_r
     assert read(tmp_path / "tensorboard")["loss"] == [(1, 3.875), (2, 9.0)]
 
 
+@pytest.mark.filterwarnings("default")
+def test_tensorboard_forgets_the_steps_that_a_run_goes_back_over(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    (writer,) = open_writers(["tensorboard"], tmp_path, "run", {})
+    for record in RECORDS:
+        writer.write(record)
+    writer.rewind(1)
+    writer.write({"step": 2, "loss": 9.0})
+    writer.close()
+    assert read(tmp_path / "tensorboard")["loss"] == [(1, 3.875), (2, 9.0)]
+
+
 def test_wandb_is_given_the_run_and_every_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said: list[Any] = []
 
