@@ -24,7 +24,7 @@ from mutune.certificate.config import TransferFile
 from mutune.compose import build, plain
 from mutune.config import TrainConfig
 from mutune.door import OK, ProcessLost, StopRequest, WorkFailed, drawn, enter, nothing_written
-from mutune.errors import Refusal
+from mutune.errors import Refusal, require
 from mutune.files import read_yaml, require_writable, write_json, write_text
 from mutune.folders import check_claim, claim, locked
 from mutune.parametrization.finding import AuditError
@@ -70,6 +70,7 @@ def work(config: TrainConfig) -> int:
 
         origin = branch(Path(config.branch_from), spec, directory / CHECKPOINTS)
         spec = origin.spec
+    _check_paths(spec)
     if config.fit:
         print(price_table(name, spec), _fit(config, spec), sep="\n")
         return OK
@@ -91,6 +92,22 @@ def work(config: TrainConfig) -> int:
                 raise
             raise ProcessLost(lost(directory, error)) from error
     return OK
+
+
+def _check_paths(spec: RunSpec) -> None:
+    """Refuse texts that are not there, before anything is priced."""
+    texts = [("target.data", spec.data)]
+    texts += [
+        (f"target.stages[{i}].data[{j}]", part.corpus)
+        for i, stage in enumerate(spec.stages)
+        for j, part in enumerate(stage.data or ())
+    ]
+    for key, data in texts:
+        require(
+            data.path is None or Path(data.path).exists(),
+            f"{key}.path={data.path} of the transfer file does not exist here; for example a file or folder that does, "
+            "in a transfer with another target.name.",
+        )
 
 
 def _branching(branch: "Branch | None") -> list[str]:
@@ -120,12 +137,14 @@ def _claimed(
 
     The first process does what only one can do.
     """
+    from mutune.training.checkpoint import choose
     from mutune.training.distribution import require_even
 
     require_even([stage.batch_sequences for stage in spec.stages], world, config.parallel)
     inputs = {"run": spec.as_dict(), "data_hash": _check_data(transfer, spec), "verdict": transfer.verdict}
     inputs |= {"branch": branch.identity} if branch else {}
     if world.is_first:
+        choose(directory / CHECKPOINTS, config.resume)  # refuses a step that has none before anything is written
         require_writable(Path(config.out))
         check_claim(directory, inputs, "name", config.overwrite)
         held.enter_context(locked(directory, "name"))
@@ -168,7 +187,7 @@ def _memory(config: TrainConfig, spec: RunSpec) -> Refusal | None:
     """Why the run does not fit here; None where it does."""
     from mutune.training.fit import require_memory
 
-    cure = "transfer to a smaller target, as in target=small or more processes under torchrun"
+    cure = "transfer to a smaller target, as in target=small, or start more processes with torchrun"
     cure = cure if config.dry_run else f"dry_run=true prices it; {cure}"
     try:
         require_memory([spec], config.device, cure, config.parallel, *processes())
@@ -212,7 +231,8 @@ def _train(
     notes = world.together(lambda: restore(directory, start, run, meta, branch, guard))
     if world.is_first:
         describe(directory, run, note)
-        set_aside(directory / CHECKPOINTS, start)
+        aside = set_aside(directory / CHECKPOINTS, start)
+        notes += [f"set aside  the newer checkpoints {', '.join(map(str, aside))}, as <step>.aside"] if aside else []
         if config.resume is not None:
             note_going_back(directory / CHECKPOINTS, config.resume)
         if transfer.prediction is not None:

@@ -166,4 +166,4 @@ def test_an_earlier_checkpoint_is_used_when_asked_for_and_the_newer_are_set_asid
     assert records(tmp_path) == undisturbed
     assert {"50.aside", "55.aside", "60.aside", "60"} <= saved(tmp_path)
     again = doors.run("train", *arguments(transfer, tmp_path, "resume=45"))  # as a job does that is started again
-    assert "resuming   tiny at step 60 of 60" in again.stderr
+    assert "finished   tiny was" in again.stderr

@@ -157,13 +157,14 @@ def choose(root: Path, step: int | None) -> int:
     return step
 
 
-def set_aside(root: Path, step: int) -> None:
-    """Rename the checkpoints that are newer than `step`, so that it is the newest."""
-    for newer in sorted(list_steps(root)):
-        if newer > step:
-            aside = root / f"{newer}.aside"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(root / str(newer), aside)
+def set_aside(root: Path, step: int) -> list[int]:
+    """Rename the checkpoints that are newer than `step`, so that it is the newest; returns which."""
+    newer = sorted(saved for saved in list_steps(root) if saved > step)
+    for saved in newer:
+        aside = root / f"{saved}.aside"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(root / str(saved), aside)
+    return newer
 
 
 def note_going_back(root: Path, step: int) -> None:

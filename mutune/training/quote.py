@@ -95,9 +95,16 @@ def quote(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> list[StageQuo
 
 
 def check_spread(spec: RunSpec, parallel: ParallelConfig, gpus: int) -> None:
-    """Refuse more GPUs than sequences, and replicas that do not divide the GPUs."""
+    """Refuse GPUs that do not divide the sequences of a step, and replicas that do not divide the GPUs."""
     fewest = min(stage.batch_sequences for stage in spec.stages)
     require(gpus <= fewest, f"gpus={gpus} is more than the {fewest} sequences of a step; for example gpus={fewest}.")
+    for stage in spec.stages:
+        sequences = stage.batch_sequences
+        works = max(count for count in range(1, gpus + 1) if all(s.batch_sequences % count == 0 for s in spec.stages))
+        require(
+            sequences % gpus == 0,
+            f"gpus={gpus} cannot share the {sequences:,} sequences of a step evenly; for example gpus={works}.",
+        )
     require(
         gpus % parallel.replicas == 0,
         f"parallel.replicas={parallel.replicas} does not divide gpus={gpus}; for example parallel.replicas=1.",

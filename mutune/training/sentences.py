@@ -18,6 +18,8 @@ MAX_SAID = 120  # characters of what a backend says
 def opening(directory: Path, run: Run, start: int) -> str:
     """What is about to be trained, and by what."""
     total, where, world = run.spec.num_steps, run.world.device, run.world
+    if start == total:
+        return f"finished   {directory.name} was; its figures and report are made again → {directory}/"
     how = (
         f"resuming   {directory.name} at step {start:,} of {total:,}"
         if start
@@ -53,7 +55,8 @@ def diverged(record: Record, checkpoints: Path) -> str:
     kept = f"the newest checkpoint before it is {checkpoints}/{max(good)}" if good else "no checkpoint is before it"
     return (
         f"the run diverged at step {step:,} (loss {record['loss']:.4g}, gradient norm {record['grad_norm']:.4g}); "
-        f"{kept}."
+        f"{kept}. The same command meets the same batches again: guard.policy=rollback leaves such out, and if others "
+        "end the run too the rate is too high, as in a transfer with a lower hyperparameters.learning_rate."
     )
 
 
