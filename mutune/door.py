@@ -128,7 +128,8 @@ def _end(door: str, sentence: object, code: int) -> int:
     end torchrun ends them all; what one alone has to say it says, where it is not known once the first has had its
     time.
     """
-    alone = getattr(sentence, "shared", True) is False and not isinstance(sentence, ProcessLost)
+    known = getattr(sentence, "shared", None if isinstance(sentence, Exception) else True)  # that all say it, or one
+    alone = known is False and not isinstance(sentence, ProcessLost)
     if speaks(for_lost=isinstance(sentence, ProcessLost)):
         print(f"mutune.{door}: {sentence}", file=sys.stderr)
     elif alone:
@@ -136,7 +137,8 @@ def _end(door: str, sentence: object, code: int) -> int:
     else:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SILENCE)
-        print(f"mutune.{door}, process {rank()}: {sentence}", file=sys.stderr)
+        if known is None:
+            print(f"mutune.{door}, process {rank()}: {sentence}", file=sys.stderr)
     return code
 
 

@@ -359,7 +359,7 @@ def _is_late(config: TrainConfig) -> bool:
 def _stop(stop: StopRequest, config: TrainConfig, step: int, world: "World") -> None:
     """End, after saving, for whichever process was asked to."""
     if not stop.requested and world.is_first:
-        late = f"time_limit={config.time_limit} minutes are over"
+        late = f"time_limit={config.time_limit or 0:g} minutes are over"
         why = late if _is_late(config) else "another process was asked to"
         print(f"\nstopped    after step {step:,}, which is saved: {why}", file=sys.stderr)
     stop.obey()

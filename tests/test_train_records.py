@@ -64,4 +64,4 @@ def test_a_diverged_run_names_no_checkpoint_of_the_weights_thatdiverged(tmp_path
     (tmp_path / "9").mkdir()  # nine updates made the loss of record 10
     assert "no checkpoint is before it" in diverged(record, tmp_path)
     (tmp_path / "8").mkdir()
-    assert diverged(record, tmp_path).endswith(f"the newest checkpoint before it is {tmp_path}/8.")
+    assert f"the newest checkpoint before it is {tmp_path}/8. " in diverged(record, tmp_path)
