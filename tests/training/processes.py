@@ -16,6 +16,7 @@ from torch import nn
 
 from mutune.config import SweepConfig
 from mutune.model.shape import BaseConfig, ModelConfig
+from mutune.parametrization.finding import AuditError
 from mutune.training import checkpoint
 from mutune.training.config import LoopConfig, ParallelConfig, RunSpec, StageConfig
 from mutune.training.distribution import joined
@@ -108,6 +109,18 @@ def on_a_full_disk(world: World, root: Path, background: bool) -> dict[str, Any]
     return {"said": said, "left": sorted(path.name for path in root.iterdir())}
 
 
+def audited(world: World) -> str:
+    """What the first process says where the second has an optimizer of its own."""
+    run = Run(SPEC, world.device, world)
+    if world.rank == 1:
+        run.optimizer.param_groups[0]["eps"] *= 10
+    try:
+        losses(run, until=1)
+    except AuditError as error:
+        return str(error)
+    return "nothing"
+
+
 def main(folder: Path) -> None:
     """Do it all, and write what came out."""
     torch.set_num_threads(1)
@@ -118,6 +131,7 @@ def main(folder: Path) -> None:
         if world.size == 2:
             told = trained_under_guard(folder / "rolled_back", "rollback", damage=True, world=world)
             found["rolled_back"] = {"skips": [[skip.from_step, skip.num_skipped] for skip in told.skips]}
+            found["audited"] = {"said": audited(world)}
             for background in (False, True):
                 found[f"full_{background}"] = on_a_full_disk(world, folder / "of_2", background)
             for name, way in WAYS.items():

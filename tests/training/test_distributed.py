@@ -113,6 +113,12 @@ def test_a_sharded_run_in_bfloat16_is_that_of_autocast(found: dict[int, dict[str
     assert furthest(found[1]["bfloat16"]["losses"], low) < LOW_CLOSE
 
 
+def test_what_the_audit_of_one_process_finds_all_say(found: dict[int, dict[str, Any]]) -> None:
+    said = found[2]["audited"]["said"]
+    assert said.startswith("process 1 of 2: the audit found")
+    assert "Adam's eps" in said
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_where_one_process_cannot_write_the_save_fails_for_all_and_leaves_what_was_there(
     background: bool, found: dict[int, dict[str, Any]]
