@@ -4,7 +4,6 @@ Shape suffixes: H heads, N tensors, C columns. Sharded tensors (FSDP2) are reduc
 """
 
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from mutune.model.decoder import Attention
 from mutune.parametrization.names import canonical_name, trainable
 from mutune.parametrization.plan import Plan
+from mutune.training.world import is_sharded, whole
 
 Fields = dict[str, float | str]
 SAMPLED = 1024  # elements of each tensor (of its shard) that are held against where they were at the last probe
@@ -200,23 +200,14 @@ def attentions(model: nn.Module) -> dict[str, Attention]:
 # ------------------------------------------------------------------------------------------------------------- sharding
 def local(tensor: Any) -> Tensor:
     """A tensor, or this process's shard of it."""
-    return tensor.to_local() if _is_sharded(tensor) else tensor
-
-
-def whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
-
-
-def _is_sharded(tensor: Any) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # slow to load, and not there where nobody shards
-    return module is not None and isinstance(tensor, module.DTensor)
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def _summed(rows: Mapping[str, Tensor], tensors: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Name → column → sum over all shards; one reduction for all tensors that are sharded alike."""
     alike: dict[Any, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
-        key = (tensor.device_mesh, tuple(map(str, tensor.placements))) if _is_sharded(tensor) else None
+        key = (tensor.device_mesh, tuple(map(str, tensor.placements))) if is_sharded(tensor) else None
         alike[key].append(name)
     found: dict[str, dict[str, float]] = {}
     for key, names in alike.items():

@@ -18,7 +18,8 @@ from mutune.model.decoder import Attention, Decoder
 from mutune.parametrization.forward_pass import reshard, undisturbed
 from mutune.parametrization.names import trainable
 from mutune.parametrization.plan import Plan
-from mutune.training.moments import Fields, Snapshot, attentions, upper_median, weights_and_moments, whole
+from mutune.training.moments import Fields, Snapshot, attentions, upper_median, weights_and_moments
+from mutune.training.world import whole
 
 CONSTANT = 1e-6  # of the variance of the layer's median head's output: below, a head is dead
 
