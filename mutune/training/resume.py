@@ -48,7 +48,7 @@ def begin(
             if branch and not start:
                 start, path = branch.step, branch.trunk / METRICS
             records = _records_until(path, start, finished=start == num_steps)
-        except Refusal as error:
+        except (Refusal, OSError) as error:
             refusal = error
     start, refusal = world.share((start, refusal))
     if refusal:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -127,7 +127,9 @@ class Target:
         root, skips = self.directory / CHECKPOINTS, (*self.guard.skips, *action.skips)
         found = self._good(root, action.before)
         if found is None and checkpoint.list_steps(root):
-            raise Paused(self._pause(action, saved=False))
+            said = action.sentence.rpartition("\n")[0]  # without what it would have done
+            why = f"No checkpoint of step {action.before:,} or before is left, so that the run is paused."
+            raise Paused(self._pause(replace(action, sentence=f"{said}\n{why}"), saved=False))
         back = found.step if found else 0
         self._load(found, skips)
         if self.run.world.is_first:
