@@ -320,6 +320,7 @@ def test_soak_how_early_broken_runs_leave_their_band_is_recorded() -> None:
                 "steps outside": share([out]),
             }
         )
+    assert rows[0]["left"] == share([np.ones((1, 1), dtype=bool)]), "a rate eight times too high leaves every band"
     title = f"Broken runs of width {size} and the bands of the rungs {', '.join(map(str, rungs))}: who leaves, and when"
     soak.record("band_faults", title, rows)
 

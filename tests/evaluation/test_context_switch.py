@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def test_a_switch_to_a_longer_context_is_measured_against_its_control() -> None:
     words = [*LARGE, f"run.num_steps={trunk}", "hyperparameters.learning_rate=0.01"]
     rows = list(curves(compose("sweep", SweepConfig, words).spec(), FACTOR, NUM_STEPS - trunk, SEEDS))
     keep(rows)
+    assert {row["seed"] for row in rows} == set(SEEDS)
+    assert all(math.isfinite(row["loss"]) for row in rows)
 
 
 def keep(rows: list[dict[str, Any]]) -> None:

@@ -20,7 +20,6 @@ from tests.doors import ROOT
 from tests.soak import record
 
 WITHIN = 0.15
-HEAP_WITHIN = 0.25  # how much of a heap is holes depends on the order in which sizes come
 GPT2 = 50257
 BTLM = {"width": 2560, "depth": 32, "num_heads": 32, "ffn_width": 6826}
 NARROW = {"width": 384, "depth": 6, "num_heads": 6}
@@ -173,7 +172,7 @@ def test_models_of_50_to_300_million_parameters_hold_what_is_estimated_within_15
     record("target_memory", "Memory of a process that trains: estimated, and measured or tracked", rows)
     off[False] += [estimated(case) / count - 1 for case, count in zip(cases, tracked, strict=True)]
     assert max(map(abs, off[False])) < WITHIN
-    assert max(map(abs, off[True])) < HEAP_WITHIN
+    assert max(map(abs, off[True])) < WITHIN  # not reached: a heap's holes depend on the order in which sizes come
 
 
 def _tracked_row(case: dict[str, Any], counted: int) -> dict[str, Any]:
