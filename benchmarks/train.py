@@ -1,14 +1,17 @@
 """A step of the target's run beside a plain PyTorch loop and Hugging Face's Trainer, with the same model and batches.
 
     python benchmarks/train.py                                           # on a CPU: benchmarks/train.md
-    python benchmarks/train.py --device cuda --target btlm_3b --context 2048 --dtype bfloat16
-    python benchmarks/train.py --device cuda --target btlm_3b --context 8192 --dtype bfloat16
+    gpu="--device cuda --target btlm_3b --dtype bfloat16"
+    python benchmarks/train.py $gpu --context 2048 --sequences 32 --micro 4 --only mutune
+    python benchmarks/train.py $gpu --context 8192 --sequences 8 --micro 1 --only mutune
+    python benchmarks/train.py $gpu --context 2048 --sequences 8 --micro 4 --depth 8 # three such models fit a GPU
 
 All turn by turn in one process; medians of rounds with the lowest and the highest. Trainer needs `accelerate`.
 """
 
 import argparse
 import io
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,14 +27,16 @@ from torch import Tensor, nn
 from mutune.certificate.config import TransferFile
 from mutune.compose import build
 from mutune.files import read_yaml
-from mutune.model.alibi import alibi_slopes, causal_bias
 from mutune.model.decoder import Decoder
 from mutune.model.shape import tensor_specs
 from mutune.parametrization.apply import initialise
 from mutune.scaling.arithmetic import forward_flops_per_token, matmul_parameter_count
 from mutune.training.config import ParallelConfig, RunSpec, StageConfig
+from mutune.training.device import used_memory
 from mutune.training.execution import keep_memory, number_format, threaded
+from mutune.training.price import price
 from mutune.training.run import Run
+from mutune.training.throughput import rates
 from mutune.transfer import main as transfer_door
 from tests.soak import record
 
@@ -70,17 +75,18 @@ def ours(run: Run, clock: Clock) -> Steps:
 
 
 def plain(run: Run, clock: Clock) -> Steps:
-    """What one writes by hand: one AdamW group, the whole batch at once, clipping."""
-    model, device = copied(run), run.world.device
+    """What one writes by hand: one AdamW group, clipping, nothing compiled."""
+    model, device, at_once = copied(run), run.world.device, run._micro_sequences
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
     step = iter(range(10**9))
 
     def one() -> float:
         began = clock()
         ids_BT = torch.from_numpy(run.loader.batch(next(step))).to(device)
-        with number_format(run.spec.loop, device):
-            loss = model.loss(ids_BT[:, :-1], ids_BT[:, 1:])
-        loss.backward()
+        for part_BT in ids_BT.split(at_once):
+            with number_format(run.spec.loop, device):
+                loss = model.loss(part_BT[:, :-1], part_BT[:, 1:]) * (len(part_BT) / len(ids_BT))
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -126,7 +132,8 @@ def trainer(run: Run, clock: Clock, folder: Path) -> Steps:
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=count,
-            per_device_train_batch_size=stage.batch_sequences,
+            per_device_train_batch_size=run._micro_sequences,
+            gradient_accumulation_steps=stage.batch_sequences // run._micro_sequences,
             learning_rate=1e-4,
             weight_decay=0.1,
             max_grad_norm=1.0,
@@ -146,8 +153,7 @@ def trainer(run: Run, clock: Clock, folder: Path) -> Steps:
 def copied(run: Run) -> Decoder:
     """The run's model with its initial values, not compiled."""
     sites = {site: row.value for site, row in run.plan.multipliers.items()}
-    attention = run.spec.loop.attention or ("flex" if run.world.device.type == "cuda" else "sdpa")
-    model = Decoder(run.spec.model, run.corpus.vocab_size, sites, attention, run.model.h[0].recompute)
+    model = Decoder(run.spec.model, run.corpus.vocab_size, sites, attention_of(run), run.model.h[0].recompute)
     initialise(model, run.plan, run.spec.seed)
     return model.to(run.world.device)
 
@@ -167,11 +173,13 @@ def components(run: Run, clock: Clock) -> Iterator[tuple[str, float, float]]:
     spec, model, device = run.spec, run.model, run.world.device
     shape, stage = spec.model, spec.stages[0]
     tokens, block = stage.tokens_per_step, model.h[0]
-    x_BTD = torch.randn(stage.batch_sequences, stage.context_length, shape.width, device=device, requires_grad=True)
-    bias: Any = causal_bias(alibi_slopes(shape.heads), stage.context_length, device=device, dtype=torch.float32)
-    if device.type == "cuda":
-        bias = model._attention_bias(stage.context_length, device, torch.float32)
-    ids_BT = torch.from_numpy(run.loader.batch(0)).to(device)
+    at_once, low = run._micro_sequences, torch.bfloat16 if spec.loop.dtype == "bfloat16" else torch.float32
+    passes = stage.batch_sequences / at_once
+    x_BTD = torch.randn(at_once, stage.context_length, shape.width, device=device, requires_grad=True)
+    bias: Any = model._attention_bias(stage.context_length, device, low)
+    ids_BT = torch.from_numpy(run.loader.batch(0))[:at_once].to(device)
+    whole: Callable[..., Any] = torch.compile(dynamic=False) if device.type == "cuda" else lambda part: part
+    attn, mlp, norm = whole(block.attn.forward), whole(block.mlp.forward), whole(block.ln_1.forward)
 
     def both(forward: Callable[[], Tensor]) -> None:
         with number_format(spec.loop, device):
@@ -183,13 +191,18 @@ def components(run: Run, clock: Clock) -> Iterator[tuple[str, float, float]]:
     head = 3 * 2 * run.corpus.vocab_size * shape.width * tokens
     yield (
         "attention",
-        shape.depth * timed(lambda: both(lambda: block.attn(x_BTD, bias)), clock),
+        passes * shape.depth * timed(lambda: both(lambda: attn(x_BTD, bias)), clock),
         shape.depth * attention,
     )
-    yield "feed-forward", shape.depth * timed(lambda: both(lambda: block.mlp(x_BTD)), clock), shape.depth * ffn
-    norms = (2 * shape.depth + 1) * timed(lambda: both(lambda: block.ln_1(x_BTD)), clock)
-    yield "LayerNorm", norms, 0.0
-    yield "logits and loss", timed(lambda: both(lambda: _loss(model, x_BTD, ids_BT[:, 1:])), clock), float(head)
+    mlps = passes * shape.depth * timed(lambda: both(lambda: mlp(x_BTD)), clock)
+    yield "feed-forward", mlps, shape.depth * ffn
+    yield "LayerNorm", passes * (2 * shape.depth + 1) * timed(lambda: both(lambda: norm(x_BTD)), clock), 0.0
+    blocks = passes * shape.depth * timed(lambda: both(lambda: block(x_BTD, bias)), clock)
+    yield "blocks as they are", blocks, shape.depth * (attention + ffn)
+    losses = passes * timed(lambda: both(lambda: _loss(model, x_BTD, ids_BT[:, 1:])), clock)
+    yield "logits and loss", losses, float(head)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     yield "clipping", timed(lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True).item(), clock), 0.0
     yield "AdamW", timed(run.optimizer.step, clock), 0.0
     yield "batch", timed(lambda: torch.from_numpy(run.loader.batch(1)).to(device), clock), 0.0
@@ -235,6 +248,7 @@ def spec_of(arguments: argparse.Namespace, width: int | None, depth: int | None,
     (written,) = folder.glob("transfer/*/transfer.yaml")
     spec = build(TransferFile, read_yaml(written, "transfer file")).spec(0)
     stage = StageConfig(arguments.context, arguments.sequences, num_steps=10_000)
+    spec = replace(spec, model=replace(spec.model, depth=arguments.depth or spec.model.depth))
     return replace(spec, stages=(stage,), loop=replace(spec.loop, dtype=arguments.dtype, micro_sequences=None))
 
 
@@ -245,6 +259,9 @@ def main() -> None:
     parser.add_argument("--target", default="small")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--sequences", type=int, default=2)
+    parser.add_argument("--micro", type=int, help="sequences per forward pass")
+    parser.add_argument("--depth", type=int, help="blocks, where the target's are too many")
+    parser.add_argument("--only", choices=["mutune"], help="neither the plain loop nor Trainer")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])
     arguments = parser.parse_args()
@@ -252,22 +269,36 @@ def main() -> None:
     low = getattr(torch, arguments.dtype)
     rows: list[dict[str, Any]] = []
     with threaded(1), tempfile.TemporaryDirectory() as folder:
-        peak = peak_flops(device, low)
+        peak, sheet = peak_flops(device, low), rates(str(device), arguments.dtype).peak_flops
         for width, depth in SHAPES if device.type == "cpu" else ((None, None),):
             spec = spec_of(arguments, width, depth, Path(folder))
-            run = Run(spec, device, parallel=ParallelConfig(activation_checkpointing=arguments.recompute))
-            clock = Clock(device)
+            parallel = ParallelConfig(activation_checkpointing=arguments.recompute, micro_sequences=arguments.micro)
+            run, clock = Run(spec, device, parallel=parallel), Clock(device)
             keep_memory(2**31)
-            ways = {"mutune": ours(run, clock), "plain loop": plain(run, clock)}
-            ways["HF Trainer"] = trainer(run, clock, Path(folder))
-            rows += table(run, side_by_side(ways), list(components(run, clock)), max(peak, peak_flops(device, low)))
+            ways = {"mutune": ours(run, clock)}
+            if not arguments.only:
+                ways |= {"plain loop": plain(run, clock), "HF Trainer": trainer(run, clock, Path(folder))}
+            found, memory = side_by_side(ways), used_memory(device.type)[1]
+            rows += table(run, found, list(components(run, clock)), sheet or max(peak, peak_flops(device, low)))
+            print(f"peak memory {memory:,} bytes, estimated {price(spec, parallel, 1, attention_of(run)).bytes:,}")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
+    against = f"MFU of the data sheet's {sheet / 1e12:.0f}" if sheet else "MFU of that"
+    only = f", {arguments.depth} blocks" if arguments.depth else ""
     record(
-        "train" if device.type == "cpu" else f"train_{arguments.target}_{arguments.context}",
-        f"A step of a target on {device}, {arguments.dtype}, {arguments.sequences} sequences of {arguments.context}; "
-        f"peak {peak / 1e12:.2f} TFLOP/s, as a product of matrices reaches it",
+        "train"
+        if device.type == "cpu"
+        else f"train_{arguments.target}_{arguments.context}{f'_{arguments.depth}_blocks' if only else ''}",
+        f"A step of {arguments.target}{only} on {where}, {arguments.dtype}: {arguments.sequences} sequences of "
+        f"{arguments.context}, {arguments.micro or arguments.sequences} at a time; a product of matrices reaches "
+        f"{peak / 1e12:.2f} TFLOP/s, {against}",
         rows,
-        by="`python benchmarks/train.py`",
+        by=f"`python {' '.join(sys.argv)}`",
     )
+
+
+def attention_of(run: Run) -> str:
+    """How it is computed."""
+    return run.spec.loop.attention_on(run.world.device.type)
 
 
 def table(

@@ -6,7 +6,7 @@ the head, ALiBi added after scaling and before the softmax).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mutune.model.alibi import AlibiScores, alibi_slopes, causal_bias, flex
+from mutune.model.alibi import AlibiColumns, AlibiScores, alibi_slopes, causal, causal_bias, flex
 from mutune.model.shape import ModelConfig
 from mutune.parametrization.multiplier import Multiplier
 from mutune.scaling.memory import LOGITS_AT_ONCE
 
 LAYER_NORM_EPS = 1e-5
 MAX_LOGITS = LOGITS_AT_ONCE
-#: What attention adds to its logits: (H, T, T) or (1, T, T), with documents (B, H, T, T); for FlexAttention the rule.
-Bias = Tensor | AlibiScores
+LOW = ("sdpa", "causal")  # attentions whose bias is in the number format of their products
+#: What attention adds to its logits: (H, T, T) or (1, T, T), with documents (B, H, T, T); or what makes it.
+Bias = Tensor | AlibiColumns | AlibiScores
 
 
 class Decoder(nn.Module):
@@ -32,12 +33,12 @@ class Decoder(nn.Module):
         shape: its shape.
         vocab_size: V, never padded.
         multipliers: site → value, as in a plan's `multipliers` table.
-        attention: `sdpa`, torch's fused kernel; `explicit`, which is written out; or on GPUs `flex`, FlexAttention,
-            which never makes the T² biases.
+        attention: `sdpa`, torch's fused kernel; `explicit`, which is written out; or, without a bias of T²,
+            `causal`, torch's causal kernels, which cannot tell documents apart, and on GPUs `flex`, FlexAttention.
         document_end: the token that ends a document, where attention is to stay within documents; None lets it see all
             that comes before, also of other documents.
-        recompute: None, or the contexts of `torch.utils.checkpoint` in which each block's forward pass is done again
-            for its backward pass.
+        recompute: None, or how `torch.utils.checkpoint` does each block's forward pass again for its backward pass: the
+            arguments that it takes by name.
 
     Parameters are left as torch creates them; `mutune.training.initialise` gives them the plan's values.
     """
@@ -48,7 +49,7 @@ class Decoder(nn.Module):
         vocab_size: int,
         multipliers: Mapping[str, float],
         attention: str = "sdpa",
-        recompute: Callable[[], tuple[Any, Any]] | None = None,
+        recompute: Mapping[str, Any] | None = None,
         document_end: int | None = None,
     ) -> None:
         super().__init__()
@@ -60,8 +61,18 @@ class Decoder(nn.Module):
         self.ln_f = LayerNorm(shape.width, eps=LAYER_NORM_EPS)
         self.output_multiplier = Multiplier("output", multipliers["output"])
         self.lm_head = None if shape.tied else nn.Linear(shape.width, vocab_size, bias=False)
-        self._flex, self._fused = attention == "flex", attention == "sdpa"
+        self._attention = attention
         self._bias_cache: dict[tuple[int, torch.device, torch.dtype], Bias] = {}
+        self._sum_of_losses = self._loss_sum
+
+    def compile_parts(self) -> None:
+        """Compile the blocks, whose code is one for all of them, and the loss, each by themselves.
+
+        For each shape of a batch anew: code for any shape is slower.
+        """
+        for block in self.h:
+            block.forward = torch.compile(block.forward, dynamic=False)  # not hooks, which are FSDP's
+        self._sum_of_losses = torch.compile(self._loss_sum, dynamic=False)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Logits (B, T, V) of the next token at each position.
@@ -77,11 +88,11 @@ class Decoder(nn.Module):
         Where there would be more than `MAX_LOGITS` logits, they are made in chunks, and again for the backward pass.
         """
         x_ND, targets_N = self._hidden(ids_BT).flatten(0, 1), targets_BT.flatten()
-        chunk = max(1, MAX_LOGITS // len(self._output_weight))
-        if len(targets_N) <= chunk:
-            return self._loss_sum(x_ND, targets_N, "mean")
+        chunk = chunk_size(len(targets_N), MAX_LOGITS // len(self._output_weight))
+        if len(targets_N) == chunk:
+            return self._sum_of_losses(x_ND, targets_N, "mean")
         parts = zip(x_ND.split(chunk), targets_N.split(chunk), strict=True)
-        sums = [checkpoint(self._loss_sum, *part, "sum", use_reentrant=False) for part in parts]
+        sums = [checkpoint(self._sum_of_losses, *part, "sum", use_reentrant=False) for part in parts]
         return torch.stack(sums).sum() / len(targets_N)
 
     def _loss_sum(self, x_ND: Tensor, targets_N: Tensor, reduction: str) -> Tensor:
@@ -102,7 +113,7 @@ class Decoder(nn.Module):
                 raise ValueError(f"context {time} exceeds model.max_positions={self.shape.max_positions}")
             x_BTD = x_BTD + self.wpe.weight[:time]
         x_BTD = self.embedding_multiplier(x_BTD)
-        low = self._fused and torch.is_autocast_enabled(x_BTD.device.type)  # else each block would cast it for itself
+        low = self._attention in LOW and torch.is_autocast_enabled(x_BTD.device.type)  # else each block would cast it
         dtype = torch.get_autocast_dtype(x_BTD.device.type) if low else x_BTD.dtype
         if self.document_end is None:
             bias = self._attention_bias(time, x_BTD.device, dtype)
@@ -117,27 +128,38 @@ class Decoder(nn.Module):
     def _bias_within(self, document_BT: Tensor, dtype: torch.dtype) -> Bias:
         """The same, and what hides tokens of other documents."""
         time, device = document_BT.shape[1], document_BT.device
-        if self._flex:
+        if self._attention == "flex":
             return AlibiScores.make(self._slopes_H, time, device, document_BT)
         bias_HTT = self._attention_bias(time, device, dtype)
-        assert isinstance(bias_HTT, Tensor)
+        assert isinstance(bias_HTT, Tensor), self._attention
         other_BTT = document_BT[:, :, None] != document_BT[:, None, :]
         return bias_HTT[None].masked_fill(other_BTT[:, None], -math.inf)
 
     @property
-    def _slopes_H(self) -> list[float]:
-        return alibi_slopes(self.shape.heads) if self.shape.positions == "alibi" else [0.0]
+    def _slopes_H(self) -> list[float] | None:
+        return alibi_slopes(self.shape.heads) if self.shape.positions == "alibi" else None
 
     def _attention_bias(self, time: int, device: torch.device, dtype: torch.dtype) -> Bias:
         """Causal mask plus ALiBi; kept for the last context length only."""
         key = (time, device, dtype)
         if key not in self._bias_cache:
             self._bias_cache.clear()
-            if self._flex:
+            if self._attention == "flex":
                 self._bias_cache[key] = AlibiScores.make(self._slopes_H, time, device)
+            elif self._attention == "causal":
+                self._bias_cache[key] = AlibiColumns.make(self._slopes_H, time, device, dtype)
             else:
-                self._bias_cache[key] = causal_bias(self._slopes_H, time, device=device, dtype=dtype)
+                self._bias_cache[key] = causal_bias(self._slopes_H or [0.0], time, device=device, dtype=dtype)
         return self._bias_cache[key]
+
+
+def chunk_size(tokens: int, most: int) -> int:
+    """Tokens of a chunk, at most so many: a part of all that leaves no rest, if it is not below half of what it may be.
+
+    Chunks of one size are compiled once.
+    """
+    fewest = -(-tokens // max(1, most))
+    return next((tokens // count for count in range(fewest, 2 * fewest) if tokens % count == 0), max(1, most))
 
 
 class Block(nn.Module):
@@ -148,7 +170,7 @@ class Block(nn.Module):
         shape: ModelConfig,
         multipliers: Mapping[str, float],
         attention: str,
-        recompute: Callable[[], tuple[Any, Any]] | None = None,
+        recompute: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.recompute = recompute
@@ -163,7 +185,7 @@ class Block(nn.Module):
         """One residual block; (B, T, D) → (B, T, D)."""
         if self.recompute is None or not torch.is_grad_enabled():
             return self._residual(x_BTD, bias)
-        again: Tensor = checkpoint(self._residual, x_BTD, bias, use_reentrant=False, context_fn=self.recompute)
+        again: Tensor = checkpoint(self._residual, x_BTD, bias, use_reentrant=False, **self.recompute)
         return again
 
     def _residual(self, x_BTD: Tensor, bias: Bias) -> Tensor:
@@ -188,7 +210,9 @@ class Attention(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(x_BTD).chunk(3, dim=-1)
         )
         q_BHTK = self.logit_multiplier(q_BHTK)
-        if isinstance(bias, AlibiScores):
+        if isinstance(bias, AlibiColumns):
+            out_BHTK = causal(q_BHTK, k_BHTK, v_BHTK, bias)
+        elif isinstance(bias, AlibiScores):
             out_BHTK = flex(q_BHTK, k_BHTK, v_BHTK, bias)
         elif self.attention == "sdpa":
             bias = bias[None] if bias.dim() == 3 else bias  # with three, torch's CPU kernel falls back to a slower path
