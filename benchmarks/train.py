@@ -40,7 +40,7 @@ from mutune.training.throughput import rates
 from mutune.transfer import main as transfer_door
 from tests.soak import record
 
-ROUNDS, STEPS, WARM_UP = 5, 3, 2
+ROUNDS, STEPS, WARM_UP = 4, 3, 2
 #: The laptop's shapes: width, depth, vocabulary stays that of the target.
 SHAPES = ((256, 4), (512, 4))
 #: Runs so many steps, and returns seconds of each.
@@ -164,6 +164,7 @@ def side_by_side(ways: dict[str, Steps]) -> dict[str, list[float]]:
     for _ in range(ROUNDS):
         for name, steps in ways.items():
             found[name].append(median(steps(WARM_UP + STEPS)[WARM_UP:]))
+            print(f"{name}: {1e3 * found[name][-1]:.1f} ms a step", flush=True)
     return found
 
 
