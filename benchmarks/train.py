@@ -2,9 +2,8 @@
 
     python benchmarks/train.py                                           # on a CPU: benchmarks/train.md
     gpu="--device cuda --target btlm_3b --dtype bfloat16"
-    python benchmarks/train.py $gpu --context 2048 --sequences 32 --micro 4 --only mutune
-    python benchmarks/train.py $gpu --context 8192 --sequences 8 --micro 1 --only mutune
-    python benchmarks/train.py $gpu --context 2048 --sequences 8 --micro 4 --depth 8 # three such models fit a GPU
+    python benchmarks/train.py $gpu --context 2048 8192 --sequences 32 8 --micro 4 1 --only mutune
+    python benchmarks/train.py $gpu --context 2048 --sequences 8 --micro 4 --depth 8  # three such models fit a GPU
 
 All turn by turn in one process; medians of rounds with the lowest and the highest. Trainer needs `accelerate`.
 """
@@ -35,7 +34,7 @@ from mutune.training.config import ParallelConfig, RunSpec, StageConfig
 from mutune.training.device import used_memory
 from mutune.training.execution import keep_memory, number_format, threaded
 from mutune.training.price import price
-from mutune.training.run import Run
+from mutune.training.run import Run, window_loader
 from mutune.training.throughput import rates
 from mutune.transfer import main as transfer_door
 from tests.soak import record
@@ -153,7 +152,8 @@ def trainer(run: Run, clock: Clock, folder: Path) -> Steps:
 def copied(run: Run) -> Decoder:
     """The run's model with its initial values, not compiled."""
     sites = {site: row.value for site, row in run.plan.multipliers.items()}
-    model = Decoder(run.spec.model, run.corpus.vocab_size, sites, attention_of(run), run.model.h[0].recompute)
+    attention, recompute = run.spec.loop.attention_on(run.world.device.type), run.model.h[0].recompute
+    model = Decoder(run.spec.model, run.corpus.vocab_size, sites, attention, recompute)
     initialise(model, run.plan, run.spec.seed)
     return model.to(run.world.device)
 
@@ -248,9 +248,15 @@ def spec_of(arguments: argparse.Namespace, width: int | None, depth: int | None,
         assert transfer_door(words) == 0
     (written,) = folder.glob("transfer/*/transfer.yaml")
     spec = build(TransferFile, read_yaml(written, "transfer file")).spec(0)
-    stage = StageConfig(arguments.context, arguments.sequences, num_steps=10_000)
-    spec = replace(spec, model=replace(spec.model, depth=arguments.depth or spec.model.depth))
-    return replace(spec, stages=(stage,), loop=replace(spec.loop, dtype=arguments.dtype, micro_sequences=None))
+    model = replace(spec.model, depth=arguments.depth or spec.model.depth)
+    return replace(spec, model=model, loop=replace(spec.loop, dtype=arguments.dtype, micro_sequences=None))
+
+
+def turn(run: Run, context: int, sequences: int, at_once: int) -> None:
+    """Let the run go on with such batches."""
+    run.spec = replace(run.spec, stages=(StageConfig(context, sequences, num_steps=10_000),))
+    run.parallel = replace(run.parallel, micro_sequences=at_once)
+    run.loader = window_loader(run.spec, run.corpora)
 
 
 def main() -> None:
@@ -258,9 +264,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--target", default="small")
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--sequences", type=int, default=2)
-    parser.add_argument("--micro", type=int, help="sequences per forward pass")
+    parser.add_argument("--context", type=int, nargs="+", default=[512], help="one or more, each a part of the table")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[2], help="of a step, for each context")
+    parser.add_argument("--micro", type=int, nargs="+", help="sequences per forward pass, for each context")
     parser.add_argument("--depth", type=int, help="blocks, where the target's are too many")
     parser.add_argument("--only", choices=["mutune"], help="neither the plain loop nor Trainer")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -273,33 +279,31 @@ def main() -> None:
         peak, sheet = peak_flops(device, low), rates(str(device), arguments.dtype).peak_flops
         for width, depth in SHAPES if device.type == "cpu" else ((None, None),):
             spec = spec_of(arguments, width, depth, Path(folder))
-            parallel = ParallelConfig(activation_checkpointing=arguments.recompute, micro_sequences=arguments.micro)
-            run, clock = Run(spec, device, parallel=parallel), Clock(device)
+            run = Run(spec, device, parallel=ParallelConfig(activation_checkpointing=arguments.recompute))
+            clock = Clock(device)
             keep_memory(2**31)
-            ways = {"mutune": ours(run, clock)}
-            if not arguments.only:
-                ways |= {"plain loop": plain(run, clock), "HF Trainer": trainer(run, clock, Path(folder))}
-            found, memory = side_by_side(ways), used_memory(device.type)[1]
-            rows += table(run, found, list(components(run, clock)), sheet or max(peak, peak_flops(device, low)))
-            print(f"peak memory {memory:,} bytes, estimated {price(spec, parallel, 1, attention_of(run)).bytes:,}")
+            for batch in zip(
+                arguments.context, arguments.sequences, arguments.micro or arguments.sequences, strict=True
+            ):
+                turn(run, *batch)
+                ways = {"mutune": ours(run, clock)}
+                if not arguments.only:
+                    ways |= {"plain loop": plain(run, clock), "HF Trainer": trainer(run, clock, Path(folder))}
+                found, memory = side_by_side(ways), used_memory(device.type)[1]
+                parts = list(components(run, clock))
+                rows += table(run, found, parts, sheet or max(peak, peak_flops(device, low)))
+                estimated = price(run.spec, run.parallel, device=device.type).bytes
+                print(f"peak memory so far {memory:,} bytes, estimated {estimated:,}", flush=True)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
     against = f"MFU of the data sheet's {sheet / 1e12:.0f}" if sheet else "MFU of that"
-    only = f", {arguments.depth} blocks" if arguments.depth else ""
+    blocks = f"_{arguments.depth}_blocks" if arguments.depth else ""
     record(
-        "train"
-        if device.type == "cpu"
-        else f"train_{arguments.target}_{arguments.context}{f'_{arguments.depth}_blocks' if only else ''}",
-        f"A step of {arguments.target}{only} on {where}, {arguments.dtype}: {arguments.sequences} sequences of "
-        f"{arguments.context}, {arguments.micro or arguments.sequences} at a time; a product of matrices reaches "
-        f"{peak / 1e12:.2f} TFLOP/s, {against}",
+        "train" if device.type == "cpu" else f"train_{arguments.target}{blocks}",
+        f"A step of {arguments.target}{blocks.replace('_', ' ')} on {where}, {arguments.dtype}; a product of matrices "
+        f"reaches {peak / 1e12:.2f} TFLOP/s, {against}",
         rows,
         by=f"`python {' '.join(sys.argv)}`",
     )
-
-
-def attention_of(run: Run) -> str:
-    """How it is computed."""
-    return run.spec.loop.attention_on(run.world.device.type)
 
 
 def table(
@@ -312,9 +316,11 @@ def table(
         matrices, vocab_size=vocab, width=shape.width, depth=shape.depth, context_length=stage.context_length
     )
     flops, best = 3 * per_token * stage.tokens_per_step, median(found["mutune"])
+    batch = f"{stage.batch_sequences} × {stage.context_length:,}, {run._micro_sequences} at a time"
     rows = [
         {
             "width": shape.width,
+            "batch": batch,
             "what": name,
             "ms (lowest to highest)": f"{1e3 * median(t):.1f} ({1e3 * min(t):.1f} to {1e3 * max(t):.1f})",
             "times mutune's": f"{median(t) / best:.2f}",
@@ -327,6 +333,7 @@ def table(
         rows.append(
             {
                 "width": shape.width,
+                "batch": batch,
                 "what": f"of it {name}",
                 "ms (lowest to highest)": f"{1e3 * seconds:.1f}",
                 "times mutune's": f"{seconds / best:.2f}",

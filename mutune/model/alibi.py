@@ -77,7 +77,7 @@ class AlibiColumns:
             digits_T = [position_T // unit % DIGIT * unit for unit in units]
         else:
             digits_T = [position_T]
-        parts_H = list[Tensor]()
+        parts_H: list[Tensor] = []
         for _ in range(PARTS if dtype is torch.bfloat16 else 1):
             parts_H.append(rest_H.to(dtype))
             rest_H = rest_H - parts_H[-1].double()
@@ -88,15 +88,20 @@ class AlibiColumns:
 
 def causal(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, bias: AlibiColumns) -> Tensor:
     """softmax(q kᵀ + bias) v by torch's causal kernels, which read no bias."""
-    batch, heads, time, size = q_BHTK.shape
-    columns = bias.queries_HC.shape[1]
+    size, columns = q_BHTK.shape[-1], bias.queries_HC.shape[1]
     if columns:
-        rest = q_BHTK.new_zeros(1).expand(batch, heads, time, -(size + columns) % KERNEL_SIZE)
-        q_BHTK = torch.cat([q_BHTK, bias.queries_HC[:, None].expand(batch, -1, time, -1), rest], dim=-1)
-        k_BHTK = torch.cat([k_BHTK, bias.keys_TC.expand(batch, heads, -1, -1), rest], dim=-1)
-        v_BHTK = F.pad(v_BHTK, (0, k_BHTK.shape[-1] - size))
+        rest = -(size + columns) % KERNEL_SIZE
+        q_BHTK = _longer(q_BHTK, F.pad(bias.queries_HC, (0, rest))[None])
+        k_BHTK = _longer(k_BHTK, F.pad(bias.keys_TC, (0, rest))[:, None])
+        v_BHTK = _longer(v_BHTK, v_BHTK.new_zeros(1, 1, columns + rest))
     with _fastest(q_BHTK.device):
         return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True, scale=1.0)[..., :size]
+
+
+def _longer(x_BHTK: Tensor, columns_THC: Tensor) -> Tensor:
+    """With columns that are broadcast over the batch, in memory as its heads lie, token by token."""
+    x_BTHK = x_BHTK.transpose(1, 2)
+    return torch.cat([x_BTHK, columns_THC.expand(*x_BTHK.shape[:3], -1)], dim=-1).transpose(1, 2)
 
 
 def _fastest(device: torch.device) -> AbstractContextManager[None]:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mutune.model.alibi import AlibiColumns, AlibiScores, alibi_slopes, causal, causal_bias, flex
+from mutune.model.losses import chunk_size, chunked
 from mutune.model.shape import ModelConfig
 from mutune.parametrization.multiplier import Multiplier
-from mutune.scaling.memory import LOGITS_AT_ONCE
+from mutune.scaling.memory import logits_at_once
 
 LAYER_NORM_EPS = 1e-5
-MAX_LOGITS = LOGITS_AT_ONCE
+ALIGNED = 64  # what sizes of a GPU's products of matrices should be multiples of
 LOW = ("sdpa", "causal")  # attentions whose bias is in the number format of their products
 #: What attention adds to its logits: (H, T, T) or (1, T, T), with documents (B, H, T, T); or what makes it.
 Bias = Tensor | AlibiColumns | AlibiScores
@@ -85,20 +86,18 @@ class Decoder(nn.Module):
     def loss(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy in nats per token, in float32 or wider.
 
-        Where there would be more than `MAX_LOGITS` logits, they are made in chunks, and again for the backward pass.
+        Where there would be more logits than exist at once (`logits_at_once`), they are made in chunks.
         """
         x_ND, targets_N = self._hidden(ids_BT).flatten(0, 1), targets_BT.flatten()
-        chunk = chunk_size(len(targets_N), MAX_LOGITS // len(self._output_weight))
+        chunk = chunk_size(len(targets_N), logits_at_once(x_ND.device.type) // len(self._output_weight))
         if len(targets_N) == chunk:
-            return self._sum_of_losses(x_ND, targets_N, "mean")
-        parts = zip(x_ND.split(chunk), targets_N.split(chunk), strict=True)
-        sums = [checkpoint(self._sum_of_losses, *part, "sum", use_reentrant=False) for part in parts]
-        return torch.stack(sums).sum() / len(targets_N)
+            return self._sum_of_losses(x_ND, self._output_weight, targets_N) / chunk
+        return chunked(self._sum_of_losses, x_ND, self._output_weight, targets_N, chunk) / len(targets_N)
 
-    def _loss_sum(self, x_ND: Tensor, targets_N: Tensor, reduction: str) -> Tensor:
-        logits_NV = F.linear(x_ND, self._output_weight)
+    def _loss_sum(self, x_ND: Tensor, table_VD: Tensor, targets_N: Tensor) -> Tensor:
+        logits_NV = F.linear(x_ND, table_VD)
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
-        return F.cross_entropy(logits_NV.to(wide), targets_N, reduction=reduction)
+        return F.cross_entropy(logits_NV.to(wide), targets_N, reduction="sum")
 
     @property
     def _output_weight(self) -> Tensor:
@@ -151,15 +150,6 @@ class Decoder(nn.Module):
             else:
                 self._bias_cache[key] = causal_bias(self._slopes_H or [0.0], time, device=device, dtype=dtype)
         return self._bias_cache[key]
-
-
-def chunk_size(tokens: int, most: int) -> int:
-    """Tokens of a chunk, at most so many: a part of all that leaves no rest, if it is not below half of what it may be.
-
-    Chunks of one size are compiled once.
-    """
-    fewest = -(-tokens // max(1, most))
-    return next((tokens // count for count in range(fewest, 2 * fewest) if tokens % count == 0), max(1, most))
 
 
 class Block(nn.Module):
@@ -242,7 +232,24 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) → (B, T, D)."""
+        if x_BTD.is_cuda and torch.compiler.is_compiling():
+            return self.padded(x_BTD)
         value_BTF = self.c_fc(x_BTD)
         if self.c_fc2 is None:
             return self.c_proj(F.gelu(value_BTF))
         return self.c_proj(value_BTF * F.silu(self.c_fc2(x_BTD)))
+
+    def padded(self, x_BTD: Tensor) -> Tensor:
+        """The same with F made a multiple of `ALIGNED` by weights that are 0: a GPU's products of matrices of other
+        sizes take several times as long (benchmarks/gpu.md). Around hooks, which compiled code has none of.
+        """
+        rest = -self.c_fc.out_features % ALIGNED
+        value_BTF = _linear(x_BTD, self.c_fc, rows=rest)
+        if self.c_fc2 is None:
+            return _linear(F.gelu(value_BTF), self.c_proj, columns=rest)
+        return _linear(value_BTF * F.silu(_linear(x_BTD, self.c_fc2, rows=rest)), self.c_proj, columns=rest)
+
+
+def _linear(x: Tensor, layer: nn.Linear, rows: int = 0, columns: int = 0) -> Tensor:
+    """The layer with so many more outputs and inputs of weight 0."""
+    return F.linear(x, F.pad(layer.weight, (0, columns, 0, rows)), F.pad(layer.bias, (0, rows)))

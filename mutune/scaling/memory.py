@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, fields
 from mutune.parametrization.plan import TensorSpec
 
 FP32 = 4
-LOGITS_AT_ONCE = 2**26  # numbers: a chunked loss computes logits of so many tokens at a time, and again backward
+#: Kind of device → numbers: a chunked loss computes logits of so many tokens at a time.
+LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**28}
 COLUMNS = 6  # by which ALiBi makes queries and keys longer, in bfloat16 up to contexts of 2^16
 LOGIT_BYTES = 12  # of a logit at the worst moment: log-probabilities, their gradient and the logits' gradient, fp32
 
@@ -62,7 +63,7 @@ class ForwardPass:
             and sequence.
         recomputed: what the backward pass computes again, as `parallel.activation_checkpointing` has it.
         accumulates: whether gradients of earlier forward passes of the same step are there.
-        logits_at_once: numbers of a chunk of logits; None computes them whole.
+        logits_at_once: numbers of a chunk of logits, as `logits_at_once` has it; None computes them whole.
     """
 
     sequences: int
@@ -71,7 +72,7 @@ class ForwardPass:
     attention: str = "sdpa"
     recomputed: str = "none"
     accumulates: bool = False
-    logits_at_once: int | None = LOGITS_AT_ONCE
+    logits_at_once: int | None = LOGITS_AT_ONCE["cpu"]
 
     @property
     def tokens(self) -> int:
@@ -133,6 +134,11 @@ class Memory:
         """In words → bytes, those that are not 0."""
         named = {part.metadata["is"]: getattr(self, part.name) for part in fields(self)}
         return {words: count for words, count in named.items() if count}
+
+
+def logits_at_once(device: str) -> int:
+    """Numbers of logits that exist at a time on that kind of device."""
+    return LOGITS_AT_ONCE[device if device in LOGITS_AT_ONCE else "cpu"]
 
 
 def decoder_size(
