@@ -8,6 +8,7 @@ import json
 import resource
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from mutune.config import SweepConfig
+from mutune.model import decoder
 from mutune.model.shape import BaseConfig, ModelConfig
 from mutune.parametrization.finding import AuditError
 from mutune.training import checkpoint
@@ -109,6 +111,14 @@ def on_a_full_disk(world: World, root: Path, background: bool) -> dict[str, Any]
     return {"said": said, "left": sorted(path.name for path in root.iterdir())}
 
 
+def in_parts(world: World) -> list[float]:
+    """Losses with what runs on GPUs have: compiled blocks (without a code generator), no bias, a loss in chunks."""
+    vars(decoder)["logits_at_once"] = lambda device: 20 * SPEC.tokenizer.num_ids
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    spec = replace(SPEC, loop=replace(SPEC.loop, compile=True, attention="causal"))
+    return losses(Run(spec, world.device, world), until=5)
+
+
 def audited(world: World) -> str:
     """What the first process says where the second has an optimizer of its own."""
     run = Run(SPEC, world.device, world)
@@ -136,6 +146,7 @@ def main(folder: Path) -> None:
                 found[f"full_{background}"] = on_a_full_disk(world, folder / "of_2", background)
             for name, way in WAYS.items():
                 found[name] = {"losses": losses(Run(SPEC, world.device, world, way), until=5)}
+            found["parts"] = {"losses": in_parts(world)}
         if world.size == 4:
             two = ParallelConfig(replicas=2)
             found["replicas"] = {"losses": losses(Run(SPEC, world.device, world, two), until=5)}

@@ -100,7 +100,9 @@ def test_a_checkpoint_of_any_number_goes_on_in_one_process_without_torchrun(
     assert furthest(losses(run, SAVED), plain["losses"][SAVED:]) < CLOSE
 
 
-@pytest.mark.parametrize(("processes", "way"), [*((2, name) for name in WAYS), (4, "replicas"), (4, "accumulated")])
+@pytest.mark.parametrize(
+    ("processes", "way"), [*((2, name) for name in WAYS), (2, "parts"), (4, "replicas"), (4, "accumulated")]
+)
 def test_how_a_run_is_spread_changes_nothing_that_it_computes(
     processes: int, way: str, found: dict[int, dict[str, Any]], plain: dict[str, Any]
 ) -> None:
