@@ -23,10 +23,10 @@ from mutune.certificate.band import band_at
 from mutune.certificate.config import TransferFile
 from mutune.compose import build, plain
 from mutune.config import TrainConfig
-from mutune.door import OK, ProcessLost, StopRequest, WorkFailed, drawn, enter, nothing_written
+from mutune.door import CACHED, OK, ProcessLost, StopRequest, WorkFailed, drawn, enter, nothing_written
 from mutune.errors import Refusal, require
 from mutune.files import read_yaml, require_writable, write_json, write_text
-from mutune.folders import check_claim, claim, locked
+from mutune.folders import check_claim, check_free, claim, locked
 from mutune.parametrization.finding import AuditError
 from mutune.progress import ProgressLine
 from mutune.search.workers import default_workers
@@ -43,6 +43,7 @@ DRAW_SECONDS = 60.0  # between drawings of a run that is under way
 STARTED = time.monotonic()
 
 if TYPE_CHECKING:
+    from mutune.data.corpora import Corpora
     from mutune.training.branch import Branch
     from mutune.training.guard import Guard
     from mutune.training.loop import Record
@@ -75,7 +76,8 @@ def work(config: TrainConfig) -> int:
         print(price_table(name, spec), _fit(config, spec), sep="\n")
         return OK
     if config.dry_run:
-        print(price_table(name, spec), *_branching(origin), _priced(config, spec), sep="\n")
+        priced = _priced(config, spec, _rehearse(config, transfer, spec, directory, origin))
+        print(price_table(name, spec), *_branching(origin), priced, sep="\n")
         return OK
     if lack := _memory(config, spec):
         raise lack
@@ -137,28 +139,81 @@ def _claimed(
 
     The first process does what only one can do.
     """
-    from mutune.training.checkpoint import choose
     from mutune.training.distribution import require_even
 
-    require_even([stage.batch_sequences for stage in spec.stages], world, config.parallel)
-    inputs = {"run": spec.as_dict(), "data_hash": _check_data(transfer, spec), "verdict": transfer.verdict}
-    inputs |= {"branch": branch.identity} if branch else {}
+    require_even([stage.batch_sequences for stage in spec.stages], world.size, config.parallel)
+    inputs = _inputs(transfer, spec, _check_data(transfer, spec).content_hash, branch)
     if world.is_first:
-        choose(directory / CHECKPOINTS, config.resume)  # refuses a step that has none before anything is written
-        require_writable(Path(config.out))
-        check_claim(directory, inputs, "name", config.overwrite)
+        _check_folder(config, directory, inputs, branch)
         held.enter_context(locked(directory, "name"))
         claim(directory, inputs, "name", config.overwrite)
     return {"inputs": inputs}
 
 
-def _priced(config: TrainConfig, spec: RunSpec) -> str:
-    """The last lines of a dry run: on named hardware what it costs there, else whether it fits here."""
+def _inputs(transfer: TransferFile, spec: RunSpec, data_hash: str, branch: "Branch | None") -> dict[str, Any]:
+    """What two starts of one run must agree in."""
+    inputs = {"run": spec.as_dict(), "data_hash": data_hash, "verdict": transfer.verdict}
+    return inputs | ({"branch": branch.identity} if branch else {})
+
+
+def _check_folder(config: TrainConfig, directory: Path, inputs: dict[str, Any], branch: "Branch | None") -> bool:
+    """Refuse a folder that this run can neither begin nor go on in; returns whether what is there is to be replaced."""
+    if config.resume is not None:
+        from mutune.training.checkpoint import choose
+
+        choose(directory / CHECKPOINTS, config.resume)
+    require_writable(Path(config.out))
+    replaced = check_claim(directory, inputs, "name", config.overwrite)
+    lost = (
+        f"the run in {directory}, which overwrite=true replaces; leave out overwrite=true, or choose another name=NAME"
+    )
+    require(not replaced or config.resume is None, f"resume={config.resume} is a checkpoint of {lost}.")
+    require(
+        not replaced or branch is None or branch.checkpoint is not None,
+        f"branch_from={config.branch_from} is gone, and known only to {lost}.",
+    )
+    return replaced
+
+
+def _rehearse(
+    config: TrainConfig, transfer: TransferFile, spec: RunSpec, directory: Path, branch: "Branch | None"
+) -> str:
+    """Refuse, without writing anything, what the run would refuse at its start; returns what was written all the same.
+
+    Text is looked at only where there is a run that must have read the same.
+    """
+    if config.hardware is None:  # else it is asked about the GPUs that are named
+        from mutune.training.distribution import require_even
+
+        require_even([stage.batch_sequences for stage in spec.stages], processes()[0], config.parallel)
+    if not directory.exists() and branch is None:
+        _check_folder(config, directory, {}, None)
+        return ""
+    from mutune.training.resume import begins_at, identity, state_at
+
+    corpora = _check_data(transfer, spec)
+    replaced = _check_folder(config, directory, _inputs(transfer, spec, corpora.content_hash, branch), branch)
+    check_free(directory, "name")
+    if replaced:
+        directory = directory / "anew"  # where nothing is
+    start, _ = begins_at(directory, config.resume, spec.num_steps, branch)
+    if start:
+        meta = identity(spec, corpora, transfer.verdict, transfer.seal, branch)
+        state_at(directory, start, spec, spec.plan(corpora.main.vocab_size), meta, branch)
+    return CACHED
+
+
+def _priced(config: TrainConfig, spec: RunSpec, but: str) -> str:
+    """The last lines of a dry run: on named hardware what it costs there, else whether it fits here.
+
+    Args:
+        but: what was written all the same.
+    """
     if config.hardware is None:
-        return nothing_written("", _memory(config, spec))
+        return nothing_written(but, _memory(config, spec))
     on = _machine(config, spec)
     lack = lacking(spec, config.parallel, on)
-    return f"{quote_table(spec, config.parallel, on)}\n{nothing_written('', Refusal(lack) if lack else None)}"
+    return f"{quote_table(spec, config.parallel, on)}\n{nothing_written(but, Refusal(lack) if lack else None)}"
 
 
 def _fit(config: TrainConfig, spec: RunSpec) -> str:
@@ -196,8 +251,8 @@ def _memory(config: TrainConfig, spec: RunSpec) -> Refusal | None:
     return None
 
 
-def _check_data(transfer: TransferFile, spec: RunSpec) -> str:
-    """The hash of the run's data; where its main corpus is the study's, it must not have changed."""
+def _check_data(transfer: TransferFile, spec: RunSpec) -> "Corpora":
+    """What the run reads; where its main corpus is the study's, it must not have changed."""
     from mutune.training.fit import check_corpora
     from mutune.training.run import corpora_of
 
@@ -205,7 +260,7 @@ def _check_data(transfer: TransferFile, spec: RunSpec) -> str:
     check_corpora(spec, corpora, "target.stages[{}]")
     if (spec.data, spec.tokenizer) == (transfer.data, transfer.tokenizer):
         transfer.check_text(corpora.main.content_hash)
-    return corpora.content_hash
+    return corpora
 
 
 def _train(
@@ -227,7 +282,8 @@ def _train(
     torch.set_num_threads(config.threads or spec.loop.threads or share(default_workers()))
     start, records = world.together(lambda: begin(directory, config.resume, spec.num_steps, world, branch))
     run = Run(spec, world.device, world if is_launched() else None, config.parallel)
-    meta, guard = identity(run, transfer.verdict, transfer.seal, branch), _guard(config, spec, transfer)
+    meta = identity(spec, run.corpora, transfer.verdict, transfer.seal, branch)
+    guard = _guard(config, spec, transfer)
     notes = world.together(lambda: restore(directory, start, run, meta, branch, guard))
     if world.is_first:
         describe(directory, run, note)
