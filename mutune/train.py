@@ -31,7 +31,7 @@ from mutune.parametrization.finding import AuditError
 from mutune.progress import ProgressLine
 from mutune.search.workers import default_workers
 from mutune.training.config import RunSpec, stage_ends
-from mutune.training.launched import is_launched, processes, share
+from mutune.training.launched import OMP, asked_threads, is_launched, processes, share
 from mutune.training.price import price_table
 from mutune.training.quote import Machine, lacking, largest_table, machine, quote_table
 from mutune.training.result import CHECKPOINTS, METRICS, PREDICTION, smoothing
@@ -279,7 +279,8 @@ def _train(
     from mutune.training.run import Run, describe
     from mutune.training.sentences import opening
 
-    torch.set_num_threads(config.threads or spec.loop.threads or share(default_workers()))
+    threads, why = _threads(config, spec)
+    torch.set_num_threads(threads)
     start, records = world.together(lambda: begin(directory, config.resume, spec.num_steps, world, branch))
     run = Run(spec, world.device, world if is_launched() else None, config.parallel)
     meta = identity(spec, run.corpora, transfer.verdict, transfer.seal, branch)
@@ -294,7 +295,7 @@ def _train(
         if transfer.prediction is not None:
             write_json(directory / PREDICTION, {"prediction": plain(transfer.prediction)})  # for the figures on the way
         write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
-        print(opening(directory, run, start), *_branching(branch), *notes, sep="\n", file=sys.stderr)
+        print(opening(directory, run, start, why), *_branching(branch), *notes, sep="\n", file=sys.stderr)
     try:
         if start < spec.num_steps:
             _run_to_end(config, run, directory, start, meta, guard, cost_of(records), branch)
@@ -302,6 +303,17 @@ def _train(
         raise WorkFailed(str(error)) from error
     if world.is_first:
         _close(config, directory, transfer)
+
+
+def _threads(config: TrainConfig, spec: RunSpec) -> tuple[int, str]:
+    """CPU threads of this process, and what set them."""
+    chosen = (
+        (config.threads, "threads="),
+        (spec.loop.threads, "target.loop.threads"),
+        (asked_threads(), OMP),
+        (share(default_workers()), "cores" if processes()[1] == 1 else "its share of the cores"),
+    )
+    return next((count, why) for count, why in chosen if count is not None)
 
 
 def _guard(config: TrainConfig, spec: RunSpec, transfer: TransferFile) -> "Guard":

@@ -15,8 +15,12 @@ from mutune.training.throughput import Throughput
 MAX_SAID = 120  # characters of what a backend says
 
 
-def opening(directory: Path, run: Run, start: int) -> str:
-    """What is about to be trained, and by what."""
+def opening(directory: Path, run: Run, start: int, threads_by: str) -> str:
+    """What is about to be trained, and by what.
+
+    Args:
+        threads_by: what set the number of CPU threads.
+    """
     total, where, world = run.spec.num_steps, run.world.device, run.world
     if start == total:
         return f"finished   {directory.name} was; its figures and report are made again → {directory}/"
@@ -26,7 +30,8 @@ def opening(directory: Path, run: Run, start: int) -> str:
         else f"training   {directory.name}: {price(run.spec).parameters:,} parameters, {total:,} steps"
     )
     threads = torch.get_num_threads()
-    on = f"{threads} thread{'s' if threads > 1 else ''}" if where.type == "cpu" else str(where)
+    by = f"{threads} thread{'s' if threads > 1 else ''} ({threads_by})"
+    on = by if where.type == "cpu" else f"{where} and {by}"
     on = f"{world.size} processes, each by {on}" if world.size > 1 else on
     return f"{how}, by {on} → {directory}/"
 
