@@ -70,7 +70,7 @@ def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
     require(
         not changed,
         f"branch_from={path} is of another run ({'; '.join(changed)}); a branch may have other stages, another "
-        "schedule and another loop, for example target.schedule.decay_steps=100.",
+        "schedule and another loop, for example target.schedule.kind=wsd target.schedule.decay_steps=100.",
     )
     shared = shared_steps(_stages(trunk), _stages(spec))
     require(
