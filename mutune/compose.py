@@ -133,12 +133,12 @@ def compose(door: str, schema: type[T], overrides: Sequence[str]) -> T:
 
 
 def _through_null(override: str, schema: type) -> str:
-    """`target.schedule.kind=linear` where target.schedule may be null: there Hydra has no key to override, but one to
-    add, and `++` does either.
+    """An override of what may be null or lack keys, such as target.schedule: there Hydra has nothing to override, and
+    `++` adds or overrides.
     """
     key, equals, _ = override.partition("=")
     cls: Any = schema
-    for name in key.split(".")[:-1] if equals else []:
+    for name in key.split(".") if equals else []:
         hint = typing.get_type_hints(cls).get(name)
         inner = [each for each in typing.get_args(hint) if each is not types.NoneType]
         if len(inner) == 1 and isinstance(hint, types.UnionType) and dataclasses.is_dataclass(inner[0]):

@@ -118,11 +118,12 @@ def _branching(branch: "Branch | None") -> list[str]:
         return []
     if not branch.rates:
         return [f"branch     from step {branch.step:,} of a run that no longer has that checkpoint"]
-    before, after = (branch.spec.hyperparameters.learning_rate * factor for factor in branch.rates)
-    left = branch.spec.num_steps - branch.step
+    before, after, last = (branch.spec.hyperparameters.learning_rate * factor for factor in branch.rates)
+    total = branch.spec.num_steps
     return [
-        f"branch     from step {branch.step:,} of {branch.trunk}/, {left:,} steps are left; the "
-        f"base learning rate goes from {before:.4g} to {after:.4g} there"
+        f"branch     from step {branch.step:,} of {branch.trunk}/, {total - branch.step:,} steps are left; the "
+        f"base learning rate goes from {before:.4g} to {after:.4g} there, and to {last:.4g} at step {total:,} "
+        f"({branch.spec.schedule.decay_words(total)})"
     ]
 
 

@@ -224,11 +224,26 @@ def test_train_refuses(arguments: list[str], sentence: str, out: Path, capsys: p
 @pytest.mark.parametrize(
     ("words", "schedule"),
     [
-        (["target=small", "target.schedule.kind=cosine"], "schedule   cosine, warm-up 24 steps;"),
-        (["target=small", "target.schedule.kind=wsd", "target.schedule.warmup_steps=7"], "wsd, warm-up 7 steps;"),
-        (["target=btlm_3b", "target.schedule.kind=cosine"], "schedule   cosine, warm-up 95 steps;"),
-        (["target=small", "+target.schedule.kind=cosine"], "schedule   cosine, warm-up 24 steps;"),
-        (["target=small", "target.stages=[{num_steps: 40}]", "target.schedule.warmup_steps=2"], "linear, warm-up 2 st"),
+        (
+            ["target=small", "target.schedule.kind=cosine"],
+            "schedule   cosine decay from warm-up to end, warm-up 24 steps;",
+        ),
+        (
+            ["target=small", "target.schedule.kind=wsd", "target.schedule.warmup_steps=7"],
+            "schedule   wsd, decay over the last 96 steps, warm-up 7 steps;",
+        ),
+        (
+            ["target=btlm_3b", "target.schedule.kind=cosine"],
+            "schedule   cosine decay from warm-up to end, warm-up 95 steps;",
+        ),
+        (
+            ["target=small", "+target.schedule.kind=cosine"],
+            "schedule   cosine decay from warm-up to end, warm-up 24 steps;",
+        ),
+        (
+            ["target=small", "target.stages=[{num_steps: 40}]", "target.schedule.warmup_steps=2"],
+            "schedule   linear decay from warm-up to end, warm-up 2 steps;",
+        ),
     ],
 )
 def test_a_part_of_a_target_that_it_may_lack_is_given_key_by_key(

@@ -1,6 +1,7 @@
 """`mutune.train dry_run=true` refuses what the run would refuse at its start, in the same words, and writes nothing."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -130,3 +131,21 @@ def test_on_named_hardware_replicas_are_held_against_its_gpus(house: Path, tmp_p
     doors.run("train", *words, "parallel.replicas=2")
     said = doors.run("train", *words, "parallel.replicas=3", expect=2).stderr
     assert "parallel.replicas=3 does not divide gpus=8" in said
+
+
+@pytest.mark.parametrize(
+    "schedule", ["{kind: linear, warmup_steps: 3}", "{kind: wsd, warmup_steps: 0, decay_steps: 5}"]
+)
+def test_a_dry_run_names_the_rates_by_the_steps_that_the_records_have(schedule: str, tmp_path: Path) -> None:
+    stages = "target.stages=[{context_length: 32, batch_sequences: 8, num_steps: 6, end_ratio: 0.5}," + SHORT[15:]
+    doors.run("transfer", *TARGET, f"target.schedule={schedule}", stages, f"out={tmp_path}")
+    said = doors.run("train", transfer(tmp_path), f"out={tmp_path}", *DRY).stdout
+    (line,) = (line for line in said.splitlines() if line.startswith("schedule"))
+    rates = dict(re.findall(r"step (\d+): ([\d.e-]+)", line))
+    doors.run("train", transfer(tmp_path), f"out={tmp_path}", "threads=1")
+    found = [json.loads(line) for line in (tmp_path / "train/tiny/metrics.jsonl").read_text().splitlines()]
+    assert rates == {step: f"{found[int(step) - 1]['lr']:.5g}" for step in rates}
+    assert {"1", "6", "26"} <= rates.keys()
+    assert max(record["lr"] for record in found) == found[3 if "linear" in schedule else 0]["lr"]
+    assert ("4" in rates) == ("linear" in schedule)
+    assert ("wsd, decay over the last 5 steps, warm-up 0 steps" in line) == ("wsd" in schedule)
