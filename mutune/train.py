@@ -23,7 +23,7 @@ from mutune.certificate.band import band_at
 from mutune.certificate.config import TransferFile
 from mutune.compose import build, plain
 from mutune.config import TrainConfig
-from mutune.door import CACHED, OK, ProcessLost, StopRequest, WorkFailed, drawn, enter, nothing_written
+from mutune.door import CACHED, OK, ProcessLost, StopRequest, Terminated, WorkFailed, drawn, enter, nothing_written
 from mutune.errors import Refusal, require
 from mutune.files import read_yaml, require_writable, write_json, write_text
 from mutune.folders import check_claim, check_free, claim, locked
@@ -374,7 +374,7 @@ def _run_to_end(
     branch: "Branch | None",
 ) -> None:
     from mutune.reporting.figures import draw_train
-    from mutune.training.sentences import diverged, progress
+    from mutune.training.sentences import diverged, progress, stopped
     from mutune.training.target import Paused, Target
 
     total, world = run.spec.num_steps, run.world
@@ -414,24 +414,25 @@ def _run_to_end(
                         seen = line.elapsed
         except Paused as paused:
             raise WorkFailed(str(paused)) from paused
+        except (KeyboardInterrupt, Terminated):  # a second signal, which did not wait
+            say(stopped(directory, last, total, "at once"))
+            raise
         assert record is not None, "there was a step to train"
         if record["diverged"]:
             raise WorkFailed(diverged(record, directory / CHECKPOINTS))
         if record["step"] < total:
-            _stop(stop, config, record["step"], world)
+            say(stopped(directory, record["step"], total, _why(stop, config)))
+            stop.obey()
 
 
 def _is_late(config: TrainConfig) -> bool:
     return config.time_limit is not None and time.monotonic() - STARTED > 60 * config.time_limit
 
 
-def _stop(stop: StopRequest, config: TrainConfig, step: int, world: "World") -> None:
-    """End, after saving, for whichever process was asked to."""
-    if not stop.requested and world.is_first:
-        late = f"time_limit={config.time_limit or 0:g} minutes are over"
-        why = late if _is_late(config) else "another process was asked to"
-        print(f"\nstopped    after step {step:,}, which is saved: {why}", file=sys.stderr)
-    stop.obey()
+def _why(stop: StopRequest, config: TrainConfig) -> str:
+    """Why a run was stopped."""
+    late = f"time_limit={config.time_limit or 0:g} minutes are over"
+    return stop.signal or (late if _is_late(config) else "another process was asked to")
 
 
 def _kept(config: TrainConfig, ends: list[int]) -> Callable[[list[int]], list[int]]:

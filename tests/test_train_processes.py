@@ -141,7 +141,8 @@ def test_a_time_limit_saves_and_the_same_command_goes_on_bit_for_bit(
 
     monkeypatch.setattr(train, "STARTED", train.STARTED - 3600)
     stopped = doors.run("train", *arguments(transfer, tmp_path, "time_limit=60"), expect=143)
-    assert "stopped    after step 1, which is saved: time_limit=60 minutes are over" in stopped.stderr
+    kept = f"the newest checkpoint is {tmp_path}/train/tiny/checkpoints/1, from which the same command goes on"
+    assert f"stopped    after step 1 of 60: time_limit=60 minutes are over; {kept}\n" in stopped.stderr
     doors.run("train", *arguments(transfer, tmp_path))
     assert records(tmp_path) == undisturbed
 

@@ -372,6 +372,10 @@ def test_an_interrupted_target_resumes_to_the_same_weights(
     assert "tiny step 4/40 · loss " in stderr  # long before a twentieth of a long run
     if signum != signal.SIGKILL:
         assert "the same command continues" in stderr
+        why = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[signum]
+        last = metrics.read_text().count("\n")
+        kept = f"{tmp_path}/train/tiny/checkpoints/{last}"
+        assert f"stopped    after step {last} of 40: {why}; the newest checkpoint is {kept}, from which" in stderr
         assert "Traceback" not in stderr
     resumed = doors.run("train", *arguments)
     assert "resuming" in resumed.stderr

@@ -53,6 +53,14 @@ def progress(name: str, record: Record, total: int, elapsed: float, throughput: 
     return " · ".join(told)
 
 
+def stopped(directory: Path, step: int, total: int, why: str) -> str:
+    """What to say of a run that was asked to stop after `step`, and where it goes on."""
+    root, steps = directory / CHECKPOINTS, list_steps(directory / CHECKPOINTS)
+    kept = f"the newest checkpoint is {root}/{max(steps)}, from which the same command goes on" if steps else ""
+    none = "no checkpoint was saved yet, so that the same command begins anew"
+    return f"stopped    after step {step:,} of {total:,}: {why}; {kept or none}"
+
+
 def diverged(record: Record, checkpoints: Path) -> str:
     """What to say of a run that diverged, and which checkpoint is from before it."""
     step = record["step"]
