@@ -369,6 +369,11 @@ class TrainConfig(DoorConfig):
         for key, example in (*examples, ("gpu_hour", known.gpu_hour)):
             if getattr(self, key) is not None:
                 require_number(key, getattr(self, key), above=0, example=example)
+        require(
+            not (self.dry_run and self.fit),
+            "dry_run=true prices the run as it is set, and fit=true finds what to set; neither writes anything, so "
+            "give one of them, for example fit=true first.",
+        )
         priced = self.dry_run or self.fit
         require(
             self.gpus == 1 or (self.hardware is not None and priced),

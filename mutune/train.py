@@ -220,9 +220,11 @@ def _priced(config: TrainConfig, spec: RunSpec, but: str) -> str:
 def _fit(config: TrainConfig, spec: RunSpec) -> str:
     """The most sequences per forward pass that fit, on named hardware or here."""
     if config.hardware is None:
-        from mutune.training.fitting import fit_here, fit_table
+        from mutune.training.fitting import advice_here, fit_here, fit_table
 
-        return fit_table(fit_here(spec, config.parallel, config.device))
+        found = fit_here(spec, config.parallel, config.device)
+        lacks = not all(fit.sequences for fit in found)
+        return fit_table(found, advice_here(spec, config.parallel, config.device, found) if lacks else "")
     on = _machine(config, spec)
     return largest_table(spec, config.parallel, on)
 
