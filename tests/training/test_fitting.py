@@ -92,4 +92,5 @@ def test_the_advice_for_this_device_fits_by_its_estimate_and_is_less_than_what_f
         assert "torchrun" not in said  # whose processes would share the memory
     measured_worse = advice_here(spec, now, "cpu", failed(10 * needs["none"], now))
     assert "with parallel.activation_checkpointing=selective, " in measured_worse
+    assert measured_worse.endswith("contexts of at most 1,024 in target.stages, at the transfer")  # stage 1 has 2,048
     assert "take a smaller target.model" in advice_here(spec, now, "cpu", failed(2**30, now))
