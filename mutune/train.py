@@ -280,7 +280,7 @@ def _train(
     from mutune.training.checkpoint import note_going_back, set_aside
     from mutune.training.resume import begin, cost_of, identity, restore
     from mutune.training.run import Run, describe
-    from mutune.training.sentences import opening
+    from mutune.training.sentences import aside, opening
 
     threads, why = _threads(config, spec)
     torch.set_num_threads(threads)
@@ -291,8 +291,7 @@ def _train(
     notes = world.together(lambda: restore(directory, start, run, meta, branch, guard))
     if world.is_first:
         describe(directory, run, note)
-        aside = set_aside(directory / CHECKPOINTS, start)
-        notes += [f"set aside  the newer checkpoints {', '.join(map(str, aside))}, as <step>.aside"] if aside else []
+        notes += aside(directory, set_aside(directory / CHECKPOINTS, start))
         if config.resume is not None:
             note_going_back(directory / CHECKPOINTS, config.resume)
         if transfer.prediction is not None:

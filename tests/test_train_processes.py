@@ -216,6 +216,11 @@ def test_an_earlier_checkpoint_is_used_when_asked_for_and_the_newer_are_set_asid
     assert "resume=7 has no checkpoint under " in missing.stderr
     resumed = doors.run("train", *arguments(transfer, tmp_path, "resume=45"))
     assert "resuming   tiny at step 45 of 60" in resumed.stderr
+    folder = tmp_path / "train/tiny/checkpoints"
+    size = sum(file.stat().st_size for step in (50, 55, 60) for file in (folder / f"{step}.aside").iterdir())
+    assert (
+        f"set aside  the newer checkpoints 50, 55, 60: {folder}/<step>.aside, {size / 2**20:.0f} MiB;" in resumed.stderr
+    )
     assert records(tmp_path) == undisturbed
     assert {"50.aside", "55.aside", "60.aside", "60"} <= saved(tmp_path)
     again = doors.run("train", *arguments(transfer, tmp_path, "resume=45"))  # as a job does that is started again

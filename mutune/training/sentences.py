@@ -1,11 +1,12 @@
 """What a target's run says of itself while it is under way."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from mutune.progress import clock
-from mutune.training.checkpoint import list_steps
+from mutune.training.checkpoint import aside_bytes, list_steps
 from mutune.training.loop import Record
 from mutune.training.price import price
 from mutune.training.result import CHECKPOINTS
@@ -34,6 +35,17 @@ def opening(directory: Path, run: Run, start: int, threads_by: str) -> str:
     on = by if where.type == "cpu" else f"{where} and {by}"
     on = f"{world.size} processes, each by {on}" if world.size > 1 else on
     return f"{how}, by {on} → {directory}/"
+
+
+def aside(directory: Path, steps: Sequence[int]) -> list[str]:
+    """The line about the checkpoints of these steps, which were set aside; none where none was."""
+    if not steps:
+        return []
+    root = directory / CHECKPOINTS
+    return [
+        f"set aside  the newer checkpoints {', '.join(f'{step:,}' for step in steps)}: {root}/<step>.aside, "
+        f"{aside_bytes(root, steps) / 2**20:,.0f} MiB; nothing reads or deletes them, so that is yours to do"
+    ]
 
 
 def progress(name: str, record: Record, total: int, elapsed: float, throughput: Throughput) -> str:
