@@ -233,11 +233,11 @@ def test_another_target_of_the_study_takes_the_runs_of_the_ladder_that_is_there(
     longer = "target.stages=[{context_length: 64, batch_sequences: 8, num_steps: 50}]"  # as a branch of its trunk is
     words = [*TINY_TARGET, "target.name=branch", longer, *TINY_LADDER, "ladder.offsets=[-1,0,1,2]", f"out={tmp_path}"]
     before = files_of(tmp_path)
-    known = "11 of these runs are those of other transfers, and are copied"  # and one is a trial of the study
+    known = "runs of other transfers, which are copied: 11\n"  # and one is a trial of the study
     assert known in doors.run("transfer", *words, "dry_run=true").stdout
     assert files_of(tmp_path) == before
     done = doors.run("transfer", *words)
-    assert "11 runs are those of other transfers, and are copied" in done.stderr
+    assert "ladder: runs of other transfers, copied: 11\n" in done.stderr
     ladder, theirs = tmp_path / "transfer/proxy--branch/ladder", house / "transfer/proxy--tiny/ladder"
     ours = {path.parent.name: json.loads(path.read_text()) for path in ladder.glob("*/result.json")}
     made = {path.parent.name: json.loads(path.read_text()) for path in theirs.glob("*/result.json")}
@@ -259,9 +259,9 @@ def test_runs_of_other_values_or_that_did_not_end_are_not_taken(house: Path, tmp
     first.unlink()
     second.write_text(json.dumps({**json.loads(second.read_text()), "fingerprint": "another"}))
     words = [*TINY_TARGET, "target.name=branch", *TINY_LADDER, f"out={tmp_path}", "dry_run=true"]
-    assert "9 of these runs are those of other transfers" in doors.run("transfer", *words).stdout
+    assert "runs of other transfers, which are copied: 9\n" in doors.run("transfer", *words).stdout
     said = doors.run("transfer", *words, "hyperparameters.init_std=0.07").stdout
-    assert "of other transfers" not in said
+    assert "runs of other transfers" not in said
 
 
 def test_tables_are_compared_in_figure_page_and_certificate(house: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def climb(
             gather([*(run for run, _ in made.values()), *runs], ladder.directory, spare)
             if runs:
                 if taken := _take_over(runs, ladder):
-                    measured(f"{taken} runs are those of other transfers, and are copied")
+                    measured(f"runs of other transfers, copied: {taken}")
                 made |= _round(runs, pool, partial(_ahead, report, len(made)))
             points = _points(made.values())
             for words in _measured(ladder, points, {run.rung for run in runs}):

@@ -145,7 +145,7 @@ def words(ladder: Ladder, name: str = "ladder") -> list[str]:
     lines.append(f"{'together':<14} {_cost(ladder, ladder.first.runs)}")
     own = [run for run in map(ladder.run, ladder.first.runs) if run.fingerprint not in ladder.paid]
     if known := sum(ladder.twin(run) is not None for run in own):
-        lines.append(f"{'known':<14} {known} of these runs are those of other transfers, and are copied")
+        lines.append(f"{'known':<14} runs of other transfers, which are copied: {known}")
     if ladder.config.offsets is None:
         budget = ladder.budget
         limits = [f"{budget.flops:.3g} FLOPs"] if math.isfinite(budget.flops) else []
