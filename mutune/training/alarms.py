@@ -144,8 +144,8 @@ KINDS: dict[str, Kind] = {
     "gradient_seen": Kind(
         "Adam's second moment does not follow from the gradient norms after clipping: larger, the gradient is not "
         "clipped or is scaled afterwards; smaller, it does not reach all weights",
-        "hold target.loop.clip_norm and whatever touches gradients between the backward pass and the update against the "
-        "loop",
+        "hold target.loop.clip_norm and whatever touches gradients between the backward pass and the update against "
+        "the loop",
         PAUSE,
     ),
     "update_ratio": Kind(
