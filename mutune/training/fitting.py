@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mutune.training.config import ParallelConfig, RunSpec
-from mutune.training.device import device_name, free_memory
+from mutune.training.device import device_name, free_memory, kind_of
 from mutune.training.making_room import advice
 from mutune.training.price import price, sequences_of
 from mutune.training.probe import measure_step
@@ -78,7 +78,7 @@ def search(
 def stage_bytes(spec: RunSpec, parallel: ParallelConfig, stage: int, sequences: int, where: str) -> int:
     """Estimate of one process on the present device, with so many sequences per forward pass."""
     given = replace(parallel, micro_sequences=sequences)
-    return price(spec, given, heap=where == "cpu").stages[stage].memory.total
+    return price(spec, given, device=kind_of(where), heap=where == "cpu").stages[stage].memory.total
 
 
 def advice_here(spec: RunSpec, parallel: ParallelConfig, device: str, found: list[Fit]) -> str:
@@ -86,7 +86,7 @@ def advice_here(spec: RunSpec, parallel: ParallelConfig, device: str, found: lis
     where = device_name(device)
 
     def fits(run: RunSpec, way: ParallelConfig, processes: int) -> bool:
-        parts = price(run, replace(way, micro_sequences=1), processes, heap=where == "cpu").stages
+        parts = price(run, replace(way, micro_sequences=1), processes, kind_of(where), heap=where == "cpu").stages
         return all(
             part.memory.total <= (fit.have if fit.sequences else min(fit.have, fit.estimated - 1))  # which was tried
             for part, fit in zip(parts, found, strict=True)
