@@ -18,15 +18,27 @@ def advice(spec: RunSpec, parallel: ParallelConfig, processes: int, fits: Fits, 
         fits: by estimate.
         more: how a larger number of processes is asked for, such as `gpus=`; None where more would not help.
     """
-    works = [*_spread(spec, parallel, processes, fits), *_processes(spec, parallel, processes, fits, more)]
+    full = replace(parallel, activation_checkpointing=RECOMPUTED[-1])
+    leanest = replace(full, replicas=1, reshard=True)
+
+    def spread(way: ParallelConfig, counts: list[int]) -> list[str]:
+        """The fewest of so many processes that are enough, spread in that way."""
+        count = next((n for n in counts if n % way.replicas == 0 and fits(spec, way, n)), None)
+        return [] if count is None else [_words(parallel, way, f"{more}{count}" if count != processes else "")]
+
+    more_processes = _counts(spec, processes) if more else []
+    works = list(_alone(spec, parallel, processes, fits)) or spread(leanest, [processes])
+    works += spread(parallel, more_processes)
+    works += [] if fits(spec, full, processes) else spread(full, more_processes)
+    works = works or spread(leanest, more_processes)
     works += _context(spec, parallel, processes, fits)
     if not works:
         return "advice     nothing that was tried is enough, by estimate; take a smaller target.model, at the transfer"
     return f"advice     one would fit, by estimate, with {', or '.join(works)}"
 
 
-def _spread(spec: RunSpec, parallel: ParallelConfig, processes: int, fits: Fits) -> Iterator[str]:
-    """What the same processes can do."""
+def _alone(spec: RunSpec, parallel: ParallelConfig, processes: int, fits: Fits) -> Iterator[str]:
+    """What one key does for the same processes."""
     if not parallel.reshard and fits(spec, replace(parallel, reshard=True), processes):
         yield "parallel.reshard=true"
     if parallel.replicas > 1 and fits(spec, replace(parallel, replicas=1), processes):
@@ -37,18 +49,16 @@ def _spread(spec: RunSpec, parallel: ParallelConfig, processes: int, fits: Fits)
             return
 
 
-def _processes(spec: RunSpec, parallel: ParallelConfig, processes: int, fits: Fits, more: str | None) -> Iterator[str]:
-    """The fewest further processes that are enough, as it is and with all blocks computed again."""
-    if more is None:
-        return
+def _counts(spec: RunSpec, processes: int) -> list[int]:
+    """Larger numbers of processes that share every stage's batch evenly."""
     batch = math.gcd(*(stage.batch_sequences for stage in spec.stages))
-    counts = [n for n in range(processes + 1, batch + 1) if batch % n == 0 and n % parallel.replicas == 0]
-    full = replace(parallel, activation_checkpointing=RECOMPUTED[-1])
-    for way, words in ((parallel, ""), (full, f" parallel.activation_checkpointing={RECOMPUTED[-1]}")):
-        if not words or (way != parallel and not fits(spec, way, processes)):
-            count = next((n for n in counts if fits(spec, way, n)), None)
-            if count is not None:
-                yield f"{more}{count}{words}"
+    return [count for count in range(processes + 1, batch + 1) if batch % count == 0]
+
+
+def _words(now: ParallelConfig, way: ParallelConfig, processes: str) -> str:
+    """The keys that make `way` of how it is spread now."""
+    changed = [(key, value) for key, value in vars(way).items() if value != getattr(now, key)]
+    return " ".join([*([processes] if processes else []), *(f"parallel.{key}={str(v).lower()}" for key, v in changed)])
 
 
 def _context(spec: RunSpec, parallel: ParallelConfig, processes: int, fits: Fits) -> Iterator[str]:

@@ -97,8 +97,10 @@ def test_where_not_one_sequence_fits_each_advice_is_enough(memory_gb: float, gpu
     on, now = replace(EIGHT, gpus=gpus, memory_bytes=memory_gb * 1e9), ParallelConfig(replicas=gpus, reshard=False)
     spec = btlm()
     said = largest_table(spec, now, on).splitlines()[-1]
-    if memory_gb == 2:
-        assert "take a smaller target.model, at the transfer" in said
+    if "take a smaller target.model, at the transfer" in said:
+        leanest = ParallelConfig(activation_checkpointing="full")
+        assert not all(largest_that_fits(spec, leanest, replace(on, gpus=480)))
+        assert memory_gb == 2
         return
     advised = said.removeprefix("advice     one would fit, by estimate, with ").split(", or ")
     assert len(advised) >= 1
