@@ -72,6 +72,8 @@ def test_a_branch_that_is_stopped_goes_on_from_its_own_checkpoint(
     kept = out / "train/trunk/checkpoints/20"
     kept.rename(kept.with_name("gone"))
     try:
+        other = trained(out, "stopped", DECAYING, f"{{{STAGE}, num_steps: 31}}", trunk, "overwrite=true", expect=2)
+        assert f"is gone, and known only to the run in {out}/train/stopped, which overwrite=true replaces" in other
         said = trained(out, "stopped", DECAYING, stages, trunk)
     finally:
         kept.with_name("gone").rename(kept)
