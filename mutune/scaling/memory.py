@@ -164,14 +164,16 @@ def peak_memory(size: DecoderSize, run: ForwardPass, sharding: Sharding = NOT_SH
     """What a process holds at the worst moment of a step.
 
     Args:
-        heap: whether memory comes from a heap that keeps what is freed, as glibc's on a CPU does. Measured there
-            (`benchmarks/target_memory.md`), hardly any component's holes fit another's tensors, so that each takes
-            its own most.
+        heap: whether memory comes from a heap that keeps what is freed, as glibc's on a CPU does. If every hole fitted
+            what comes next it would hold what the worst moment holds, if none did the most of each component; measured
+            (`benchmarks/target_memory.md`) it is between, and halfway is what is returned.
     """
     moments = list(moments_of_a_step(size, run, sharding))
+    worst = max(moments, key=lambda memory: memory.total)
     if not heap:
-        return max(moments, key=lambda memory: memory.total)
-    return Memory(**{part.name: max(getattr(moment, part.name) for moment in moments) for part in fields(Memory)})
+        return worst
+    most = {part.name: max(getattr(moment, part.name) for moment in moments) for part in fields(Memory)}
+    return Memory(**{name: (getattr(worst, name) + count) // 2 for name, count in most.items()})
 
 
 def moments_of_a_step(size: DecoderSize, run: ForwardPass, sharding: Sharding) -> Iterator[Memory]:
@@ -188,7 +190,7 @@ def moments_of_a_step(size: DecoderSize, run: ForwardPass, sharding: Sharding) -
             gathered=gathered,
             reduced=reduced,
             activations=run.tokens * (blocks * _stored(size, run) + rest.get("outside", 0)),
-            bias=_bias(size, run, blocks),
+            bias=_bias(size, run),
             working=rest.get("working", 0),
             logits=rest.get("logits", 0),
         )
@@ -233,10 +235,11 @@ class _Whole:
 
     @property
     def at_loss(self) -> int:
-        """The root's are never dropped; autocast keeps its copies until the loss is known."""
+        """The root's, gathered in fp32, are never dropped; casts of its table are there while the loss is computed."""
         size, c = self.size, self.run.compute_bytes
         if self._fsdp:
-            return c * (size.root + (0 if self.sharding.reshard else size.depth * size.block))
+            kept = 0 if self.sharding.reshard else c * size.depth * size.block
+            return FP32 * size.root + self._casts * size.table + kept
         return self._casts * (size.depth * size.block_matrices + size.table)
 
     @property
@@ -244,18 +247,18 @@ class _Whole:
         """One block's and the prefetched next one's; a graph that is not recomputed holds all copies."""
         size, c = self.size, self.run.compute_bytes
         if self._fsdp:
-            return c * (size.root + (min(2, size.depth) if self.sharding.reshard else size.depth) * size.block)
+            return FP32 * size.root + c * (min(2, size.depth) if self.sharding.reshard else size.depth) * size.block
         blocks = size.depth if self.run.recomputed == "none" else 1
         return self._casts * blocks * size.block_matrices
 
     @property
     def at_table(self) -> int:
-        return self.run.compute_bytes * self.size.root if self._fsdp else 0
+        return FP32 * self.size.root if self._fsdp else 0
 
     @property
     def table_gradient(self) -> int:
         """Of the output's product: it waits for the embedding's, whose table is the same."""
-        return (self.run.compute_bytes if self._fsdp else FP32) * self.size.table
+        return FP32 * self.size.table
 
     def block_gradients(self, back: int) -> int:
         """A block's own, and under FSDP the fp32 copy from which those of the block after it are being reduced."""
@@ -266,10 +269,9 @@ class _Whole:
     @property
     def last_gradients(self) -> int:
         """The embedding's beside the output's, then the fp32 copy of the root's that is reduced."""
-        size, c = self.size, self.run.compute_bytes
         if not self._fsdp:
-            return FP32 * size.table * (2 if self.run.accumulates else 1)
-        return max(2 * c * size.table, (c + FP32) * size.root)
+            return FP32 * self.size.table * (2 if self.run.accumulates else 1)
+        return 2 * FP32 * self.size.root
 
 
 def _kept(size: DecoderSize, run: ForwardPass) -> int:
@@ -326,11 +328,8 @@ def _logits(size: DecoderSize, run: ForwardPass) -> int:
     return whole if run.logits_at_once is None else min(whole, run.logits_at_once)
 
 
-def _bias(size: DecoderSize, run: ForwardPass, blocks: int) -> int:
-    """The bias itself, and for the fused kernel under autocast its copy in each block."""
+def _bias(size: DecoderSize, run: ForwardPass) -> int:
+    """The bias, which the fused kernel takes in the number format of products; made once for all blocks."""
     if run.attention in ("flex", "causal"):
         return 0
-    numbers = size.bias_heads * run.context_length**2
-    if run.attention == "explicit" or run.compute_bytes == FP32:
-        return FP32 * numbers
-    return numbers * (FP32 + run.compute_bytes * (blocks if run.recomputed == "none" else 1))
+    return (FP32 if run.attention == "explicit" else run.compute_bytes) * size.bias_heads * run.context_length**2

@@ -76,6 +76,21 @@ def test_no_more_logits_than_that_ever_exist(tokens: int, expected: int, monkeyp
     assert largest.rows == expected
 
 
+def test_in_chunks_each_product_with_the_table_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, products = built(ModelConfig(width=16, depth=1, num_heads=2)), list[torch.Size]()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.mm.default and any(VOCAB in part.shape for part in args):
+                products.append(args[0].shape)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(decoder, "logits_at_once", lambda device: 7 * VOCAB)
+    with Products():
+        loss_and_gradients(model, ids(3, 7))
+    assert len(products) == 3 * 3, "logits, and the gradients of states and table, of three chunks"
+
+
 def test_btlm_s_longest_sequence_has_no_more_logits_at_once_than_a_gigabyte_holds() -> None:
     assert 4 * logits_at_once("cpu") <= 2**30 < 4 * 8192 * 50257
 

@@ -116,12 +116,13 @@ def test_a_chunked_loss_never_holds_more_than_its_chunk() -> None:
     assert at_loss(btlm(), replace(long, logits_at_once=None)).logits == LOGIT_BYTES * 4 * 8192 * 50257
 
 
-def test_a_heap_that_keeps_what_is_freed_takes_the_most_of_each_component() -> None:
+def test_a_heap_that_keeps_what_is_freed_takes_half_of_what_each_component_takes_at_other_moments() -> None:
     moments = list(moments_of_a_step(TOY, RUN, Sharding()))
-    heap = peak_memory(TOY, RUN, heap=True)
-    assert heap.total > peak_memory(TOY, RUN).total == max(moment.total for moment in moments)
-    assert heap.logits == moments[0].logits
-    assert heap.gradients == moments[-1].gradients == 4 * 500
+    heap, worst = peak_memory(TOY, RUN, heap=True), peak_memory(TOY, RUN)
+    assert heap.total > worst.total == max(moment.total for moment in moments)
+    assert heap.logits == (worst.logits + moments[0].logits) // 2
+    assert heap.gradients == (worst.gradients + moments[-1].gradients) // 2
+    assert moments[-1].gradients == 4 * 500
 
 
 def test_components_name_every_byte() -> None:

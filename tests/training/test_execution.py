@@ -41,6 +41,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_attention_written_out_trains_as_the_fused_kernel_does() -> None:
     assert losses(spec("loop.attention=explicit")) == pytest.approx(losses(spec()), abs=1e-4)
+    assert losses(spec("loop.attention=causal")) == pytest.approx(losses(spec()), abs=1e-4)  # and was audited
 
 
 def test_a_run_has_the_threads_of_its_study_and_trains_the_same(
