@@ -17,11 +17,16 @@ setup: $(READY)  ## create .venv and install mutune into it
 # mup asks for torchvision but never imports it; where it does not import it also breaks other packages, so it goes.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "mutune needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/python -W ignore -c 'import torchvision' 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
-	touch $(READY)
+	@echo "setup 1/4  a virtual environment, $(VENV)/: seconds"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setup 2/4  torch, unless it is there: the largest download, minutes (with CUDA on Linux)"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	@echo "setup 3/4  mutune with what it needs, and what its tests, checks and benchmarks need: minutes"
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "setup 4/4  torchvision goes, which nothing here imports, unless it works: seconds"
+	@$(BIN)/python -W ignore -c 'import torchvision' 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
+	@touch $(READY)
+	@echo "setup      done; commands run as $(BIN)/python -m mutune.sweep"
 
 sweep: $(READY)  ## the main job: search the proxy's hyperparameters (+sweep=proxy)
 	$(BIN)/python -m mutune.sweep +sweep=proxy
@@ -33,7 +38,7 @@ demo: $(READY)  ## valley, transfer and the small target; redraws the README's f
 	$(BIN)/python -m mutune.sweep +sweep=valley
 	$(BIN)/python -m mutune.sweep +sweep=proxy
 	$(BIN)/python -m mutune.transfer study=proxy target=small
-	$(BIN)/python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml
+	env -u OMP_NUM_THREADS $(BIN)/python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml
 	mkdir -p docs/figures && cp runs/sweeps/valley/figures/valley.png docs/figures/valley.png
 	@echo "docs/figures/valley.png is redrawn; look also into runs/transfer/proxy--small and runs/train/small"
 

@@ -117,18 +117,36 @@ def compose(door: str, schema: type[T], overrides: Sequence[str]) -> T:
 
     store = ConfigStore.instance()
     store.store(name=f"{door}_defaults", node=plain(schema()))
+    words = [_through_null(word, schema) for word in overrides]
     for name in _chosen_sweeps(overrides):
         if door != "sweep":
             raise Refusal(unknown_key("sweep", _all_keys(schema)))
         store.store(group="sweep", name=name, node=_load_sweep(name), package="_global_", provider=name)
     try:
         with initialize_config_dir(config_dir=str(data_dir("conf")), version_base="1.3"):
-            composed = OmegaConf.to_container(hydra_compose(door, overrides=list(overrides)), resolve=True)
+            composed = OmegaConf.to_container(hydra_compose(door, overrides=words), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise Refusal(_sentence(error, schema)) from error
     except ValueError as error:  # of Python's own parser: a number of thousands of digits
         raise Refusal(f"the command line cannot be read ({error}); write key=value, for example seed=1.") from error
     return build(schema, composed)
+
+
+def _through_null(override: str, schema: type) -> str:
+    """An override of what may be null or lack keys, such as target.schedule: there Hydra has nothing to override, and
+    `++` adds or overrides.
+    """
+    key, equals, _ = override.partition("=")
+    cls: Any = schema
+    for name in key.split(".") if equals else []:
+        hint = typing.get_type_hints(cls).get(name)
+        inner = [each for each in typing.get_args(hint) if each is not types.NoneType]
+        if len(inner) == 1 and isinstance(hint, types.UnionType) and dataclasses.is_dataclass(inner[0]):
+            return f"++{override}"
+        if not dataclasses.is_dataclass(hint):
+            break
+        cls = hint
+    return override
 
 
 def sweep_files() -> dict[str, Path]:

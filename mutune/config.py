@@ -308,7 +308,8 @@ class TrainConfig(DoorConfig):
             leaves a trunk (wsd, constant), a longer horizon, a longer context. Its first stages are those of that run.
         resume: the step of the checkpoint to go on from; null takes the newest. Newer ones are set aside.
         time_limit: minutes after which the run is saved and ends, as at SIGTERM.
-        threads: CPU threads of a process; null takes the target's loop.threads, or what cores it has.
+        threads: CPU threads of a process; null takes the target's loop.threads, else OMP_NUM_THREADS (not the 1 that
+            torchrun sets for several processes), else what cores it has.
         parallel: how the run is spread over the processes that torchrun starts.
         guard: what watches the run, and what an alarm does (docs/guard.md).
         hardware: GPUs that dry_run=true and fit=true are about, such as h100-sxm; in a run, whose peak and price count.
@@ -368,6 +369,11 @@ class TrainConfig(DoorConfig):
         for key, example in (*examples, ("gpu_hour", known.gpu_hour)):
             if getattr(self, key) is not None:
                 require_number(key, getattr(self, key), above=0, example=example)
+        require(
+            not (self.dry_run and self.fit),
+            "dry_run=true prices the run as it is set, and fit=true finds what to set; neither writes anything, so "
+            "give one of them, for example fit=true first.",
+        )
         priced = self.dry_run or self.fit
         require(
             self.gpus == 1 or (self.hardware is not None and priced),

@@ -76,6 +76,13 @@ class StopRequest:
         """Whether a signal has arrived."""
         return self._signum is not None
 
+    @property
+    def signal(self) -> str:
+        """The signal that has arrived, as a user calls it; empty where none has."""
+        if self._signum is None:
+            return ""
+        return "Ctrl-C" if self._signum == signal.SIGINT else "SIGTERM"
+
     def obey(self) -> None:
         """End the work: raise what the door turns into exit code 130 or 143."""
         raise KeyboardInterrupt if self._signum == signal.SIGINT else Terminated

@@ -1,5 +1,7 @@
 """Result folders: whose they are, who holds them, and what changed since they were made."""
 
+import fcntl
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,9 +33,27 @@ def locked(directory: Path, key: str) -> Iterator[None]:
         with FileLock(directory / LOCK, timeout=0):
             yield
     except Timeout:
-        raise Refusal(
-            f"{directory} is in use by another mutune process; wait for it, or choose another {key}=NAME."
-        ) from None
+        raise _in_use(directory, key) from None
+
+
+def check_free(directory: Path, key: str) -> None:
+    """Refuse a folder that another process holds, as `locked` does; holds nothing itself, and writes nothing."""
+    path = directory / LOCK
+    if not path.is_file():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(directory, key) from None
+    except OSError:  # of a file system without such locks
+        return
+    finally:
+        os.close(descriptor)
+
+
+def _in_use(directory: Path, key: str) -> Refusal:
+    return Refusal(f"{directory} is in use by another mutune process; wait for it, or choose another {key}=NAME.")
 
 
 @contextmanager
@@ -46,18 +66,22 @@ def entered(directory: Path) -> Iterator[None]:
         yield
 
 
-def check_claim(directory: Path, inputs: Mapping[str, Any], key: str, overwrite: bool) -> None:
+def check_claim(directory: Path, inputs: Mapping[str, Any], key: str, overwrite: bool) -> bool:
     """Refuse a folder that holds anything but results of these inputs, naming every difference; writes nothing.
 
     Args:
         inputs: everything that decides the results, as plain data.
         key: the setting that would choose another folder.
         overwrite: replace what is there instead.
+
+    Returns:
+        Whether what is there is to be replaced.
     """
     why = _foreign(directory, inputs)
     if why and not (overwrite and directory.is_dir()):
         replace = ", or replace them with overwrite=true" if directory.is_dir() else ""
         raise Refusal(f"{why}; choose another {key}=NAME{replace}.")
+    return bool(why)
 
 
 def claim(directory: Path, inputs: Mapping[str, Any], key: str, overwrite: bool, keep: Collection[str] = ()) -> None:
@@ -66,8 +90,7 @@ def claim(directory: Path, inputs: Mapping[str, Any], key: str, overwrite: bool,
     Results of the same inputs stay. What anything else left goes, with `overwrite`, but for the entries named in
     `keep`, which tell by themselves what they belong to.
     """
-    check_claim(directory, inputs, key, overwrite)
-    if _foreign(directory, inputs):
+    if check_claim(directory, inputs, key, overwrite):
         clear(directory, keep)
     if not (directory / CONFIG).exists():
         write_yaml(directory / CONFIG, {"inputs": dict(inputs), "versions": versions()})

@@ -19,19 +19,19 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mutune.beginning import check_paths, claimed, rehearse
 from mutune.certificate.band import band_at
 from mutune.certificate.config import TransferFile
 from mutune.compose import build, plain
 from mutune.config import TrainConfig
-from mutune.door import OK, ProcessLost, StopRequest, WorkFailed, drawn, enter, nothing_written
-from mutune.errors import Refusal, require
-from mutune.files import read_yaml, require_writable, write_json, write_text
-from mutune.folders import check_claim, claim, locked
+from mutune.door import OK, ProcessLost, StopRequest, Terminated, WorkFailed, drawn, enter, nothing_written
+from mutune.errors import Refusal
+from mutune.files import read_yaml, write_json, write_text
 from mutune.parametrization.finding import AuditError
 from mutune.progress import ProgressLine
 from mutune.search.workers import default_workers
 from mutune.training.config import RunSpec, stage_ends
-from mutune.training.launched import is_launched, processes, share
+from mutune.training.launched import OMP, asked_threads, is_launched, processes, share
 from mutune.training.price import price_table
 from mutune.training.quote import Machine, lacking, largest_table, machine, quote_table
 from mutune.training.result import CHECKPOINTS, METRICS, PREDICTION, smoothing
@@ -70,12 +70,13 @@ def work(config: TrainConfig) -> int:
 
         origin = branch(Path(config.branch_from), spec, directory / CHECKPOINTS)
         spec = origin.spec
-    _check_paths(spec)
+    check_paths(spec)
     if config.fit:
         print(price_table(name, spec), _fit(config, spec), sep="\n")
         return OK
     if config.dry_run:
-        print(price_table(name, spec), *_branching(origin), _priced(config, spec), sep="\n")
+        priced = _priced(config, spec, rehearse(config, transfer, spec, directory, origin))
+        print(price_table(name, spec), *_branching(origin), priced, sep="\n")
         return OK
     if lack := _memory(config, spec):
         raise lack
@@ -85,7 +86,7 @@ def work(config: TrainConfig) -> int:
 
     with joined(config.device) as world, ExitStack() as held:
         try:
-            note = world.together(lambda: _claimed(config, transfer, spec, directory, world, held, origin))
+            note = world.together(lambda: claimed(config, transfer, spec, directory, world, held, origin))
             _train(config, spec, directory, note, transfer, world, origin)
         except RuntimeError as error:
             if world.size == 1 or not is_loss_of_a_process(error):
@@ -94,79 +95,42 @@ def work(config: TrainConfig) -> int:
     return OK
 
 
-def _check_paths(spec: RunSpec) -> None:
-    """Refuse texts that are not there, before anything is priced."""
-    texts = [("target.data", spec.data)]
-    texts += [
-        (f"target.stages[{i}].data[{j}]", part.corpus)
-        for i, stage in enumerate(spec.stages)
-        for j, part in enumerate(stage.data or ())
-    ]
-    for key, data in texts:
-        require(
-            data.path is None or Path(data.path).exists(),
-            f"{key}.path={data.path} of the transfer file does not exist here; for example a file or folder that does, "
-            "in a transfer with another target.name.",
-        )
-
-
 def _branching(branch: "Branch | None") -> list[str]:
     """Where a branch leaves its trunk, and what that does to the rate."""
     if branch is None:
         return []
     if not branch.rates:
         return [f"branch     from step {branch.step:,} of a run that no longer has that checkpoint"]
-    before, after = (branch.spec.hyperparameters.learning_rate * factor for factor in branch.rates)
-    left = branch.spec.num_steps - branch.step
+    before, after, last = (branch.spec.hyperparameters.learning_rate * factor for factor in branch.rates)
+    total = branch.spec.num_steps
     return [
-        f"branch     from step {branch.step:,} of {branch.trunk}/, {left:,} steps are left; the "
-        f"base learning rate goes from {before:.4g} to {after:.4g} there"
+        f"branch     from step {branch.step:,} of {branch.trunk}/, {total - branch.step:,} steps are left; the "
+        f"base learning rate goes from {before:.4g} to {after:.4g} there, and to {last:.4g} at step {total:,} "
+        f"({branch.spec.schedule.decay_words(total)})"
     ]
 
 
-def _claimed(
-    config: TrainConfig,
-    transfer: TransferFile,
-    spec: RunSpec,
-    directory: Path,
-    world: "World",
-    held: ExitStack,
-    branch: "Branch | None",
-) -> dict[str, Any]:
-    """Check everything, then make the folder this run's and hold it; returns what its description begins with.
+def _priced(config: TrainConfig, spec: RunSpec, but: str) -> str:
+    """The last lines of a dry run: on named hardware what it costs there, else whether it fits here.
 
-    The first process does what only one can do.
+    Args:
+        but: what was written all the same.
     """
-    from mutune.training.checkpoint import choose
-    from mutune.training.distribution import require_even
-
-    require_even([stage.batch_sequences for stage in spec.stages], world, config.parallel)
-    inputs = {"run": spec.as_dict(), "data_hash": _check_data(transfer, spec), "verdict": transfer.verdict}
-    inputs |= {"branch": branch.identity} if branch else {}
-    if world.is_first:
-        choose(directory / CHECKPOINTS, config.resume)  # refuses a step that has none before anything is written
-        require_writable(Path(config.out))
-        check_claim(directory, inputs, "name", config.overwrite)
-        held.enter_context(locked(directory, "name"))
-        claim(directory, inputs, "name", config.overwrite)
-    return {"inputs": inputs}
-
-
-def _priced(config: TrainConfig, spec: RunSpec) -> str:
-    """The last lines of a dry run: on named hardware what it costs there, else whether it fits here."""
     if config.hardware is None:
-        return nothing_written("", _memory(config, spec))
+        return nothing_written(but, _memory(config, spec))
     on = _machine(config, spec)
     lack = lacking(spec, config.parallel, on)
-    return f"{quote_table(spec, config.parallel, on)}\n{nothing_written('', Refusal(lack) if lack else None)}"
+    return f"{quote_table(spec, config.parallel, on)}\n{nothing_written(but, Refusal(lack) if lack else None)}"
 
 
 def _fit(config: TrainConfig, spec: RunSpec) -> str:
     """The most sequences per forward pass that fit, on named hardware or here."""
     if config.hardware is None:
-        from mutune.training.fitting import fit_here, fit_table
+        from mutune.training.fitting import advice_here, fit_here, fit_table
 
-        return fit_table(fit_here(spec, config.parallel, config.device))
+        found = fit_here(spec, config.parallel, config.device)
+        lacks = not all(fit.sequences for fit in found)
+        return fit_table(found, advice_here(spec, config.parallel, config.device, found) if lacks else "")
     on = _machine(config, spec)
     return largest_table(spec, config.parallel, on)
 
@@ -196,18 +160,6 @@ def _memory(config: TrainConfig, spec: RunSpec) -> Refusal | None:
     return None
 
 
-def _check_data(transfer: TransferFile, spec: RunSpec) -> str:
-    """The hash of the run's data; where its main corpus is the study's, it must not have changed."""
-    from mutune.training.fit import check_corpora
-    from mutune.training.run import corpora_of
-
-    corpora = corpora_of(spec)
-    check_corpora(spec, corpora, "target.stages[{}]")
-    if (spec.data, spec.tokenizer) == (transfer.data, transfer.tokenizer):
-        transfer.check_text(corpora.main.content_hash)
-    return corpora.content_hash
-
-
 def _train(
     config: TrainConfig,
     spec: RunSpec,
@@ -222,23 +174,24 @@ def _train(
     from mutune.training.checkpoint import note_going_back, set_aside
     from mutune.training.resume import begin, cost_of, identity, restore
     from mutune.training.run import Run, describe
-    from mutune.training.sentences import opening
+    from mutune.training.sentences import aside, opening
 
-    torch.set_num_threads(config.threads or spec.loop.threads or share(default_workers()))
+    threads, why = _threads(config, spec)
+    torch.set_num_threads(threads)
     start, records = world.together(lambda: begin(directory, config.resume, spec.num_steps, world, branch))
     run = Run(spec, world.device, world if is_launched() else None, config.parallel)
-    meta, guard = identity(run, transfer.verdict, transfer.seal, branch), _guard(config, spec, transfer)
+    meta = identity(spec, run.corpora, transfer.verdict, transfer.seal, branch)
+    guard = _guard(config, spec, transfer)
     notes = world.together(lambda: restore(directory, start, run, meta, branch, guard))
     if world.is_first:
         describe(directory, run, note)
-        aside = set_aside(directory / CHECKPOINTS, start)
-        notes += [f"set aside  the newer checkpoints {', '.join(map(str, aside))}, as <step>.aside"] if aside else []
+        notes += aside(directory, set_aside(directory / CHECKPOINTS, start))
         if config.resume is not None:
             note_going_back(directory / CHECKPOINTS, config.resume)
         if transfer.prediction is not None:
             write_json(directory / PREDICTION, {"prediction": plain(transfer.prediction)})  # for the figures on the way
         write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
-        print(opening(directory, run, start), *_branching(branch), *notes, sep="\n", file=sys.stderr)
+        print(opening(directory, run, start, why), *_branching(branch), *notes, sep="\n", file=sys.stderr)
     try:
         if start < spec.num_steps:
             _run_to_end(config, run, directory, start, meta, guard, cost_of(records), branch)
@@ -246,6 +199,17 @@ def _train(
         raise WorkFailed(str(error)) from error
     if world.is_first:
         _close(config, directory, transfer)
+
+
+def _threads(config: TrainConfig, spec: RunSpec) -> tuple[int, str]:
+    """CPU threads of this process, and what set them."""
+    chosen = (
+        (config.threads, "threads="),
+        (spec.loop.threads, "target.loop.threads"),
+        (asked_threads(), OMP),
+        (share(default_workers()), "cores" if processes()[1] == 1 else "its share of the cores"),
+    )
+    return next((count, why) for count, why in chosen if count is not None)
 
 
 def _guard(config: TrainConfig, spec: RunSpec, transfer: TransferFile) -> "Guard":
@@ -305,7 +269,7 @@ def _run_to_end(
     branch: "Branch | None",
 ) -> None:
     from mutune.reporting.figures import draw_train
-    from mutune.training.sentences import diverged, progress
+    from mutune.training.sentences import diverged, progress, stopped
     from mutune.training.target import Paused, Target
 
     total, world = run.spec.num_steps, run.world
@@ -345,24 +309,25 @@ def _run_to_end(
                         seen = line.elapsed
         except Paused as paused:
             raise WorkFailed(str(paused)) from paused
+        except (KeyboardInterrupt, Terminated):  # a second signal, which did not wait
+            say(stopped(directory, last, total, "at once"))
+            raise
         assert record is not None, "there was a step to train"
         if record["diverged"]:
             raise WorkFailed(diverged(record, directory / CHECKPOINTS))
         if record["step"] < total:
-            _stop(stop, config, record["step"], world)
+            say(stopped(directory, record["step"], total, _why(stop, config)))
+            stop.obey()
 
 
 def _is_late(config: TrainConfig) -> bool:
     return config.time_limit is not None and time.monotonic() - STARTED > 60 * config.time_limit
 
 
-def _stop(stop: StopRequest, config: TrainConfig, step: int, world: "World") -> None:
-    """End, after saving, for whichever process was asked to."""
-    if not stop.requested and world.is_first:
-        late = f"time_limit={config.time_limit or 0:g} minutes are over"
-        why = late if _is_late(config) else "another process was asked to"
-        print(f"\nstopped    after step {step:,}, which is saved: {why}", file=sys.stderr)
-    stop.obey()
+def _why(stop: StopRequest, config: TrainConfig) -> str:
+    """Why a run was stopped."""
+    late = f"time_limit={config.time_limit or 0:g} minutes are over"
+    return stop.signal or (late if _is_late(config) else "another process was asked to")
 
 
 def _kept(config: TrainConfig, ends: list[int]) -> Callable[[list[int]], list[int]]:

@@ -209,7 +209,8 @@ def _plan_ladders(config: TransferConfig, source: Source, target: RunSpec, direc
         folder = directory / LADDER if table == own else directory / COMPARED / table
         files = (folder, config.device, corpus.content_hash, source.trials)
         try:
-            ladders[table] = plan_ladder(under(table, proxy), target, config.ladder, config, *files)
+            ladder = plan_ladder(under(table, proxy), target, config.ladder, config, *files)
+            ladders[table] = replace(ladder, elsewhere=_elsewhere(directory, "" if table == own else table))
         except Refusal as refusal:
             if table == own:
                 raise
@@ -221,6 +222,13 @@ def _plan_ladders(config: TransferConfig, source: Source, target: RunSpec, direc
     runs = sorted((ladder.rungs[run.rung] for run in ladder.first.runs), key=lambda spec: -price(spec).bytes)
     require_memory(runs[: ladder.workers], config.device, "choose a smaller ladder.widths or ladder.workers")
     return ladders
+
+
+def _elsewhere(directory: Path, compared: str) -> tuple[Path, ...]:
+    """Where other transfers keep the runs of their ladders, of a table that is compared or of the study's own."""
+    places = (Path(COMPARED) / compared if compared else Path(LADDER), Path(SPARE) / compared)
+    others = [path for path in sorted(directory.parent.glob("*")) if path != directory]
+    return tuple(path / place for path in others for place in places)
 
 
 def _check_target_data(transfer: TransferFile, target: RunSpec) -> None:

@@ -177,6 +177,27 @@ TRANSFER = [
     (["study=published", "ladder.offsets=[1,2,3]"], "ladder.offsets=[1.0, 2.0, 3.0] must lie on both sides of 0"),
     (["study=published", "ladder.offsets=[-1,0,1e-5,1]"], "at least 0.01 octaves apart"),
     (["study=published", "ladder.widths=[64,64]"], "repeats a rung"),
+    (
+        ["study=published", "target=small", "target.schedule={kind: linear, warmup_steps: 480}"],
+        "transfer: target.schedule.warmup_steps=480 must be shorter than the run of 480 steps; for example "
+        "target.schedule.warmup_steps=24.\n",
+    ),
+    (
+        ["study=published", "target=small", "target.schedule.kind=wsd", "target.schedule.decay_steps=480"],
+        "transfer: target.schedule.decay_steps=480 leaves no room for the warm-up of 24 of 480 steps; for example "
+        "target.schedule.decay_steps=228.\n",
+    ),
+    (
+        ["study=published", "target=small", "target.stages=[{num_steps: 40}]"],
+        "transfer: the study's schedule.warmup_steps=95 must be shorter than the run of 40 steps; for example "
+        "target.schedule.kind=linear target.schedule.warmup_steps=2.\n",
+    ),
+    (
+        ["study=published", "target=small", "target.model.positions=learned", "target.model.max_positions=5"],
+        "transfer: target.model.max_positions=5 is shorter than the context of 512; for example "
+        "target.model.max_positions=512.\n",
+    ),
+    (["study=published", "target=small", "target.schedule.kidn=wsd"], "did you mean target.schedule.kind?"),
 ]
 
 
@@ -198,6 +219,40 @@ def test_the_transfer_refuses(
 )
 def test_train_refuses(arguments: list[str], sentence: str, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sentence in refuse("train", arguments, out, capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "schedule"),
+    [
+        (
+            ["target=small", "target.schedule.kind=cosine"],
+            "schedule   cosine decay from warm-up to end, warm-up 24 steps;",
+        ),
+        (
+            ["target=small", "target.schedule.kind=wsd", "target.schedule.warmup_steps=7"],
+            "schedule   wsd, decay over the last 96 steps, warm-up 7 steps;",
+        ),
+        (
+            ["target=btlm_3b", "target.schedule.kind=cosine"],
+            "schedule   cosine decay from warm-up to end, warm-up 95 steps;",
+        ),
+        (
+            ["target=small", "+target.schedule.kind=cosine"],
+            "schedule   cosine decay from warm-up to end, warm-up 24 steps;",
+        ),
+        (
+            ["target=small", "target.stages=[{num_steps: 40}]", "target.schedule.warmup_steps=2"],
+            "schedule   linear decay from warm-up to end, warm-up 2 steps;",
+        ),
+    ],
+)
+def test_a_part_of_a_target_that_it_may_lack_is_given_key_by_key(
+    words: list[str], schedule: str, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mutune.transfer import main
+
+    assert main(["study=published", f"out={out}", "dry_run=true", *words]) == 0
+    assert schedule in capsys.readouterr().out
 
 
 NONSENSE = [

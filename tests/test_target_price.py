@@ -89,6 +89,7 @@ def test_here_it_is_measured(small: str, tmp_path: Path, capsys: pytest.CaptureF
         (["hardware=h100"], "hardware=h100 is unknown; known: h100-sxm, h100-pcie, "),
         (["gpus=8"], "gpus=8 is read with hardware= and dry_run=true or fit=true; for example hardware=h100-sxm dry"),
         (["gpus=8", "fit=true"], "gpus=8 is read with hardware="),
+        ([*PRICED, "fit=true"], "neither writes anything, so give one of them, for example fit=true first."),
         (["gpus=0"], "gpus=0 must be a whole number at least 1"),
         (["memory_gb=80"], "memory_gb=80.0 is read with hardware="),
         (["mfu=40"], "mfu=40.0 must be a finite number above 0 and at most 1; for example mfu=0.4."),

@@ -48,7 +48,12 @@ def trunk(out: Path) -> str:
 def test_a_decay_that_leaves_a_trunk_is_the_run_that_decays_there(out: Path, trunk: str) -> None:
     stages = f"{{{STAGE}, num_steps: 30}}"
     said = trained(out, "decay", DECAYING, stages, trunk)
-    assert f"branch     from step 20 of {out}/train/trunk/, 10 steps are left; the base learning rate goes from" in said
+    (line,) = (line for line in said.splitlines() if line.startswith("branch"))
+    assert line.startswith(
+        f"branch     from step 20 of {out}/train/trunk/, 10 steps are left; the base learning rate goes"
+    )
+    last = records(out, "decay")[-1]["lr"]
+    assert line.endswith(f"from 0.002 to 0.002 there, and to {last:.4g} at step 30 (wsd, decay over the last 10 steps)")
     trained(out, "whole", DECAYING, stages)
     assert records(out, "decay") == records(out, "whole")
     assert records(out, "decay")[:20] == records(out, "trunk")[:20]
@@ -67,6 +72,8 @@ def test_a_branch_that_is_stopped_goes_on_from_its_own_checkpoint(
     kept = out / "train/trunk/checkpoints/20"
     kept.rename(kept.with_name("gone"))
     try:
+        other = trained(out, "stopped", DECAYING, f"{{{STAGE}, num_steps: 31}}", trunk, "overwrite=true", expect=2)
+        assert f"is gone, and known only to the run in {out}/train/stopped, which overwrite=true replaces" in other
         said = trained(out, "stopped", DECAYING, stages, trunk)
     finally:
         kept.with_name("gone").rename(kept)

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from mutune.config import SweepConfig, TrainConfig
 from tests import doors
 
 TARGET = [
@@ -139,9 +141,60 @@ def test_a_time_limit_saves_and_the_same_command_goes_on_bit_for_bit(
 
     monkeypatch.setattr(train, "STARTED", train.STARTED - 3600)
     stopped = doors.run("train", *arguments(transfer, tmp_path, "time_limit=60"), expect=143)
-    assert "stopped    after step 1, which is saved: time_limit=60 minutes are over" in stopped.stderr
+    kept = f"the newest checkpoint is {tmp_path}/train/tiny/checkpoints/1, from which the same command goes on"
+    assert f"stopped    after step 1 of 60: time_limit=60 minutes are over; {kept}\n" in stopped.stderr
     doors.run("train", *arguments(transfer, tmp_path))
     assert records(tmp_path) == undisturbed
+
+
+LAUNCHED = {"TORCHELASTIC_RUN_ID": "a", "RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("key", "targets", "environment", "threads", "why"),
+    [
+        (3, 5, {"OMP_NUM_THREADS": "7"}, 3, "threads="),
+        (None, 5, {"OMP_NUM_THREADS": "7"}, 5, "target.loop.threads"),
+        (None, None, {"OMP_NUM_THREADS": "7"}, 7, "OMP_NUM_THREADS"),
+        (None, None, {"OMP_NUM_THREADS": "1"}, 1, "OMP_NUM_THREADS"),
+        (None, None, {"OMP_NUM_THREADS": "7,2"}, 7, "OMP_NUM_THREADS"),
+        (None, None, {"OMP_NUM_THREADS": "0"}, 16, "cores"),
+        (None, None, {"OMP_NUM_THREADS": "many"}, 16, "cores"),
+        (None, None, {}, 16, "cores"),
+        (None, None, {"OMP_NUM_THREADS": "1", **LAUNCHED}, 4, "its share of the cores"),  # as torchrun sets it
+        (None, None, {"OMP_NUM_THREADS": "7", **LAUNCHED}, 7, "OMP_NUM_THREADS"),
+        (1, None, {"OMP_NUM_THREADS": "7", **LAUNCHED}, 1, "threads="),
+    ],
+)
+def test_threads_are_those_of_the_key_else_of_the_environment_else_the_cores(
+    key: int | None,
+    targets: int | None,
+    environment: dict[str, str],
+    threads: int,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mutune import train
+
+    monkeypatch.setattr(train, "default_workers", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    spec = SweepConfig().spec()
+    spec = replace(spec, loop=replace(spec.loop, threads=targets))
+    assert train._threads(TrainConfig(threads=key), spec) == (threads, why)
+
+
+def test_a_run_says_how_many_threads_it_has_and_why(
+    transfer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mutune import train
+
+    monkeypatch.setattr(train, "STARTED", train.STARTED - 3600)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    words = [word for word in arguments(transfer, tmp_path, "time_limit=60") if word != "threads=1"]
+    said = doors.run("train", *words, expect=143).stderr
+    assert "60 steps, by 2 threads (OMP_NUM_THREADS) → " in said.splitlines()[0]
 
 
 def test_an_earlier_checkpoint_is_used_when_asked_for_and_the_newer_are_set_aside(
@@ -163,6 +216,11 @@ def test_an_earlier_checkpoint_is_used_when_asked_for_and_the_newer_are_set_asid
     assert "resume=7 has no checkpoint under " in missing.stderr
     resumed = doors.run("train", *arguments(transfer, tmp_path, "resume=45"))
     assert "resuming   tiny at step 45 of 60" in resumed.stderr
+    folder = tmp_path / "train/tiny/checkpoints"
+    size = sum(file.stat().st_size for step in (50, 55, 60) for file in (folder / f"{step}.aside").iterdir())
+    assert (
+        f"set aside  the newer checkpoints 50, 55, 60: {folder}/<step>.aside, {size / 2**20:.0f} MiB;" in resumed.stderr
+    )
     assert records(tmp_path) == undisturbed
     assert {"50.aside", "55.aside", "60.aside", "60"} <= saved(tmp_path)
     again = doors.run("train", *arguments(transfer, tmp_path, "resume=45"))  # as a job does that is started again

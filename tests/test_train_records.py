@@ -1,13 +1,20 @@
 """A target that continues: its records must reach its checkpoint, without a gap."""
 
 import json
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from mutune.errors import Refusal
+from mutune.training.loop import Record
 from mutune.training.resume import _records_until
-from mutune.training.sentences import diverged
+from mutune.training.sentences import diverged, stopped
+from mutune.training.target import Target
+from tests import doors
+from tests.test_train_processes import TARGET
 
 
 def write(path: Path, steps: int) -> list[str]:
@@ -65,3 +72,37 @@ def test_a_diverged_run_names_no_checkpoint_of_the_weights_thatdiverged(tmp_path
     assert "no checkpoint is before it" in diverged(record, tmp_path)
     (tmp_path / "8").mkdir()
     assert f"the newest checkpoint before it is {tmp_path}/8. " in diverged(record, tmp_path)
+
+
+def test_a_run_that_is_stopped_names_the_checkpoint_that_it_goes_on_from(tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    begun = "stopped    after step 1,013 of 2,000: Ctrl-C; "
+    assert (
+        stopped(run, 1013, 2000, "Ctrl-C")
+        == f"{begun}no checkpoint was saved yet, so that the same command begins anew"
+    )
+    for step in (900, 1000):
+        (run / f"checkpoints/{step}").mkdir(parents=True)
+    (run / "checkpoints/1100.aside").mkdir()
+    said = f"{begun}the newest checkpoint is {run}/checkpoints/1000, from which the same command goes on"
+    assert stopped(run, 1013, 2000, "Ctrl-C") == said
+
+
+def test_a_second_ctrl_c_does_not_wait_and_says_where_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def twice(self: Target, start: int, stop: Callable[[], bool]) -> Iterator[Record]:
+        for record in real(self, start, stop):
+            if record["step"] == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+                assert stop()
+                os.kill(os.getpid(), signal.SIGINT)
+            yield record
+
+    real = Target.records
+    doors.run("transfer", *TARGET, f"out={tmp_path}")
+    words = [f"transfer={tmp_path}/transfer/published--tiny/transfer.yaml", f"out={tmp_path}", "checkpoint_every=5"]
+    monkeypatch.setattr(Target, "records", twice)
+    said = doors.run("train", *words, "threads=1", expect=130).stderr
+    kept = f"the newest checkpoint is {tmp_path}/train/tiny/checkpoints/5, from which the same command goes on"
+    assert f"stopped    after step 6 of 60: at once; {kept}\n" in said

@@ -228,6 +228,42 @@ def test_a_ladder_by_design_takes_the_study_s_trials_as_they_are(house: Path, tm
     assert (tmp_path / "transfer/proxy--tiny/figures/valley.png").exists()  # tokens' rungs do not stand in its way
 
 
+def test_another_target_of_the_study_takes_the_runs_of_the_ladder_that_is_there(house: Path, tmp_path: Path) -> None:
+    shutil.copytree(house, tmp_path, dirs_exist_ok=True)
+    longer = "target.stages=[{context_length: 64, batch_sequences: 8, num_steps: 50}]"  # as a branch of its trunk is
+    words = [*TINY_TARGET, "target.name=branch", longer, *TINY_LADDER, "ladder.offsets=[-1,0,1,2]", f"out={tmp_path}"]
+    before = files_of(tmp_path)
+    known = "runs of other transfers, which are copied: 11\n"  # and one is a trial of the study
+    assert known in doors.run("transfer", *words, "dry_run=true").stdout
+    assert files_of(tmp_path) == before
+    done = doors.run("transfer", *words)
+    assert "ladder: runs of other transfers, copied: 11\n" in done.stderr
+    ladder, theirs = tmp_path / "transfer/proxy--branch/ladder", house / "transfer/proxy--tiny/ladder"
+    ours = {path.parent.name: json.loads(path.read_text()) for path in ladder.glob("*/result.json")}
+    made = {path.parent.name: json.loads(path.read_text()) for path in theirs.glob("*/result.json")}
+    assert len(ours) == 16
+    assert {name: ours[name] for name in made} == made  # with the seconds that they took
+    assert {path: path.stat().st_mtime_ns for path in before if "proxy--tiny" in str(path)} == {
+        path: when for path, when in before.items() if "proxy--tiny" in str(path)
+    }
+    notes = [yaml.safe_load((ladder / name / "config.yaml").read_text()) for name in made]
+    assert {(note["rung"], note["offset"]) for note in notes} == {(w, o) for w in (16, 32) for o in (-1.0, 0.0, 1.0)}
+    rungs = json.loads((tmp_path / "transfer/proxy--branch/certificate.json").read_text())["rungs"]
+    assert [len(rung["points"]) for rung in rungs] == [8, 8]
+
+
+def test_runs_of_other_values_or_that_did_not_end_are_not_taken(house: Path, tmp_path: Path) -> None:
+    shutil.copytree(house, tmp_path, dirs_exist_ok=True)
+    theirs = tmp_path / "transfer/proxy--tiny/ladder"
+    first, second, *_ = sorted(theirs.glob("*/result.json"))
+    first.unlink()
+    second.write_text(json.dumps({**json.loads(second.read_text()), "fingerprint": "another"}))
+    words = [*TINY_TARGET, "target.name=branch", *TINY_LADDER, f"out={tmp_path}", "dry_run=true"]
+    assert "runs of other transfers, which are copied: 9\n" in doors.run("transfer", *words).stdout
+    said = doors.run("transfer", *words, "hyperparameters.init_std=0.07").stdout
+    assert "runs of other transfers" not in said
+
+
 def test_tables_are_compared_in_figure_page_and_certificate(house: Path, tmp_path: Path) -> None:
     shutil.copytree(house / "sweeps", tmp_path / "sweeps")
     done = doors.run("transfer", *TINY_TARGET, *TINY_LADDER, "ladder.seeds=1", "compare=[sp]", f"out={tmp_path}")
@@ -372,6 +408,10 @@ def test_an_interrupted_target_resumes_to_the_same_weights(
     assert "tiny step 4/40 · loss " in stderr  # long before a twentieth of a long run
     if signum != signal.SIGKILL:
         assert "the same command continues" in stderr
+        why = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[signum]
+        last = metrics.read_text().count("\n")
+        kept = f"{tmp_path}/train/tiny/checkpoints/{last}"
+        assert f"stopped    after step {last} of 40: {why}; the newest checkpoint is {kept}, from which" in stderr
         assert "Traceback" not in stderr
     resumed = doors.run("train", *arguments)
     assert "resuming" in resumed.stderr

@@ -6,6 +6,7 @@ So a ladder that was killed goes on as if it had not been.
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from mutune.certificate.ladder import LadderRun, gather, train_rung
 from mutune.certificate.planned import Ladder, Paid
 from mutune.certificate.points import AXES, COLUMNS
 from mutune.certificate.rungs import place, rung_name
+from mutune.errors import Refusal
 from mutune.files import read_yaml, write_json, write_yaml
 from mutune.folders import CONFIG
 from mutune.search.once import RESULT, finished, run_open
@@ -69,7 +71,9 @@ def climb(
         while True:
             gather([*(run for run, _ in made.values()), *runs], ladder.directory, spare)
             if runs:
-                made |= _round(runs, ladder.paid, pool, partial(_ahead, report, len(made)))
+                if taken := _take_over(runs, ladder):
+                    measured(f"runs of other transfers, copied: {taken}")
+                made |= _round(runs, pool, partial(_ahead, report, len(made)))
             points = _points(made.values())
             for words in _measured(ladder, points, {run.rung for run in runs}):
                 measured(words)
@@ -96,13 +100,25 @@ def _measured(ladder: Ladder, points: pd.DataFrame, names: set[str]) -> Iterator
         yield f"rung {name}, {len(mine)} runs, {lowest}{f', {diverged} diverged' if diverged else ''}"
 
 
+def _take_over(runs: list[LadderRun], ladder: Ladder) -> int:
+    """Copy what the study and other ladders have of these runs; returns how many are of the latter."""
+    taken = 0
+    for run in runs:
+        if finished(run) is not None:
+            continue
+        if (trial := ladder.paid.get(run.fingerprint)) is not None:
+            _copy(run, trial)
+        elif (twin := ladder.twin(run)) is not None:
+            with suppress(OSError, Refusal):  # gone in between: then it is made
+                _copy(run, twin)
+                taken += 1
+    return taken
+
+
 def _round(
-    runs: list[LadderRun], paid: Mapping[str, Paid], pool: Workers[LadderRun, RunResult], report: Report
+    runs: list[LadderRun], pool: Workers[LadderRun, RunResult], report: Report
 ) -> dict[Path, tuple[LadderRun, RunResult]]:
     """Finish these runs; by folder, since that is what tells runs apart."""
-    for run in runs:
-        if run.fingerprint in paid and finished(run) is None:
-            _take_over(run, paid[run.fingerprint])
     results = run_open(runs, pool.run, report)
     return {run.directory: (run, result) for run, result in zip(runs, results, strict=True)}
 
@@ -132,11 +148,12 @@ def _points(made: Iterable[tuple[LadderRun, RunResult]]) -> pd.DataFrame:
     return points.sort_values([*AXES, "seed", "learning_rate"], ignore_index=True)
 
 
-def _take_over(run: LadderRun, trial: Paid) -> None:
-    """Copy the study's trial that this run is."""
-    shutil.copytree(trial.directory, run.directory, dirs_exist_ok=True)
+def _copy(run: LadderRun, trial: Paid) -> None:
+    """Copy the study's trial, or the run of another ladder, that this run is."""
+    shutil.copytree(trial.directory, run.directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RESULT))
     facts = read_yaml(run.directory / CONFIG, "run's config")
-    write_yaml(run.directory / CONFIG, {**run.note, **{k: v for k, v in facts.items() if k not in STUDY_FACTS}})
+    kept = {key: value for key, value in facts.items() if key not in (*STUDY_FACTS, *run.note)}
+    write_yaml(run.directory / CONFIG, {**run.note, **kept})
     write_json(run.directory / RESULT, {"fingerprint": run.fingerprint, **asdict(trial.result)})
 
 

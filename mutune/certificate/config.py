@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import re
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from mutune.certificate.stages import TargetStage, resolve
 from mutune.compose import build, later, plain, written
 from mutune.data.config import DataConfig, TokenizerConfig
-from mutune.errors import MAX_WHOLE, require, require_name, require_number
+from mutune.errors import MAX_WHOLE, Refusal, require, require_name, require_number
 from mutune.model.shape import MAX_DEPTH, MAX_WIDTH, BaseConfig, ModelConfig
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import ParametrizationConfig
@@ -20,6 +21,7 @@ from mutune.training.schedule import ScheduleConfig
 
 VERDICTS = ("GO", "GO WITH CARE", "NO-GO", "NOT CERTIFIED")
 MIN_GAP = 0.01  # octaves between two learning rates of a ladder
+OF_A_RUN = re.compile(r"(?<![\w.])(schedule|model|stages)(?=[.=])")  # keys of a run that are the target's own
 MAX_SEEDS = 100
 MAX_MULTIPLE = 2**20  # of the study's tokens or batch
 
@@ -33,7 +35,8 @@ class TargetConfig:
         model: its shape.
         stages: context lengths, batches and steps, or shares of `tokens`, in order.
         tokens: of the whole run, where the stages have shares of them.
-        schedule, data, tokenizer: its own; None takes the study's.
+        schedule, data, tokenizer: its own; null takes the study's. Of one that is given, what is left out is at its
+            default, and not the study's.
         loop: how its steps are taken.
     """
 
@@ -323,7 +326,25 @@ class TransferFile:
         require(self.verdict in VERDICTS, f"verdict={self.verdict} is unknown; known verdicts: {', '.join(VERDICTS)}.")
 
     def spec(self, seed: int) -> RunSpec:
-        """The target's run."""
+        """The target's run.
+
+        Raises:
+            Refusal: its parts do not fit each other; keys are those of the transfer's command.
+        """
+        try:
+            return self._spec(seed)
+        except Refusal as refusal:
+            raise Refusal(self._located(str(refusal))) from refusal
+
+    def _located(self, message: str) -> str:
+        """A run's sentence, with the keys that a transfer has for them."""
+        own = OF_A_RUN.sub(r"target.\1", message)
+        if self.target.schedule is not None or not message.startswith("schedule."):
+            return own
+        (why, example, _), (_, _, works) = message.partition("for example "), own.partition("for example ")
+        return f"the study's {why}{example}target.schedule.kind={self.schedule.kind} {works}"
+
+    def _spec(self, seed: int) -> RunSpec:
         target = self.target
         return RunSpec(
             model=target.model,

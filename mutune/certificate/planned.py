@@ -12,7 +12,7 @@ from mutune.certificate.design import Design, Next, Plan, first_offsets, grid_ru
 from mutune.certificate.ladder import LadderRun
 from mutune.certificate.rungs import at, place, places, rung_name, rung_specs
 from mutune.errors import require
-from mutune.search.once import fingerprint
+from mutune.search.once import fingerprint, finished
 from mutune.search.workers import default_workers
 from mutune.training.config import MAX_SEED, RunSpec
 from mutune.training.price import price
@@ -38,6 +38,7 @@ class Ladder:
         rungs: the study's run first. design: the same as places.
         paid: trials of the study, by fingerprint.
         directory: of its runs; `spare` is beside it.
+        elsewhere: folders of other ladders, whose runs are copied where they are this one's.
     """
 
     config: LadderConfig
@@ -49,6 +50,7 @@ class Ladder:
     directory: Path
     device: str
     data_hash: str
+    elsewhere: tuple[Path, ...] = ()
 
     @property
     def workers(self) -> int:
@@ -80,6 +82,14 @@ class Ladder:
             if replace(paid.spec, hyperparameters=hyper, seed=best.seed) == best:
                 runs.append(self._of(paid.spec, math.log2(rate / best.hyperparameters.learning_rate)))
         return list({run.directory: run for run in runs}.values())
+
+    def twin(self, run: LadderRun) -> Paid | None:
+        """The same run, finished, of another ladder."""
+        for folder in self.elsewhere:
+            other = replace(run, directory=folder / run.directory.name)
+            if (result := finished(other)) is not None:
+                return Paid(run.spec, result, other.directory)
+        return None
 
     def _of(self, spec: RunSpec, offset: float) -> LadderRun:
         rate, name = spec.hyperparameters.learning_rate, rung_name(spec, self.rungs[0])
@@ -133,6 +143,9 @@ def words(ladder: Ladder, name: str = "ladder") -> list[str]:
     """What a ladder of this name will do and cost: a line for each rung, and what follows."""
     lines = [_rung_words(ladder, rung) for rung in range(len(ladder.rungs))]
     lines.append(f"{'together':<14} {_cost(ladder, ladder.first.runs)}")
+    own = [run for run in map(ladder.run, ladder.first.runs) if run.fingerprint not in ladder.paid]
+    if known := sum(ladder.twin(run) is not None for run in own):
+        lines.append(f"{'known':<14} runs of other transfers, which are copied: {known}")
     if ladder.config.offsets is None:
         budget = ladder.budget
         limits = [f"{budget.flops:.3g} FLOPs"] if math.isfinite(budget.flops) else []

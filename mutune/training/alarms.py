@@ -101,11 +101,11 @@ KINDS: dict[str, Kind] = {
         "the loss or the gradient is NaN or infinite, so that an update would destroy the weights",
         "where a rank is named, look at its host and GPU first (memory errors, temperature); else at the batch and at "
         "the attention and output logits before it; if it comes back with other batches, lower "
-        "hyperparameters.learning_rate or loop.clip_norm",
+        "hyperparameters.learning_rate or target.loop.clip_norm",
         ROLLBACK,
     ),
     "diverged": Kind(
-        "the loss is above loop.divergence_factor times that of a model that knows nothing, which ends the run",
+        "the loss is above target.loop.divergence_factor times that of a model that knows nothing, which ends the run",
         "read the text of the batch, and look at the losses before it: one alone is a batch, a rise is a rate that is "
         "too high; guard.policy=rollback leaves the batch out",
         ROLLBACK,
@@ -113,7 +113,7 @@ KINDS: dict[str, Kind] = {
     "loss_spike": Kind(
         "one batch is far from the others (repeats, another language, damaged text), or one update was too large",
         "read the text of the batch; a spike that is over after a few steps costs nothing, while frequent ones ask for "
-        "a smaller hyperparameters.beta2, a longer schedule.warmup_steps or a lower loop.clip_norm",
+        "a smaller hyperparameters.beta2, a longer target.schedule.warmup_steps or a lower target.loop.clip_norm",
         WARN,
     ),
     "loss_level": Kind(
@@ -131,8 +131,8 @@ KINDS: dict[str, Kind] = {
     ),
     "grad_spike": Kind(
         "one gradient is far larger than the others; clipping bounds what it does, not where it points",
-        "harmless alone; with a loss spike read the batch's text; frequent ones ask for a lower loop.clip_norm or "
-        "hyperparameters.beta2",
+        "harmless alone; with a loss spike read the batch's text; frequent ones ask for a lower "
+        "target.loop.clip_norm or hyperparameters.beta2",
         WARN,
     ),
     "grad_growth": Kind(
@@ -144,7 +144,8 @@ KINDS: dict[str, Kind] = {
     "gradient_seen": Kind(
         "Adam's second moment does not follow from the gradient norms after clipping: larger, the gradient is not "
         "clipped or is scaled afterwards; smaller, it does not reach all weights",
-        "hold loop.clip_norm and whatever touches gradients between the backward pass and the update against the loop",
+        "hold target.loop.clip_norm and whatever touches gradients between the backward pass and the update against "
+        "the loop",
         PAUSE,
     ),
     "update_ratio": Kind(
@@ -190,7 +191,7 @@ KINDS: dict[str, Kind] = {
     ),
     "dtype": Kind(
         "weights, optimizer or products of matrices are in another number format than before",
-        "look at loop.dtype, and at what converts the model or its checkpoints",
+        "look at target.loop.dtype, and at what converts the model or its checkpoints",
         PAUSE,
     ),
     "data_changed": Kind(

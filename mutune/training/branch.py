@@ -25,7 +25,7 @@ class Branch:
         spec: the run, which knows what the trunk has read.
         identity: what two starts of the branch must agree in: the step, and a hash of the trunk's checkpoint.
         checkpoint: the trunk's, whose state the run begins with; None where it is gone and the run has its own.
-        rates: the trunk's last rate and the branch's first, over the peak; empty where the trunk is gone.
+        rates: the trunk's last rate, the branch's first and its last, over the peak; empty where the trunk is gone.
     """
 
     spec: RunSpec
@@ -70,7 +70,7 @@ def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
     require(
         not changed,
         f"branch_from={path} is of another run ({'; '.join(changed)}); a branch may have other stages, another "
-        "schedule and another loop, for example target.schedule.decay_steps=100.",
+        "schedule and another loop, for example target.schedule.kind=wsd target.schedule.decay_steps=100.",
     )
     shared = shared_steps(_stages(trunk), _stages(spec))
     require(
@@ -89,7 +89,7 @@ def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
         replace(spec, extends=(*(trunk.extends or ()), trunk.stages)),
         {"step": found.step, "checkpoint": told},
         found,
-        (old(found.step - 1), new(found.step)),
+        (old(found.step - 1), new(found.step), new(spec.num_steps - 1)),
     )
 
 

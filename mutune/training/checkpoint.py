@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,13 +158,26 @@ def choose(root: Path, step: int | None) -> int:
 
 
 def set_aside(root: Path, step: int) -> list[int]:
-    """Rename the checkpoints that are newer than `step`, so that it is the newest; returns which."""
+    """Rename the checkpoints that are newer than `step`, so that it is the newest; returns which.
+
+    The rotation leaves them alone: only who went back knows whether that was right. One that was set aside at the same
+    step before goes, so that there are no more of them than steps.
+    """
     newer = sorted(saved for saved in list_steps(root) if saved > step)
     for saved in newer:
-        aside = root / f"{saved}.aside"
+        aside = _aside(root, saved)
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(root / str(saved), aside)
     return newer
+
+
+def aside_bytes(root: Path, steps: Sequence[int]) -> int:
+    """What the checkpoints of these steps that were set aside take on the disk."""
+    return sum(file.stat().st_size for step in steps for file in _aside(root, step).iterdir())
+
+
+def _aside(root: Path, step: int) -> Path:
+    return root / f"{step}.aside"
 
 
 def note_going_back(root: Path, step: int) -> None:

@@ -88,7 +88,7 @@ class LoopConfig:
             document mask.
         compile: whether the model is compiled; null is what a sweep measures to pay, elsewhere true on GPUs.
         threads: CPU threads of a run; null is what a sweep measures to pay where cores would idle, elsewhere 1;
-            a target takes all cores.
+            a target takes OMP_NUM_THREADS, or all cores.
         document_mask: whether attention stays within documents; null lets tokens see those of the documents before, as
             BTLM's did.
     """

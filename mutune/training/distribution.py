@@ -61,18 +61,20 @@ def is_loss_of_a_process(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in said for word in LOST)
 
 
-def require_even(batches: list[int], world: World, parallel: ParallelConfig) -> None:
-    """Refuse batches that these processes cannot share evenly, and replicas that do not divide them."""
+def require_even(batches: list[int], processes: int, parallel: ParallelConfig) -> None:
+    """Refuse batches that so many processes cannot share evenly, and replicas that do not divide them."""
+    many = processes > 1
     require(
-        world.size % parallel.replicas == 0,
-        f"parallel.replicas={parallel.replicas} does not divide the {world.size} processes; for example "
-        f"parallel.replicas={2 if world.size % 2 == 0 and world.size > 2 else 1}.",
+        processes % parallel.replicas == 0,
+        f"parallel.replicas={parallel.replicas} does not divide the {processes} process{'es' if many else ''}; for "
+        f"example parallel.replicas={2 if processes % 2 == 0 and processes > 2 else 1}"
+        f"{'' if many else ', or more processes by torchrun'}.",
     )
     for number, sequences in enumerate(batches):
-        works = max(count for count in range(1, world.size + 1) if sequences % count == 0)
+        works = max(count for count in range(1, processes + 1) if sequences % count == 0)
         require(
-            sequences % world.size == 0,
-            f"target.stages[{number}].batch_sequences={sequences} cannot be shared evenly by {world.size} processes; "
+            sequences % processes == 0,
+            f"target.stages[{number}].batch_sequences={sequences} cannot be shared evenly by {processes} processes; "
             f"for example torchrun with {works} of them.",
         )
 

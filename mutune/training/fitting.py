@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from mutune.training.config import ParallelConfig, RunSpec
 from mutune.training.device import device_name, free_memory, kind_of
+from mutune.training.making_room import advice
 from mutune.training.price import price, sequences_of
 from mutune.training.probe import measure_step
 from mutune.training.quote import balanced, largest, one_for_all
@@ -80,8 +81,26 @@ def stage_bytes(spec: RunSpec, parallel: ParallelConfig, stage: int, sequences: 
     return price(spec, given, device=kind_of(where), heap=where == "cpu").stages[stage].memory.total
 
 
-def fit_table(found: list[Fit]) -> str:
-    """What was found, and what to set."""
+def advice_here(spec: RunSpec, parallel: ParallelConfig, device: str, found: list[Fit]) -> str:
+    """What to change where not one sequence of a stage fits on the device of that name."""
+    where = device_name(device)
+
+    def fits(run: RunSpec, way: ParallelConfig, processes: int) -> bool:
+        parts = price(run, replace(way, micro_sequences=1), processes, kind_of(where), heap=where == "cpu").stages
+        return all(
+            part.memory.total <= (fit.have if fit.sequences else min(fit.have, fit.estimated - 1))  # which was tried
+            for part, fit in zip(parts, found, strict=True)
+        )
+
+    return advice(spec, parallel, 1, fits, "torchrun --nproc-per-node=" if where == "cuda" else None)
+
+
+def fit_table(found: list[Fit], help_out: str = "") -> str:
+    """What was found, and what to set.
+
+    Args:
+        help_out: the line for a run that does not fit.
+    """
     lines = []
     for number, fit in enumerate(found, 1):
         if fit.sequences == 0:
@@ -98,4 +117,6 @@ def fit_table(found: list[Fit]) -> str:
     if all(fit.sequences for fit in found):
         value = one_for_all([fit.sequences for fit in found], [fit.share for fit in found])
         lines.append(f"set        parallel.micro_sequences={value}")
+    else:
+        lines.append(help_out)
     return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 import os
 
+OMP = "OMP_NUM_THREADS"
+
 
 def is_launched() -> bool:
     """Whether this is one of the processes that torchrun started."""
@@ -26,6 +28,17 @@ def own_device(name: str) -> str:
 def share(cores: int) -> int:
     """Of so many cores, this process's among those that torchrun started on this host."""
     return max(1, cores // processes()[1])
+
+
+def asked_threads() -> int | None:
+    """The threads that OMP_NUM_THREADS asks for; None where it is not set, or as torchrun sets it.
+
+    torchrun sets it to 1 for several processes on a host where nobody else did: 1 is then no wish of the user's.
+    """
+    first = os.environ.get(OMP, "").partition(",")[0].strip()  # a list has the threads of nested regions
+    if not first.isdecimal() or int(first) < 1:
+        return None
+    return None if int(first) == 1 and processes()[1] > 1 else int(first)
 
 
 def speaks(for_lost: bool = False) -> bool:

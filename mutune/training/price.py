@@ -184,13 +184,15 @@ def _mixture(stage: StageConfig) -> str:
 
 
 def _schedule_lines(spec: RunSpec) -> list[str]:
-    """Base and hidden-matrix independent: the base rate at the start, after warm-up, at each stage's end."""
+    """The base rate at the start, after warm-up, at each stage's end. Steps are those of a run's records: step n is
+    the update that makes n of them, at the schedule's rate of n - 1.
+    """
     rate = multiplier(spec.schedule, spec.num_steps, stage_ends(spec.stages))
     warmup = spec.schedule.warmup(spec.num_steps)
-    steps = sorted({0, warmup, *(end for end, _ in stage_ends(spec.stages))})
-    peak = spec.hyperparameters.learning_rate
-    rates = ", ".join(f"step {step:,}: {peak * rate(step):.5g}" for step in steps)
-    return [f"schedule   {spec.schedule.kind}, warm-up {warmup:,} steps; base learning rate at {rates}"]
+    steps = sorted({1, warmup + 1, *(end for end, _ in stage_ends(spec.stages))})
+    peak, falls = spec.hyperparameters.learning_rate, spec.schedule.decay_words(spec.num_steps)
+    rates = ", ".join(f"step {step:,}: {peak * rate(step - 1):.5g}" for step in steps)
+    return [f"schedule   {falls}, warm-up {warmup:,} steps; base learning rate at {rates}"]
 
 
 def _gib(num_bytes: int) -> str:

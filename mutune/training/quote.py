@@ -7,6 +7,7 @@ from mutune.errors import require
 from mutune.scaling.hardware import CURRENCY, RESERVED, accelerator
 from mutune.scaling.memory import Sharding, peak_memory
 from mutune.training.config import ParallelConfig, RunSpec
+from mutune.training.making_room import advice
 from mutune.training.price import StagePrice, forward_pass, price, sequences_of, size_of
 
 GB, DAY, HOUR = 1e9, 86400.0, 3600.0
@@ -190,7 +191,14 @@ def largest_table(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> str:
         )
     if all(found):
         lines.append(f"set        parallel.micro_sequences={one_for_all(found, shares)}")
+    else:
+        lines.append(advice(spec, parallel, on.gpus, lambda run, way, gpus: _one_fits(run, way, on, gpus), "gpus="))
     return "\n".join(lines)
+
+
+def _one_fits(spec: RunSpec, parallel: ParallelConfig, on: Machine, gpus: int) -> bool:
+    """Whether one sequence per forward pass fits in every stage."""
+    return all(estimate(spec, parallel, i, 1, gpus) <= on.usable_bytes for i in range(len(spec.stages)))
 
 
 def lacking(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> str | None:

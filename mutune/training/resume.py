@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mutune.data.corpora import Corpora
 from mutune.errors import Refusal, require
 from mutune.folders import differences
+from mutune.parametrization.plan import Plan
 from mutune.training import checkpoint
 from mutune.training.branch import Branch
+from mutune.training.checkpoint import Checkpoint
+from mutune.training.config import RunSpec
 from mutune.training.guard import Guard
 from mutune.training.result import CHECKPOINTS, METRICS
 from mutune.training.run import Run
@@ -19,12 +23,12 @@ INFORMATION = {"versions"}  # what a checkpoint tells, and a run need not agree 
 OF_A_BRANCH = {"run", "certificate", "branch"}
 
 
-def identity(run: Run, verdict: str, seal: str, branch: Branch | None) -> dict[str, Any]:
+def identity(spec: RunSpec, corpora: Corpora, verdict: str, seal: str, branch: Branch | None) -> dict[str, Any]:
     """What a checkpoint and the run that goes on from it must agree in, besides the plan; and what it tells."""
     return {
-        "run": run.spec.as_dict(),
-        "data_hash": run.corpora.content_hash,
-        "tokenizer_hash": run.corpus.tokenizer.content_hash,
+        "run": spec.as_dict(),
+        "data_hash": corpora.content_hash,
+        "tokenizer_hash": corpora.main.tokenizer.content_hash,
         "certificate": {"verdict": verdict, "seal": seal},
         "versions": versions(),
         **({"branch": branch.identity} if branch else {}),
@@ -43,17 +47,42 @@ def begin(
     start, records, refusal = 0, list[str](), None
     if world.is_first:
         try:
-            start = checkpoint.choose(directory / CHECKPOINTS, resume)
-            path = directory / METRICS
-            if branch and not start:
-                start, path = branch.step, branch.trunk / METRICS
-            records = _records_until(path, start, finished=start == num_steps)
+            start, records = begins_at(directory, resume, num_steps, branch)
         except (Refusal, OSError) as error:
             refusal = error
     start, refusal = world.share((start, refusal))
     if refusal:
         raise refusal
     return start, records
+
+
+def begins_at(directory: Path, resume: int | None, num_steps: int, branch: Branch | None) -> tuple[int, list[str]]:
+    """As `begin`, by one process.
+
+    Raises:
+        Refusal: no checkpoint is of that step, or a record before it is missing.
+    """
+    start, path = checkpoint.choose(directory / CHECKPOINTS, resume), directory / METRICS
+    if branch and not start:
+        start, path = branch.step, branch.trunk / METRICS
+    return start, _records_until(path, start, finished=start == num_steps)
+
+
+def state_at(
+    directory: Path, start: int, spec: RunSpec, plan: Plan, meta: dict[str, Any], branch: Branch | None
+) -> Checkpoint:
+    """The checkpoint of step `start`, which is this run's, or that of the trunk that it leaves there.
+
+    Raises:
+        Refusal: it is damaged, or of another run.
+    """
+    own = directory / CHECKPOINTS / str(start)
+    origin = branch.checkpoint if branch and not own.is_dir() else None
+    begins, kept = origin is not None, origin or checkpoint.read(own)
+    mixed = begins and any(stage.data for stage in spec.stages)  # whose texts need not be those of the trunk
+    compared = meta.keys() - INFORMATION - (OF_A_BRANCH if begins else set()) - ({"data_hash"} if mixed else set())
+    checkpoint.check_meta(kept, plan, {key: value for key, value in meta.items() if key in compared})
+    return kept
 
 
 def restore(
@@ -66,18 +95,13 @@ def restore(
     """
     if not start:
         return []
-    own = directory / CHECKPOINTS / str(start)
-    origin = branch.checkpoint if branch and not own.is_dir() else None
-    begins, found = origin is not None, origin or checkpoint.read(own)
-    mixed = begins and any(stage.data for stage in run.spec.stages)  # whose texts need not be those of the trunk
-    compared = meta.keys() - INFORMATION - (OF_A_BRANCH if begins else set()) - ({"data_hash"} if mixed else set())
-    checkpoint.check_meta(found, run.plan, {key: value for key, value in meta.items() if key in compared})
-    checkpoint.restore(found, run.model, run.optimizer)
-    if "guard" in found.meta:
-        guard.load_state_dict(found.meta["guard"])
-    if begins:
+    kept = state_at(directory, start, run.spec, run.plan, meta, branch)
+    checkpoint.restore(kept, run.model, run.optimizer)
+    if "guard" in kept.meta:
+        guard.load_state_dict(kept.meta["guard"])
+    if branch and kept is branch.checkpoint:
         guard.begin_anew()  # other stages, and maybe other texts, are usual from here on
-    written_by = found.meta.get("versions", versions())
+    written_by = kept.meta.get("versions", versions())
     changed = "; ".join(differences(written_by, versions()))
     return [f"note       the checkpoint was written by other code ({changed})"] if changed else []
 

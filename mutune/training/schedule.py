@@ -80,6 +80,15 @@ class ScheduleConfig:
         """Share of a run of `num_steps` in which `wsd` decays."""
         return self.decay_fraction if self.decay_steps is None else self.decay_steps / num_steps
 
+    def decay_words(self, num_steps: int) -> str:
+        """Where in a run of `num_steps` the rate falls, in words."""
+        if self.kind == "constant":
+            return "constant, no decay"
+        if self.kind != "wsd":
+            return f"{self.kind} decay from warm-up to end"
+        steps = round(self.decay_share(num_steps) * num_steps)
+        return f"wsd, decay over the last {steps:,} steps"
+
 
 def multiplier(
     schedule: ScheduleConfig, num_steps: int, stage_ends: Sequence[tuple[int, float | None]] = ()

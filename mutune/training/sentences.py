@@ -1,11 +1,12 @@
 """What a target's run says of itself while it is under way."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from mutune.progress import clock
-from mutune.training.checkpoint import list_steps
+from mutune.training.checkpoint import aside_bytes, list_steps
 from mutune.training.loop import Record
 from mutune.training.price import price
 from mutune.training.result import CHECKPOINTS
@@ -15,8 +16,12 @@ from mutune.training.throughput import Throughput
 MAX_SAID = 120  # characters of what a backend says
 
 
-def opening(directory: Path, run: Run, start: int) -> str:
-    """What is about to be trained, and by what."""
+def opening(directory: Path, run: Run, start: int, threads_by: str) -> str:
+    """What is about to be trained, and by what.
+
+    Args:
+        threads_by: what set the number of CPU threads.
+    """
     total, where, world = run.spec.num_steps, run.world.device, run.world
     if start == total:
         return f"finished   {directory.name} was; its figures and report are made again → {directory}/"
@@ -26,9 +31,21 @@ def opening(directory: Path, run: Run, start: int) -> str:
         else f"training   {directory.name}: {price(run.spec).parameters:,} parameters, {total:,} steps"
     )
     threads = torch.get_num_threads()
-    on = f"{threads} thread{'s' if threads > 1 else ''}" if where.type == "cpu" else str(where)
+    by = f"{threads} thread{'s' if threads > 1 else ''} ({threads_by})"
+    on = by if where.type == "cpu" else f"{where} and {by}"
     on = f"{world.size} processes, each by {on}" if world.size > 1 else on
     return f"{how}, by {on} → {directory}/"
+
+
+def aside(directory: Path, steps: Sequence[int]) -> list[str]:
+    """The line about the checkpoints of these steps, which were set aside; none where none was."""
+    if not steps:
+        return []
+    root = directory / CHECKPOINTS
+    return [
+        f"set aside  the newer checkpoints {', '.join(f'{step:,}' for step in steps)}: {root}/<step>.aside, "
+        f"{aside_bytes(root, steps) / 2**20:,.0f} MiB; nothing reads or deletes them, so that is yours to do"
+    ]
 
 
 def progress(name: str, record: Record, total: int, elapsed: float, throughput: Throughput) -> str:
@@ -46,6 +63,14 @@ def progress(name: str, record: Record, total: int, elapsed: float, throughput: 
         *([f"about {clock(left)} left"] if left is not None else []),
     ]
     return " · ".join(told)
+
+
+def stopped(directory: Path, step: int, total: int, why: str) -> str:
+    """What to say of a run that was asked to stop after `step`, and where it goes on."""
+    root, steps = directory / CHECKPOINTS, list_steps(directory / CHECKPOINTS)
+    kept = f"the newest checkpoint is {root}/{max(steps)}, from which the same command goes on" if steps else ""
+    none = "no checkpoint was saved yet, so that the same command begins anew"
+    return f"stopped    after step {step:,} of {total:,}: {why}; {kept or none}"
 
 
 def diverged(record: Record, checkpoints: Path) -> str:

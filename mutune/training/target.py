@@ -20,6 +20,7 @@ from mutune.training.loop import Record
 from mutune.training.result import CHECKPOINTS, METRICS
 from mutune.training.run import Run
 from mutune.training.saving import Saver
+from mutune.training.sentences import aside
 from mutune.training.throughput import Throughput
 from mutune.training.watch import Watch
 
@@ -132,12 +133,14 @@ class Target:
             raise Paused(self._pause(replace(action, sentence=f"{said}\n{why}"), saved=False))
         back = found.step if found else 0
         self._load(found, skips)
+        told = list[str]()
         if self.run.world.is_first:
-            checkpoint.set_aside(root, back)
+            told = aside(self.directory, checkpoint.set_aside(root, back))
             _move_records(self.directory, back)
         self.run.world.wait()
         left_out = sum(skip.num_skipped for skip in action.skips)
-        self.say(f"rolled back to step {back:,} from step {step:,}, leaving out {left_out} batches")
+        for line in (f"rolled back to step {back:,} from step {step:,}, leaving out {left_out} batches", *told):
+            self.say(line)
         return back
 
     def _good(self, root: Path, before: int) -> checkpoint.Checkpoint | None:
@@ -192,8 +195,8 @@ def _move_records(directory: Path, step: int) -> None:
     """Keep the records of steps 1 to `step`; the rest goes to `rolled_back.jsonl`."""
     path = directory / METRICS
     lines = path.read_text().splitlines(keepends=True)
-    with (directory / LEFT_OUT).open("a") as aside:
-        aside.writelines(lines[step:])
-        aside.flush()
-        os.fsync(aside.fileno())
+    with (directory / LEFT_OUT).open("a") as left_out:
+        left_out.writelines(lines[step:])
+        left_out.flush()
+        os.fsync(left_out.fileno())
     write_text(path, "".join(lines[:step]))

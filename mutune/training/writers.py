@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from mutune.errors import require
 
+STEP = "step"  # of a record: what its numbers are drawn over
 PROJECT = "mutune"  # under which Weights & Biases files runs, where WANDB_PROJECT names no other
 
 
@@ -84,7 +85,11 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, resumed under the same id; WANDB_MODE=offline keeps it here."""
+    """A run of Weights & Biases, resumed under the same id; WANDB_MODE=offline keeps it here.
+
+    Its own count of steps only rises, and what is logged of an earlier one is dropped. So the step of a record is a
+    number like the others, over which they are drawn: of steps that are made again both lines are there.
+    """
 
     def __init__(self, directory: Path, name: str, config: dict[str, Any]) -> None:
         import wandb
@@ -98,12 +103,14 @@ class WeightsAndBiases:
             config=config,
             resume="allow",
         )
+        self._run.define_metric(STEP)
+        self._run.define_metric("*", step_metric=STEP)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._run.log(numbers(record), step=record["step"])
+        self._run.log({STEP: record[STEP], **numbers(record)})
 
     def rewind(self, step: int) -> None:
-        """W&B keeps what it has of a step, and takes no more of it: the steps that are made again are not shown."""
+        """W&B keeps what it has; what is made again is drawn beside it."""
 
     def close(self) -> None:
         self._run.finish()

@@ -15,7 +15,6 @@ from mutune.training import checkpoint
 from mutune.training.config import ParallelConfig
 from mutune.training.distribution import require_even
 from mutune.training.run import Run
-from mutune.training.world import World, alone
 from tests.doors import ROOT
 from tests.training.processes import LOW, SAVED, SPEC, STEPS, WAYS, digest, losses
 from tests.training.test_rollback import Told
@@ -156,7 +155,7 @@ def test_a_lost_or_cut_shard_is_named_before_anything_is_loaded(found: dict[int,
 
 def test_a_batch_that_cannot_be_shared_is_refused_with_a_number_of_processes_that_can() -> None:
     with pytest.raises(Refusal, match=r"batch_sequences=6 cannot be shared evenly by 4 processes; .* with 3 of them"):
-        require_even([8, 6], World(0, 4, CPU), ParallelConfig())
+        require_even([8, 6], 4, ParallelConfig())
     with pytest.raises(Refusal, match=r"parallel\.replicas=3 does not divide the 4 processes"):
-        require_even([8], World(0, 4, CPU), ParallelConfig(replicas=3))
-    require_even([7], alone(CPU), ParallelConfig())
+        require_even([8], 4, ParallelConfig(replicas=3))
+    require_even([7], 1, ParallelConfig())

@@ -3,11 +3,14 @@
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
-from mutune.training.fitting import Fit, fit_table, search
+from mutune.training.config import RECOMPUTED, ParallelConfig
+from mutune.training.fitting import Fit, advice_here, fit_table, search, stage_bytes
 from mutune.training.probe import apart
+from tests.training.test_quote import btlm
 
 
 def device(per_sequence: int, asked: list[int], limit: int) -> Callable[[int], int | None]:
@@ -69,6 +72,25 @@ def test_a_process_that_memory_ends_is_no_number_and_ends_nothing_else() -> None
 def test_the_words_say_what_to_set_or_that_nothing_fits() -> None:
     fits, tight, none = Fit(16, 16, 10, 11, 2**30), Fit(3, 9, 10, 11, 2**30), Fit(0, 9, 2**31, 0, 2**30)
     assert fit_table([fits, tight]).endswith("set        parallel.micro_sequences=3")
-    said = fit_table([fits, none])
+    said = fit_table([fits, none], "advice     less")
     assert "not one sequence fits into the 1.00 GiB that are free: about 2.00 GiB are needed" in said
     assert "set " not in said
+    assert said.endswith("\nadvice     less")
+
+
+def test_the_advice_for_this_device_fits_by_its_estimate_and_is_less_than_what_failed() -> None:
+    spec, now = btlm(), ParallelConfig()
+
+    def failed(have: int, way: ParallelConfig) -> list[Fit]:
+        return [Fit(0, 9, stage_bytes(spec, way, i, 1, "cpu"), 0, have) for i in range(2)]
+
+    ways = {recomputed: replace(now, activation_checkpointing=recomputed) for recomputed in RECOMPUTED}
+    needs = {name: max(fit.estimated for fit in failed(0, way)) for name, way in ways.items()}
+    for name in ("selective", "full"):
+        said = advice_here(spec, now, "cpu", failed(needs[name], now))
+        assert f"with parallel.activation_checkpointing={name}, or contexts of at most " in said
+        assert "torchrun" not in said  # whose processes would share the memory
+    measured_worse = advice_here(spec, now, "cpu", failed(10 * needs["none"], now))
+    assert "with parallel.activation_checkpointing=selective, " in measured_worse
+    assert measured_worse.endswith("contexts of at most 1,024 in target.stages, at the transfer")  # stage 1 has 2,048
+    assert "take a smaller target.model" in advice_here(spec, now, "cpu", failed(2**30, now))

@@ -19,6 +19,7 @@ from mutune.training.quote import (
     estimate,
     lacking,
     largest,
+    largest_table,
     largest_that_fits,
     machine,
     one_for_all,
@@ -88,6 +89,34 @@ def test_a_run_that_does_not_fit_is_told_what_would_help() -> None:
     assert "hardware=h100-sxm has 73.6 GB to fill and stage 2 needs" in said
     assert "parallel.activation_checkpointing=selective" in said
     assert lacking(spec, ParallelConfig(activation_checkpointing="full"), EIGHT) is None
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+@pytest.mark.parametrize("memory_gb", [2, 12, 20, 70])
+def test_where_not_one_sequence_fits_each_advice_is_enough(memory_gb: float, gpus: int) -> None:
+    on, now = replace(EIGHT, gpus=gpus, memory_bytes=memory_gb * 1e9), ParallelConfig(replicas=gpus, reshard=False)
+    spec = btlm()
+    said = largest_table(spec, now, on).splitlines()[-1]
+    if "take a smaller target.model, at the transfer" in said:
+        leanest = ParallelConfig(activation_checkpointing="full")
+        assert not all(largest_that_fits(spec, leanest, replace(on, gpus=480)))
+        assert memory_gb == 2
+        return
+    advised = said.removeprefix("advice     one would fit, by estimate, with ").split(", or ")
+    assert len(advised) >= 1
+    for each in advised:
+        stages, keys = spec.stages, dict(word.split("=") for word in each.split() if "=" in word)
+        if "contexts" in each:
+            longest = int(each.split()[4].replace(",", ""))
+            stages = tuple(replace(stage, context_length=min(stage.context_length, longest)) for stage in stages)
+        way = replace(
+            now,
+            reshard="parallel.reshard" in keys,
+            replicas=int(keys.get("parallel.replicas", now.replicas)),
+            activation_checkpointing=keys.get("parallel.activation_checkpointing", "none"),
+        )
+        given = replace(on, gpus=int(keys.get("gpus", gpus)))
+        assert all(largest_that_fits(replace(spec, stages=stages), way, given)), each
 
 
 @pytest.mark.parametrize("recomputed", ["none", "selective", "full"])

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -77,6 +77,7 @@ class Told:
     folder: Path
     skips: tuple[Skip, ...]
     paused: str = ""
+    said: list[str] = field(default_factory=list)
 
     def losses(self) -> dict[int, float]:
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
@@ -93,13 +94,14 @@ def trained(folder: Path, policy: str, damage: bool, world: World | None = None)
     run, guard = Run(SPEC, CPU, world), guard_of(SPEC, GuardConfig(policy=policy))
     if damage:
         run.loader.corpora[MAIN] = damaged(run.loader)
-    target = target_of(run, folder, guard)
+    target, said = target_of(run, folder, guard), list[str]()
+    target.say = said.append
     try:
         for _ in target.records(0, lambda: False):
             pass
     except Paused as paused:
-        return Told(folder, guard.skips, str(paused))
-    return Told(folder, guard.skips)
+        return Told(folder, guard.skips, str(paused), said)
+    return Told(folder, guard.skips, said=said)
 
 
 def test_damaged_batches_are_skipped_and_the_run_ends_like_one_that_never_met_them(tmp_path: Path) -> None:
@@ -114,6 +116,7 @@ def test_damaged_batches_are_skipped_and_the_run_ends_like_one_that_never_met_th
     )
     assert max(ours[step] for step in range(60, 121)) < 1.2 * theirs[60]
     assert {step: ours[step] for step in range(1, 61)} == {step: theirs[step] for step in range(1, 61)}
+    assert any(f"{told.folder}/checkpoints/<step>.aside, " in line for line in told.said)
     aside = [json.loads(line) for line in (told.folder / "rolled_back.jsonl").read_text().splitlines()]
     assert max(record["loss"] for record in aside) > 1.2 * theirs[60]  # what was left out can still be looked at
 

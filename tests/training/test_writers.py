@@ -73,10 +73,14 @@ def test_tensorboard_forgets_the_steps_that_a_run_goes_back_over(tmp_path: Path)
 
 def test_wandb_is_given_the_run_and_every_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said: list[Any] = []
+    axes: dict[str, str | None] = {}
 
     class Run:
-        def log(self, values: dict[str, float], step: int) -> None:
-            said.append((step, values))
+        def define_metric(self, name: str, step_metric: str | None = None) -> None:
+            axes[name] = step_metric
+
+        def log(self, values: dict[str, float]) -> None:  # over W&B's own count, which only rises
+            said.append(values)
 
         def finish(self) -> None:
             said.append("finished")
@@ -105,21 +109,44 @@ def test_wandb_is_given_the_run_and_every_record(monkeypatch: pytest.MonkeyPatch
     )
     assert first["resume"] == "allow"
     assert first["id"] == second["id"]  # the same run goes on
-    assert logged == (1, {"loss": 3.875, "lr": 0.01, "diverged": 0.0})
+    assert logged == {"step": 1, "loss": 3.875, "lr": 0.01, "diverged": 0.0}
+    assert axes == {"step": None, "*": "step"}
     assert finished == "finished"
 
 
 @pytest.mark.filterwarnings("default")
-def test_wandb_offline_leaves_its_files_in_the_run_s_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_wandb_offline_keeps_in_the_run_s_folder_also_the_steps_that_are_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     (writer,) = open_writers(["wandb"], tmp_path, "small", {"seed": 3})
     for record in RECORDS:
         writer.write(record)
+    writer.rewind(1)
+    writer.write({"step": 2, "loss": 9.0})
     writer.close()
-    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    (log,) = folder.glob("run-*.wandb")
-    content = log.read_bytes()
-    assert b"loss" in content
-    assert json.dumps(3.625).encode() in content
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    history = history_of(log)
+    assert [(each["step"], each["loss"]) for each in history] == [(1, 3.875), (2, 3.75), (3, 3.625), (2, 9.0)]
+
+
+def history_of(path: Path) -> list[dict[str, float]]:
+    """What was logged to W&B's file: a LevelDB log of protocol buffers, behind a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, begun, found = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        if left < 7 or kind == 0:  # the rest of a block is not used
+            place += left
+            continue
+        begun, place = begun + content[place + 7 : place + 7 + length], place + 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record, begun = Record.FromString(begun), b""
+            if record.HasField("history"):
+                items = record.history.item
+                found.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in items})
+    return found
