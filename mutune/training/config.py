@@ -6,6 +6,7 @@ from typing import Any
 
 from mutune.compose import later, written
 from mutune.data.config import DataConfig, MixedData, TokenizerConfig
+from mutune.data.segments import Skip
 from mutune.errors import require, require_number
 from mutune.model.shape import BaseConfig, ModelConfig, base_shape, tensor_specs
 from mutune.parametrization.hyperparameters import BaseHyperparameters
@@ -170,7 +171,8 @@ class RunSpec:
     """Everything that decides the losses of a run, and nothing else.
 
     `extends` has the stages of the runs that this one goes on from, as they were run, the first one first: its windows
-    depend on them. None for a run that begins at step 0.
+    depend on them. `left_out` has for each of them what rollbacks had left out of it by the step at which it was left.
+    None for a run that begins at step 0, or where nothing was left out.
     """
 
     model: ModelConfig
@@ -184,6 +186,7 @@ class RunSpec:
     loop: LoopConfig = field(default_factory=LoopConfig)
     seed: int = 0
     extends: tuple[tuple[StageConfig, ...], ...] | None = later()
+    left_out: tuple[tuple[Skip, ...], ...] | None = later()
 
     def __post_init__(self) -> None:
         require(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mutune.data.windows import Skip
 from mutune.errors import Refusal, require
 from mutune.folders import differences
 from mutune.training import checkpoint
@@ -77,9 +78,15 @@ def restore(
         guard.load_state_dict(found.meta["guard"])
     if begins:
         guard.begin_anew()  # other stages, and maybe other texts, are usual from here on
+        guard.skips = tuple(skip for skip in guard.skips if _is_of_the_trunk(skip, run, start))
     written_by = found.meta.get("versions", versions())
     changed = "; ".join(differences(written_by, versions()))
     return [f"note       the checkpoint was written by other code ({changed})"] if changed else []
+
+
+def _is_of_the_trunk(skip: Skip, run: Run, start: int) -> bool:
+    """Whether it lies in what the trunk read, and not in a stage that begins with the branch at step `start`."""
+    return skip.from_step < run.spec.num_steps and run.loader.stage_start(skip.from_step) < start
 
 
 def _records_until(path: Path, step: int, finished: bool) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock
 
 from mutune.data.corpora import Corpora, prepare_corpora
+from mutune.data.told import Told
 from mutune.data.windows import Stage, WindowLoader, heldout_windows
 from mutune.errors import Refusal, require
 from mutune.files import write_text, write_yaml
@@ -58,10 +59,19 @@ def corpora_of(spec: RunSpec) -> Corpora:
     return prepare_corpora(spec.data, spec.tokenizer, [stage.data for stage in stages])
 
 
-def window_loader(spec: RunSpec, corpora: Corpora) -> WindowLoader:
-    """The run's batches."""
+def window_loader(spec: RunSpec, corpora: Corpora, tells: bool = True) -> WindowLoader:
+    """The run's batches; where it takes a while to find what is unread, that is said if it `tells`."""
     before, own = [loader_stages(stages, corpora) for stages in spec.extends or ()], loader_stages(spec.stages, corpora)
-    return WindowLoader(corpora.main.train, own, spec.seed, corpora=corpora.tokens, extends=before)
+    with closing(Told(corpora.main.name)) as told:
+        return WindowLoader(
+            corpora.main.train,
+            own,
+            spec.seed,
+            corpora=corpora.tokens,
+            extends=before,
+            left_out=spec.left_out or (),
+            tell=told.share if tells else lambda *so_far: None,
+        )
 
 
 def loader_stages(stages: Sequence[StageConfig], corpora: Corpora) -> list[Stage]:
@@ -118,7 +128,7 @@ class Run:
         self.loss, self.heldout_loss = loss_functions(self.model, loop, whole=world is None)
         initialise(self.model, self.plan, spec.seed)
         self.optimizer = make_optimizer(self.model, self.plan, betas=self._betas)
-        self.loader = window_loader(spec, self.corpora)
+        self.loader = window_loader(spec, self.corpora, self.world.is_first)
 
     def records(self, start_step: int = 0) -> Iterator[Record]:
         """Train and evaluate from `start_step`; one record per step, with the held-out loss where it was measured.
