@@ -1,14 +1,16 @@
 """A step of the target's run beside a plain PyTorch loop and Hugging Face's Trainer, with the same model and batches.
 
     python benchmarks/train.py                                           # on a CPU: benchmarks/train.md
-    python benchmarks/train.py --device cuda --target btlm_3b --context 2048 --dtype bfloat16
-    python benchmarks/train.py --device cuda --target btlm_3b --context 8192 --dtype bfloat16
+    gpu="--device cuda --target btlm_3b --dtype bfloat16"
+    python benchmarks/train.py $gpu --context 2048 8192 --sequences 32 8 --micro 4 1 --only mutune
+    python benchmarks/train.py $gpu --context 2048 --sequences 8 --micro 4 --depth 8  # three such models fit a GPU
 
 All turn by turn in one process; medians of rounds with the lowest and the highest. Trainer needs `accelerate`.
 """
 
 import argparse
 import io
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,18 +26,20 @@ from torch import Tensor, nn
 from mutune.certificate.config import TransferFile
 from mutune.compose import build
 from mutune.files import read_yaml
-from mutune.model.alibi import alibi_slopes, causal_bias
 from mutune.model.decoder import Decoder
 from mutune.model.shape import tensor_specs
 from mutune.parametrization.apply import initialise
 from mutune.scaling.arithmetic import forward_flops_per_token, matmul_parameter_count
 from mutune.training.config import ParallelConfig, RunSpec, StageConfig
+from mutune.training.device import used_memory
 from mutune.training.execution import keep_memory, number_format, threaded
-from mutune.training.run import Run
+from mutune.training.price import price
+from mutune.training.run import Run, window_loader
+from mutune.training.throughput import rates
 from mutune.transfer import main as transfer_door
 from tests.soak import record
 
-ROUNDS, STEPS, WARM_UP = 5, 3, 2
+ROUNDS, STEPS, WARM_UP = 4, 3, 2
 #: The laptop's shapes: width, depth, vocabulary stays that of the target.
 SHAPES = ((256, 4), (512, 4))
 #: Runs so many steps, and returns seconds of each.
@@ -70,17 +74,18 @@ def ours(run: Run, clock: Clock) -> Steps:
 
 
 def plain(run: Run, clock: Clock) -> Steps:
-    """What one writes by hand: one AdamW group, the whole batch at once, clipping."""
-    model, device = copied(run), run.world.device
+    """What one writes by hand: one AdamW group, clipping, nothing compiled."""
+    model, device, at_once = copied(run), run.world.device, run._micro_sequences
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
     step = iter(range(10**9))
 
     def one() -> float:
         began = clock()
         ids_BT = torch.from_numpy(run.loader.batch(next(step))).to(device)
-        with number_format(run.spec.loop, device):
-            loss = model.loss(ids_BT[:, :-1], ids_BT[:, 1:])
-        loss.backward()
+        for part_BT in ids_BT.split(at_once):
+            with number_format(run.spec.loop, device):
+                loss = model.loss(part_BT[:, :-1], part_BT[:, 1:]) * (len(part_BT) / len(ids_BT))
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -126,7 +131,8 @@ def trainer(run: Run, clock: Clock, folder: Path) -> Steps:
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=count,
-            per_device_train_batch_size=stage.batch_sequences,
+            per_device_train_batch_size=run._micro_sequences,
+            gradient_accumulation_steps=stage.batch_sequences // run._micro_sequences,
             learning_rate=1e-4,
             weight_decay=0.1,
             max_grad_norm=1.0,
@@ -146,8 +152,8 @@ def trainer(run: Run, clock: Clock, folder: Path) -> Steps:
 def copied(run: Run) -> Decoder:
     """The run's model with its initial values, not compiled."""
     sites = {site: row.value for site, row in run.plan.multipliers.items()}
-    attention = run.spec.loop.attention or ("flex" if run.world.device.type == "cuda" else "sdpa")
-    model = Decoder(run.spec.model, run.corpus.vocab_size, sites, attention, run.model.h[0].recompute)
+    attention, recompute = run.spec.loop.attention_on(run.world.device.type), run.model.h[0].recompute
+    model = Decoder(run.spec.model, run.corpus.vocab_size, sites, attention, recompute)
     initialise(model, run.plan, run.spec.seed)
     return model.to(run.world.device)
 
@@ -158,6 +164,7 @@ def side_by_side(ways: dict[str, Steps]) -> dict[str, list[float]]:
     for _ in range(ROUNDS):
         for name, steps in ways.items():
             found[name].append(median(steps(WARM_UP + STEPS)[WARM_UP:]))
+            print(f"{name}: {1e3 * found[name][-1]:.1f} ms a step", flush=True)
     return found
 
 
@@ -167,11 +174,13 @@ def components(run: Run, clock: Clock) -> Iterator[tuple[str, float, float]]:
     spec, model, device = run.spec, run.model, run.world.device
     shape, stage = spec.model, spec.stages[0]
     tokens, block = stage.tokens_per_step, model.h[0]
-    x_BTD = torch.randn(stage.batch_sequences, stage.context_length, shape.width, device=device, requires_grad=True)
-    bias: Any = causal_bias(alibi_slopes(shape.heads), stage.context_length, device=device, dtype=torch.float32)
-    if device.type == "cuda":
-        bias = model._attention_bias(stage.context_length, device, torch.float32)
-    ids_BT = torch.from_numpy(run.loader.batch(0)).to(device)
+    at_once, low = run._micro_sequences, torch.bfloat16 if spec.loop.dtype == "bfloat16" else torch.float32
+    passes = stage.batch_sequences / at_once
+    x_BTD = torch.randn(at_once, stage.context_length, shape.width, device=device, requires_grad=True)
+    bias: Any = model._attention_bias(stage.context_length, device, low)
+    ids_BT = torch.from_numpy(run.loader.batch(0))[:at_once].to(device)
+    whole: Callable[..., Any] = torch.compile(dynamic=False) if device.type == "cuda" else lambda part: part
+    attn, mlp, norm = whole(block.attn.forward), whole(block.mlp.forward), whole(block.ln_1.forward)
 
     def both(forward: Callable[[], Tensor]) -> None:
         with number_format(spec.loop, device):
@@ -183,13 +192,18 @@ def components(run: Run, clock: Clock) -> Iterator[tuple[str, float, float]]:
     head = 3 * 2 * run.corpus.vocab_size * shape.width * tokens
     yield (
         "attention",
-        shape.depth * timed(lambda: both(lambda: block.attn(x_BTD, bias)), clock),
+        passes * shape.depth * timed(lambda: both(lambda: attn(x_BTD, bias)), clock),
         shape.depth * attention,
     )
-    yield "feed-forward", shape.depth * timed(lambda: both(lambda: block.mlp(x_BTD)), clock), shape.depth * ffn
-    norms = (2 * shape.depth + 1) * timed(lambda: both(lambda: block.ln_1(x_BTD)), clock)
-    yield "LayerNorm", norms, 0.0
-    yield "logits and loss", timed(lambda: both(lambda: _loss(model, x_BTD, ids_BT[:, 1:])), clock), float(head)
+    mlps = passes * shape.depth * timed(lambda: both(lambda: mlp(x_BTD)), clock)
+    yield "feed-forward", mlps, shape.depth * ffn
+    yield "LayerNorm", passes * (2 * shape.depth + 1) * timed(lambda: both(lambda: norm(x_BTD)), clock), 0.0
+    blocks = passes * shape.depth * timed(lambda: both(lambda: block(x_BTD, bias)), clock)
+    yield "blocks as they are", blocks, shape.depth * (attention + ffn)
+    losses = passes * timed(lambda: both(lambda: _loss(model, x_BTD, ids_BT[:, 1:])), clock)
+    yield "logits and loss", losses, float(head)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     yield "clipping", timed(lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True).item(), clock), 0.0
     yield "AdamW", timed(run.optimizer.step, clock), 0.0
     yield "batch", timed(lambda: torch.from_numpy(run.loader.batch(1)).to(device), clock), 0.0
@@ -234,8 +248,15 @@ def spec_of(arguments: argparse.Namespace, width: int | None, depth: int | None,
         assert transfer_door(words) == 0
     (written,) = folder.glob("transfer/*/transfer.yaml")
     spec = build(TransferFile, read_yaml(written, "transfer file")).spec(0)
-    stage = StageConfig(arguments.context, arguments.sequences, num_steps=10_000)
-    return replace(spec, stages=(stage,), loop=replace(spec.loop, dtype=arguments.dtype, micro_sequences=None))
+    model = replace(spec.model, depth=arguments.depth or spec.model.depth)
+    return replace(spec, model=model, loop=replace(spec.loop, dtype=arguments.dtype, micro_sequences=None))
+
+
+def turn(run: Run, context: int, sequences: int, at_once: int) -> None:
+    """Let the run go on with such batches."""
+    run.spec = replace(run.spec, stages=(StageConfig(context, sequences, num_steps=10_000),))
+    run.parallel = replace(run.parallel, micro_sequences=at_once)
+    run.loader = window_loader(run.spec, run.corpora)
 
 
 def main() -> None:
@@ -243,8 +264,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--target", default="small")
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--sequences", type=int, default=2)
+    parser.add_argument("--context", type=int, nargs="+", default=[512], help="one or more, each a part of the table")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[2], help="of a step, for each context")
+    parser.add_argument("--micro", type=int, nargs="+", help="sequences per forward pass, for each context")
+    parser.add_argument("--depth", type=int, help="blocks, where the target's are too many")
+    parser.add_argument("--only", choices=["mutune"], help="neither the plain loop nor Trainer")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--recompute", default="none", choices=["none", "selective", "full"])
     arguments = parser.parse_args()
@@ -252,21 +276,33 @@ def main() -> None:
     low = getattr(torch, arguments.dtype)
     rows: list[dict[str, Any]] = []
     with threaded(1), tempfile.TemporaryDirectory() as folder:
-        peak = peak_flops(device, low)
+        peak, sheet = peak_flops(device, low), rates(str(device), arguments.dtype).peak_flops
         for width, depth in SHAPES if device.type == "cpu" else ((None, None),):
             spec = spec_of(arguments, width, depth, Path(folder))
             run = Run(spec, device, parallel=ParallelConfig(activation_checkpointing=arguments.recompute))
             clock = Clock(device)
             keep_memory(2**31)
-            ways = {"mutune": ours(run, clock), "plain loop": plain(run, clock)}
-            ways["HF Trainer"] = trainer(run, clock, Path(folder))
-            rows += table(run, side_by_side(ways), list(components(run, clock)), max(peak, peak_flops(device, low)))
+            for batch in zip(
+                arguments.context, arguments.sequences, arguments.micro or arguments.sequences, strict=True
+            ):
+                turn(run, *batch)
+                ways = {"mutune": ours(run, clock)}
+                if not arguments.only:
+                    ways |= {"plain loop": plain(run, clock), "HF Trainer": trainer(run, clock, Path(folder))}
+                found, memory = side_by_side(ways), used_memory(device.type)[1]
+                parts = list(components(run, clock))
+                rows += table(run, found, parts, sheet or max(peak, peak_flops(device, low)))
+                estimated = price(run.spec, run.parallel, device=device.type).bytes
+                print(f"peak memory so far {memory:,} bytes, estimated {estimated:,}", flush=True)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
+    against = f"MFU of the data sheet's {sheet / 1e12:.0f}" if sheet else "MFU of that"
+    blocks = f"_{arguments.depth}_blocks" if arguments.depth else ""
     record(
-        "train" if device.type == "cpu" else f"train_{arguments.target}_{arguments.context}",
-        f"A step of a target on {device}, {arguments.dtype}, {arguments.sequences} sequences of {arguments.context}; "
-        f"peak {peak / 1e12:.2f} TFLOP/s, as a product of matrices reaches it",
+        "train" if device.type == "cpu" else f"train_{arguments.target}{blocks}",
+        f"A step of {arguments.target}{blocks.replace('_', ' ')} on {where}, {arguments.dtype}; a product of matrices "
+        f"reaches {peak / 1e12:.2f} TFLOP/s, {against}",
         rows,
-        by="`python benchmarks/train.py`",
+        by=f"`python {' '.join(sys.argv)}`",
     )
 
 
@@ -280,9 +316,11 @@ def table(
         matrices, vocab_size=vocab, width=shape.width, depth=shape.depth, context_length=stage.context_length
     )
     flops, best = 3 * per_token * stage.tokens_per_step, median(found["mutune"])
+    batch = f"{stage.batch_sequences} × {stage.context_length:,}, {run._micro_sequences} at a time"
     rows = [
         {
             "width": shape.width,
+            "batch": batch,
             "what": name,
             "ms (lowest to highest)": f"{1e3 * median(t):.1f} ({1e3 * min(t):.1f} to {1e3 * max(t):.1f})",
             "times mutune's": f"{median(t) / best:.2f}",
@@ -295,6 +333,7 @@ def table(
         rows.append(
             {
                 "width": shape.width,
+                "batch": batch,
                 "what": f"of it {name}",
                 "ms (lowest to highest)": f"{1e3 * seconds:.1f}",
                 "times mutune's": f"{seconds / best:.2f}",

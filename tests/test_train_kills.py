@@ -46,8 +46,9 @@ def train(transfer: str, out: Path, processes: int, *, after: int | None = None,
         time.sleep(draw.uniform(0.0, 0.3))
         victims = [process.pid]
         if processes > 1:
-            children = psutil.Process(process.pid).children(recursive=True)
-            victims = [child.pid for child in children if child.environ().get("RANK") == str(draw.randrange(2))]
+            rank, children = str(draw.randrange(2)), psutil.Process(process.pid).children(recursive=True)
+            (victim,) = [child.pid for child in children if child.environ().get("RANK") == rank]
+            victims = [victim]
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
     _, stderr = process.communicate(timeout=1800)

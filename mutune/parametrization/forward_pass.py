@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from mutune.errors import require
@@ -76,7 +78,7 @@ def _without_effect(watch: "_Watched", forward: Callable[[], Any], *, alone: boo
     shared = alone and watch.calls == _places(watch.row, plan) > 1
     for call in range(watch.calls) if shared else [None]:
         poison = _Poison(call)
-        with _hooks({watch.module: poison}):
+        with _hooks({watch.module: poison}), _NaNThroughAttention():
             reached = _holds_nan(forward())
         if not reached and (poison.acted or not shared):
             where = "" if call is None else f" at call {call + 1} of {watch.calls}"
@@ -158,6 +160,16 @@ class _Poison:
             return output
         self.acted |= output.numel() > 0
         return torch.full_like(output, torch.nan)
+
+
+class _NaNThroughAttention(TorchFunctionMode):
+    """Torch's fused attention may make zeros of queries that are NaN (on CPUs it does); inside, NaN comes out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention and _holds_nan([*args, *(kwargs or {}).values()]):
+            return torch.full_like(result, torch.nan)
+        return result
 
 
 def _holds_nan(result: Any) -> bool:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, fields
 from mutune.parametrization.plan import TensorSpec
 
 FP32 = 4
-LOGITS_AT_ONCE = 2**26  # numbers: a chunked loss computes logits of so many tokens at a time, and again backward
+#: Kind of device → numbers: a chunked loss computes logits of so many tokens at a time.
+LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**28}
+COLUMNS = 6  # by which ALiBi makes queries and keys longer, in bfloat16 up to contexts of 2^16
 LOGIT_BYTES = 12  # of a logit at the worst moment: log-probabilities, their gradient and the logits' gradient, fp32
 
 
@@ -57,11 +59,11 @@ class ForwardPass:
 
     Attributes:
         compute_bytes: c.
-        attention: `flex` keeps no T² at all, `sdpa` a bias of T² per head, `explicit` scores of T² per head and
-            sequence.
+        attention: `flex` and `causal` keep no T² at all, `sdpa` a bias of T² per head, `explicit` scores of T² per head
+            and sequence.
         recomputed: what the backward pass computes again, as `parallel.activation_checkpointing` has it.
         accumulates: whether gradients of earlier forward passes of the same step are there.
-        logits_at_once: numbers of a chunk of logits; None computes them whole.
+        logits_at_once: numbers of a chunk of logits, as `logits_at_once` has it; None computes them whole.
     """
 
     sequences: int
@@ -70,7 +72,7 @@ class ForwardPass:
     attention: str = "sdpa"
     recomputed: str = "none"
     accumulates: bool = False
-    logits_at_once: int | None = LOGITS_AT_ONCE
+    logits_at_once: int | None = LOGITS_AT_ONCE["cpu"]
 
     @property
     def tokens(self) -> int:
@@ -132,6 +134,11 @@ class Memory:
         """In words → bytes, those that are not 0."""
         named = {part.metadata["is"]: getattr(self, part.name) for part in fields(self)}
         return {words: count for words, count in named.items() if count}
+
+
+def logits_at_once(device: str) -> int:
+    """Numbers of logits that exist at a time on that kind of device."""
+    return LOGITS_AT_ONCE[device if device in LOGITS_AT_ONCE else "cpu"]
 
 
 def decoder_size(
@@ -272,10 +279,18 @@ def _kept(size: DecoderSize, run: ForwardPass) -> int:
     if size.gated and c != FP32:
         norms += c * d  # autocast casts the output once per product
     attention = c * 5 * d + FP32 * size.heads  # Q‖K‖V, q scaled, output; log-sum-exp
+    if run.attention == "causal":  # longer q, k, v and output, and the output cut
+        attention = c * (4 * _lengthened(size) + d) + FP32 * size.heads
     if run.attention == "explicit":
         per_score = FP32 if c == FP32 else FP32 + c  # softmax, and what the product with v takes of it
         attention = c * 4 * d + per_score * size.heads * run.context_length
     return norms + attention + c * f * (4 if size.gated else 2)
+
+
+def _lengthened(size: DecoderSize) -> int:
+    """Numbers per token of queries that have ALiBi's columns too."""
+    head = size.width // size.heads
+    return size.heads * (8 * -(-(head + COLUMNS) // 8)) if size.bias_heads > 1 else size.width
 
 
 def _stored(size: DecoderSize, run: ForwardPass) -> int:
@@ -313,7 +328,7 @@ def _logits(size: DecoderSize, run: ForwardPass) -> int:
 
 def _bias(size: DecoderSize, run: ForwardPass, blocks: int) -> int:
     """The bias itself, and for the fused kernel under autocast its copy in each block."""
-    if run.attention == "flex":
+    if run.attention in ("flex", "causal"):
         return 0
     numbers = size.bias_heads * run.context_length**2
     if run.attention == "explicit" or run.compute_bytes == FP32:

@@ -12,7 +12,7 @@ from mutune.folders import CONFIG
 from mutune.progress import clock
 from mutune.search.workers import WorkError, Workers, default_workers
 from mutune.training.config import LoopConfig, RunSpec
-from mutune.training.device import device_name, free_memory
+from mutune.training.device import device_name, free_memory, kind_of
 from mutune.training.price import Timing, price
 
 OPEN = ("dtype", "attention", "compile", "threads")  # keys of `loop` that are left to the measurement where null
@@ -113,6 +113,6 @@ def _workers(spec: RunSpec, timing: Timing | None, device: str) -> int:
     if timing is not None and device.startswith("cuda"):
         most, each = round(1 / max(timing.busy, 1e-3)), timing.memory + GPU_CONTEXT
     else:
-        most, each = math.inf, price(spec).bytes
+        most, each = math.inf, price(spec, device=kind_of(device)).bytes
     cores = default_workers() // (spec.loop.threads or 1)
     return max(1, int(min(cores, most, free_memory(device) // each)))

@@ -55,7 +55,8 @@ def measure(spec: RunSpec, device: str, steps: float, share: int) -> tuple[Timin
         best = shared if best.seconds > GAIN * shared.seconds else best
     long = spec.loop.compile is None and not slow and best.seconds * steps > COMPILE_WORTH
     if spec.loop.compile or long:
-        attention = spec.loop.attention or ("explicit" if where.type == "cpu" else "sdpa")  # which compiling fuses
+        by_rule = "explicit" if where.type == "cpu" else best.loop.attention  # the first is what compiling fuses
+        attention = spec.loop.attention or by_rule
         compiled = timed(replace(best.loop, attention=attention, compile=True))
         found.append(compiled)
         if spec.loop.compile or (best.seconds - compiled.seconds) * steps > COMPILE_GAIN * compiled.compiling:

@@ -15,7 +15,7 @@ from mutune.parametrization.rules import ParametrizationConfig
 from mutune.training.schedule import ScheduleConfig
 
 MAX_SEED = 2**31 - 1
-DTYPES, ATTENTIONS = ("float32", "bfloat16"), ("sdpa", "explicit")
+DTYPES, ATTENTIONS = ("float32", "bfloat16"), ("sdpa", "explicit", "causal")
 RECOMPUTED = ("none", "selective", "full")
 WRITERS = ("tensorboard", "wandb")  # besides metrics.jsonl
 
@@ -83,8 +83,11 @@ class LoopConfig:
         divergence_factor: a training loss above this many times ln(vocabulary) after warm-up ends the run.
         dtype: `float32`, or `bfloat16` for products of matrices, with float32 weights; null is what a sweep measures to
             pay, elsewhere float32.
-        attention: `sdpa`, torch's fused kernel, or `explicit`; null is what a sweep measures to pay, elsewhere sdpa.
-        compile: whether the model is compiled; null is what a sweep measures to pay, elsewhere false.
+        attention: `sdpa`, torch's fused kernel, which reads a bias of context² per head; `explicit`, written out;
+            `causal`, the fused kernel without a bias, which columns of queries and keys make; null is what a sweep
+            measures to pay, elsewhere sdpa on CPUs, on GPUs causal in bfloat16, and FlexAttention in float32 or with a
+            document mask.
+        compile: whether the model is compiled; null is what a sweep measures to pay, elsewhere true on GPUs.
         threads: CPU threads of a run; null is what a sweep measures to pay where cores would idle, elsewhere 1;
             a target takes all cores.
         document_mask: whether attention stays within documents; null lets tokens see those of the documents before, as
@@ -114,15 +117,26 @@ class LoopConfig:
         require_number("loop.eval_every", self.eval_every, at_least=0, example=50, whole=True)
         require_number("loop.audit_every", self.audit_every, at_least=0, example=100, whole=True)
         require_number("loop.divergence_factor", self.divergence_factor, above=1.0, example=2.0)
+        require(
+            self.attention != "causal" or not self.document_mask,
+            "loop.attention=causal cannot tell documents apart, as loop.document_mask=true asks; for example "
+            "loop.attention=null.",
+        )
         for name, example in (("micro_sequences", 4), ("threads", 2)):
             if getattr(self, name) is not None:
                 require_number(f"loop.{name}", getattr(self, name), at_least=1, example=example, whole=True)
 
     def attention_on(self, device: str) -> str:
-        """How attention is computed on that kind of device where nothing was measured; on GPUs by rule, since the
-        biases of a long context would not fit.
+        """How attention is computed on that kind of device where nothing was measured; on GPUs without the biases of a
+        long context, which would not fit.
         """
-        return self.attention or ("flex" if device.startswith("cuda") else ATTENTIONS[0])
+        if self.attention or not device.startswith("cuda"):
+            return self.attention or ATTENTIONS[0]
+        return "flex" if self.document_mask or self.dtype != "bfloat16" else "causal"
+
+    def compiled_on(self, device: str) -> bool:
+        """Whether the model is compiled on that kind of device where nothing was measured."""
+        return device.startswith("cuda") if self.compile is None else self.compile
 
     def settled(self) -> "LoopConfig":
         """With what is left open as it is where nothing was measured."""

@@ -33,6 +33,11 @@ def resolve_device(device: str) -> "torch.device":
     return torch.device(device_name(device))
 
 
+def kind_of(device: str) -> str:
+    """`cuda` of `cuda:1`."""
+    return device.partition(":")[0]
+
+
 def free_memory(device: str) -> int:
     """Bytes that are free on `device`."""
     if device.startswith("cuda"):

@@ -91,8 +91,6 @@ def sharded(build: Callable[[], Decoder], world: World, loop: LoopConfig, parall
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.h:
-        if loop.compile:
-            block.compile()
         fully_shard(block, mesh=mesh, reshard_after_forward=parallel.reshard, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=whole)
     register_fsdp_forward_method(model, "loss")

@@ -43,21 +43,25 @@ class TracedMultiplier(Multiplier):
         return x * self.factor.to(x.dtype)
 
 
-def loss_functions(model: Decoder, loop: LoopConfig, whole: bool = True) -> tuple[Loss, Loss]:
+def loss_functions(model: Decoder, loop: LoopConfig, alone: bool = True) -> tuple[Loss, Loss]:
     """The model's `loss` as `loop` wants it computed, for training and for evaluation, which is not compiled.
 
-    Weights and optimizer stay float32. With `compile`, every `Multiplier` of the model becomes a `TracedMultiplier`.
+    Weights and optimizer stay float32. On a CPU a model that is not sharded is compiled as a whole, for training only;
+    else its parts are (`Decoder.compile_parts`): for a GPU, all blocks together would take long.
 
     Args:
-        whole: whether it is compiled as a whole; a sharded model's blocks are compiled each by itself before.
+        alone: whether it is not sharded; with `compile` every `Multiplier` then becomes a `TracedMultiplier`.
     """
     loop = loop.settled()
     device = next(model.parameters()).device
-    if loop.compile and whole:
+    whole = alone and device.type == "cpu"
+    if loop.compile and alone:
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, Multiplier):
                     setattr(parent, name, TracedMultiplier(child.site, child.value, device))
+    if loop.compile and not whole:
+        model.compile_parts()
 
     def loss(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         with number_format(loop, device):
@@ -147,11 +151,11 @@ def threaded(count: int) -> Iterator[None]:
 
 def ways(loop: LoopConfig, device: torch.device) -> list[LoopConfig]:
     """The ways of computing that `loop` leaves open, not compiled. Attention by hand is only for CPUs, whose fused
-    kernel is slow in bfloat16.
+    kernel is slow in bfloat16, and without a bias for GPUs.
     """
     dtypes = [loop.dtype] if loop.dtype else ["float32", "bfloat16"]
-    by_hand = ["sdpa", "explicit"] if device.type == "cpu" else ["sdpa"]
-    attentions = [loop.attention] if loop.attention else by_hand
+    by_device = ["sdpa", "explicit"] if device.type == "cpu" else ["sdpa"] if loop.document_mask else ["sdpa", "causal"]
+    attentions = [loop.attention] if loop.attention else by_device
     return [
         replace(loop, dtype=dtype, attention=attention, compile=False) for dtype in dtypes for attention in attentions
     ]

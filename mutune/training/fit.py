@@ -7,7 +7,7 @@ from mutune.data.prepare import TokenizedCorpus
 from mutune.data.windows import heldout_windows
 from mutune.errors import require
 from mutune.training.config import ParallelConfig, RunSpec
-from mutune.training.device import device_name, free_memory
+from mutune.training.device import device_name, free_memory, kind_of
 from mutune.training.launched import own_device
 from mutune.training.price import ALONE, price
 
@@ -65,7 +65,7 @@ def require_memory(
         parallel: how each is spread over `processes`, of which so many share this host's memory.
     """
     where = own_device(device_name(device))
-    need = sum(price(spec, parallel, processes, heap=where == "cpu").bytes for spec in specs)
+    need = sum(price(spec, parallel, processes, kind_of(where), heap=where == "cpu").bytes for spec in specs)
     have = free_memory(where) // (on_this_host if where == "cpu" else 1)
     at_once = f"{len(specs)} runs at once need" if len(specs) > 1 else "this run needs"
     at_once = f"each process of {at_once}" if processes > 1 else at_once

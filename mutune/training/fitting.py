@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from mutune.training.config import ParallelConfig, RunSpec
-from mutune.training.device import device_name, free_memory
+from mutune.training.device import device_name, free_memory, kind_of
 from mutune.training.price import price, sequences_of
 from mutune.training.probe import measure_step
 from mutune.training.quote import balanced, largest, one_for_all
@@ -77,7 +77,7 @@ def search(
 def stage_bytes(spec: RunSpec, parallel: ParallelConfig, stage: int, sequences: int, where: str) -> int:
     """Estimate of one process on the present device, with so many sequences per forward pass."""
     given = replace(parallel, micro_sequences=sequences)
-    return price(spec, given, heap=where == "cpu").stages[stage].memory.total
+    return price(spec, given, device=kind_of(where), heap=where == "cpu").stages[stage].memory.total
 
 
 def fit_table(found: list[Fit]) -> str:

@@ -91,13 +91,13 @@ def train(
 
 def _backward(model: nn.Module, loss: Loss, ids_BT: torch.Tensor, micro_sequences: int) -> float:
     """Accumulate the gradient of the batch's mean loss; return that loss."""
-    total, parts = 0.0, ids_BT.split(micro_sequences)
+    total, parts = torch.zeros((), dtype=torch.float64, device=ids_BT.device), ids_BT.split(micro_sequences)
     for number, part_BT in enumerate(parts, 1):
         reduce_last(model, number == len(parts))
         part = loss(part_BT[:, :-1], part_BT[:, 1:]) * (len(part_BT) / len(ids_BT))
         part.backward()
-        total += part.item()
-    return total
+        total += part.detach()
+    return total.item()  # the only wait for the device
 
 
 @torch.no_grad()

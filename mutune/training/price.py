@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mutune.model.shape import tensor_specs
 from mutune.parametrization.plan import TensorSpec
 from mutune.scaling.arithmetic import matmul_parameter_count, parameter_count, state_bytes, train_flops_per_token
-from mutune.scaling.memory import DecoderSize, ForwardPass, Memory, Sharding, decoder_size, peak_memory
+from mutune.scaling.memory import DecoderSize, ForwardPass, Memory, Sharding, decoder_size, logits_at_once, peak_memory
 from mutune.training.config import LoopConfig, ParallelConfig, RunSpec, StageConfig, stage_ends
 from mutune.training.schedule import multiplier
 
@@ -86,14 +86,14 @@ def price(
     spec: RunSpec,
     parallel: ParallelConfig = ALONE,
     processes: int = 1,
-    attention: str | None = None,
+    device: str = "cpu",
     *,
     heap: bool = False,
 ) -> Price:
     """Count a run's parameters, tokens, FLOPs and the memory of each of its processes.
 
     Args:
-        attention: as `ForwardPass` has it; None is the loop's.
+        device: the kind of device whose memory is meant.
         heap: as `peak_memory` has it: whether the memory is that of a process on a CPU.
     """
     shape, vocab = spec.model, spec.tokenizer.num_ids
@@ -105,7 +105,7 @@ def price(
         per_token = train_flops_per_token(
             matrices, vocab_size=vocab, width=shape.width, depth=shape.depth, context_length=stage.context_length
         )
-        memory = peak_memory(size, forward_pass(spec, stage, parallel, processes, attention), sharding, heap=heap)
+        memory = peak_memory(size, forward_pass(spec, stage, parallel, processes, device), sharding, heap=heap)
         return StagePrice(stage.tokens, per_token * stage.tokens, memory)
 
     return Price(parameter_count(specs), len(specs), [of(stage) for stage in spec.stages])
@@ -126,7 +126,7 @@ def size_of(spec: RunSpec, specs: list[TensorSpec] | None = None) -> DecoderSize
 
 
 def forward_pass(
-    spec: RunSpec, stage: StageConfig, parallel: ParallelConfig, processes: int, attention: str | None = None
+    spec: RunSpec, stage: StageConfig, parallel: ParallelConfig, processes: int, device: str = "cpu"
 ) -> ForwardPass:
     """What one of so many processes computes at a time in a stage."""
     loop, share = spec.loop.settled(), sequences_of(stage, processes)
@@ -135,9 +135,10 @@ def forward_pass(
         sequences=at_once,
         context_length=stage.context_length,
         compute_bytes=COMPUTE_BYTES[str(loop.dtype)],
-        attention=attention or str(loop.attention),
+        attention=spec.loop.attention_on(device),
         recomputed=parallel.activation_checkpointing,
         accumulates=at_once < share,
+        logits_at_once=logits_at_once(device),
     )
 
 

@@ -127,13 +127,14 @@ def _train(
     from mutune.parametrization.apply import make_optimizer
     from mutune.training.execution import loss_functions
     from mutune.training.loop import train
-    from mutune.training.recompute import contexts
+    from mutune.training.recompute import recomputed
 
-    loop, loop_attention = spec.loop.settled(), spec.loop.attention_on(device.type)
+    attention = spec.loop.attention_on(device.type)
+    loop = replace(spec.loop.settled(), compile=spec.loop.compiled_on(device.type))
     plan = spec.plan(vocab_size)
     sites = {site: row.value for site, row in plan.multipliers.items()}
-    recompute = contexts(parallel.activation_checkpointing)
-    model = Decoder(spec.model, vocab_size, sites, loop_attention, recompute).to(device)
+    recompute = recomputed(parallel.activation_checkpointing)
+    model = Decoder(spec.model, vocab_size, sites, attention, recompute).to(device)
     loss, _ = loss_functions(model, loop)
     optimizer = make_optimizer(model, plan, betas=(spec.hyperparameters.beta1, spec.hyperparameters.beta2))
     batch = min(stage.batch_sequences, 2 * sequences)  # two forward passes, where a step has more than one

@@ -88,9 +88,8 @@ def quote(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> list[StageQuo
         Refusal: the batch or the replicas cannot be spread over so many GPUs.
     """
     check_spread(spec, parallel, on.gpus)
-    attention = spec.loop.attention_on("cuda")
-    parts = price(spec, parallel, on.gpus, attention).stages
-    at_once = [forward_pass(spec, stage, parallel, on.gpus, attention).sequences for stage in spec.stages]
+    parts = price(spec, parallel, on.gpus, "cuda").stages
+    at_once = [forward_pass(spec, stage, parallel, on.gpus).sequences for stage in spec.stages]
     return [StageQuote(part, sequences, part.flops / on.flops) for part, sequences in zip(parts, at_once, strict=True)]
 
 
@@ -130,7 +129,7 @@ def largest_that_fits(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> l
 def estimate(spec: RunSpec, parallel: ParallelConfig, stage: int, sequences: int, gpus: int) -> int:
     """Bytes of a GPU in a stage, with so many sequences per forward pass."""
     given = replace(parallel, micro_sequences=sequences)
-    run = forward_pass(spec, spec.stages[stage], given, gpus, spec.loop.attention_on("cuda"))
+    run = forward_pass(spec, spec.stages[stage], given, gpus, "cuda")
     return peak_memory(size_of(spec), run, Sharding(gpus, parallel.replicas, parallel.reshard)).total
 
 

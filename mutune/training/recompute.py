@@ -1,23 +1,20 @@
 """Activation checkpointing: what a block's backward pass computes again instead of keeping it."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import create_selective_checkpoint_contexts, noop_context_fn
-
-#: Contexts of `torch.utils.checkpoint`, made anew for each block.
-Contexts = Callable[[], tuple[Any, Any]]
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 
-def contexts(kind: str) -> Contexts | None:
-    """For `none` None, for `full` those that keep nothing, for `selective` those that keep what costs most to redo:
+def recomputed(kind: str) -> Mapping[str, Any] | None:
+    """What `Decoder` takes: for `none` None, for `full` nothing that is kept, for `selective` what costs most to redo:
     products of matrices and attention. What is computed again is then norms, activations and sums.
     """
     if kind == "none":
         return None
-    return noop_context_fn if kind == "full" else partial(create_selective_checkpoint_contexts, _kept())
+    return {} if kind == "full" else {"context_fn": partial(create_selective_checkpoint_contexts, _kept())}
 
 
 def _kept() -> list[Any]:

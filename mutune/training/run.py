@@ -37,7 +37,7 @@ from mutune.training.execution import keep_memory, loss_functions, number_format
 from mutune.training.guard import Guard
 from mutune.training.loop import Heldout, Record, evaluate, train
 from mutune.training.probes import Probe
-from mutune.training.recompute import contexts
+from mutune.training.recompute import recomputed
 from mutune.training.result import CHECKPOINTS, METRICS, RunResult, discard, smoothing
 from mutune.training.schedule import multiplier
 from mutune.training.watch import Watch
@@ -109,11 +109,11 @@ class Run:
         self.corpus = self.corpora.main
         self.plan = spec.plan(self.corpus.vocab_size)
         sites = {site: row.value for site, row in self.plan.multipliers.items()}
-        loop = spec.loop.settled()
+        loop = replace(spec.loop.settled(), compile=spec.loop.compiled_on(device.type))
         if device.type == "cpu":
             keep_memory(4 * self.corpus.vocab_size * max(self._micro_sequences * s.context_length for s in spec.stages))
         attention = spec.loop.attention_on(device.type)
-        recompute = contexts(parallel.activation_checkpointing)
+        recompute = recomputed(parallel.activation_checkpointing)
 
         def build() -> Decoder:
             end = self.corpus.tokenizer.eot if spec.loop.document_mask else None
@@ -125,7 +125,7 @@ class Run:
             from mutune.training.distribution import sharded
 
             self.model = sharded(build, world, loop, parallel)
-        self.loss, self.heldout_loss = loss_functions(self.model, loop, whole=world is None)
+        self.loss, self.heldout_loss = loss_functions(self.model, loop, alone=world is None)
         initialise(self.model, self.plan, spec.seed)
         self.optimizer = make_optimizer(self.model, self.plan, betas=self._betas)
         self.loader = window_loader(spec, self.corpora, self.world.is_first)

@@ -15,7 +15,8 @@ from mutune.model import decoder
 from mutune.model.alibi import alibi_slopes, causal_bias
 from mutune.model.decoder import Block, Decoder
 from mutune.model.shape import ModelConfig
-from mutune.training.recompute import contexts
+from mutune.scaling.memory import logits_at_once
+from mutune.training.recompute import recomputed
 
 SITES = {"embedding": 3.7, "attention_logits": 0.21, "residual.attn": 0.6, "residual.mlp": 1.3, "output": 0.37}
 VOCAB = 23
@@ -23,7 +24,7 @@ VOCAB = 23
 
 def built(shape: ModelConfig, attention: str = "sdpa", recompute: str = "none", seed: int = 0) -> Decoder:
     torch.manual_seed(seed)
-    return Decoder(shape, VOCAB, SITES, attention, contexts(recompute)).to(torch.float64)
+    return Decoder(shape, VOCAB, SITES, attention, recomputed(recompute)).to(torch.float64)
 
 
 def loss_and_gradients(model: Decoder, ids_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -58,7 +59,7 @@ def test_a_loss_in_chunks_is_the_whole_one_and_so_are_its_gradients(
 ) -> None:
     shape, batch_BT = ModelConfig(width=16, depth=1, num_heads=2, tied=tied), ids(3, 7)
     whole, gradients = loss_and_gradients(built(shape), batch_BT)
-    monkeypatch.setattr(decoder, "MAX_LOGITS", tokens * VOCAB)
+    monkeypatch.setattr(decoder, "logits_at_once", lambda device: tokens * VOCAB)
     chunked, same = loss_and_gradients(built(shape), batch_BT)
     torch.testing.assert_close(chunked, whole, rtol=1e-13, atol=0)
     assert gradients.keys() == same.keys()
@@ -66,17 +67,17 @@ def test_a_loss_in_chunks_is_the_whole_one_and_so_are_its_gradients(
         torch.testing.assert_close(same[name], gradient, rtol=1e-10, atol=1e-15)
 
 
-@pytest.mark.parametrize("tokens", [5, 64])
-def test_no_more_logits_than_that_ever_exist(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "MAX_LOGITS", tokens * VOCAB)
+@pytest.mark.parametrize(("tokens", "expected"), [(5, 3), (7, 7), (64, 21)])
+def test_no_more_logits_than_that_ever_exist(tokens: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "logits_at_once", lambda device: tokens * VOCAB)
     model = built(ModelConfig(width=16, depth=1, num_heads=2))
     with Largest() as largest:
         loss_and_gradients(model, ids(3, 7))
-    assert largest.rows == min(tokens, 21)
+    assert largest.rows == expected
 
 
 def test_btlm_s_longest_sequence_has_no_more_logits_at_once_than_a_gigabyte_holds() -> None:
-    assert 4 * decoder.MAX_LOGITS <= 2**30 < 4 * 8192 * 50257
+    assert 4 * logits_at_once("cpu") <= 2**30 < 4 * 8192 * 50257
 
 
 # ------------------------------------------------------------------------------------------------------------ attention

@@ -112,7 +112,7 @@ def test_blocks_that_stay_gathered_cost_their_weights() -> None:
 
 def test_a_chunked_loss_never_holds_more_than_its_chunk() -> None:
     long = ForwardPass(4, 8192, 2, "flex")
-    assert at_loss(btlm(), long).logits == LOGIT_BYTES * LOGITS_AT_ONCE
+    assert at_loss(btlm(), long).logits == LOGIT_BYTES * LOGITS_AT_ONCE["cpu"]
     assert at_loss(btlm(), replace(long, logits_at_once=None)).logits == LOGIT_BYTES * 4 * 8192 * 50257
 
 

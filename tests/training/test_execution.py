@@ -97,7 +97,8 @@ def test_no_trial_compiles_anew_what_another_has(traced: None) -> None:
     ("given", "device", "expected"),
     [
         ({}, "cpu", [("float32", "sdpa"), ("float32", "explicit"), ("bfloat16", "sdpa"), ("bfloat16", "explicit")]),
-        ({}, "cuda", [("float32", "sdpa"), ("bfloat16", "sdpa")]),
+        ({"dtype": "bfloat16"}, "cuda", [("bfloat16", "sdpa"), ("bfloat16", "causal")]),
+        ({"dtype": "bfloat16", "document_mask": True}, "cuda", [("bfloat16", "sdpa")]),
         ({"dtype": "bfloat16"}, "cpu", [("bfloat16", "sdpa"), ("bfloat16", "explicit")]),
         ({"dtype": "float32", "attention": "explicit"}, "cpu", [("float32", "explicit")]),
     ],

@@ -52,7 +52,7 @@ class Chunked(Decoder):
         for block in self.h:
             x = block(x, self.bias)
         x, y = self.output_multiplier(self.ln_f(x)).flatten(0, 1), targets_BT.flatten()
-        rows = max(1, LOGITS_AT_ONCE // len(self.wte.weight))
+        rows = max(1, LOGITS_AT_ONCE["cpu"] // len(self.wte.weight))
         parts = zip(x.split(rows), y.split(rows), strict=True)
         return torch.stack([checkpoint(self._sum, a, b, use_reentrant=False) for a, b in parts]).sum() / len(y)
 
