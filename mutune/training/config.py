@@ -160,14 +160,14 @@ class ParallelConfig:
             or kept in between.
         activation_checkpointing: what the backward pass computes again: `none`; `selective`, all but products of
             matrices and attention; `full`, every block.
-        micro_sequences: sequences per forward pass of a process; null takes the target's loop.micro_sequences. fit=true
-            finds the most that fit.
+        micro_sequences: sequences per forward pass of a process, one number or one for each stage, as [8,2]; null takes
+            the target's loop.micro_sequences. fit=true finds the most that fit.
     """
 
     replicas: int = 1
     reshard: bool = True
     activation_checkpointing: str = "none"
-    micro_sequences: int | None = None
+    micro_sequences: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         require_number("parallel.replicas", self.replicas, at_least=1, example=1, whole=True)
@@ -176,7 +176,10 @@ class ParallelConfig:
             f"parallel.activation_checkpointing={self.activation_checkpointing} is unknown; known: "
             f"{', '.join(RECOMPUTED)}.",
         )
-        if self.micro_sequences is not None:
+        if isinstance(self.micro_sequences, tuple):
+            for number, sequences in enumerate(self.micro_sequences):
+                require_number(f"parallel.micro_sequences[{number}]", sequences, at_least=1, example=1, whole=True)
+        elif self.micro_sequences is not None:
             require_number("parallel.micro_sequences", self.micro_sequences, at_least=1, example=1, whole=True)
 
 
@@ -240,6 +243,25 @@ class RunSpec:
     def num_steps(self) -> int:
         """Steps of all stages."""
         return total_steps(self.stages)
+
+
+def micro_sequences(spec: RunSpec, parallel: ParallelConfig) -> list[int | None]:
+    """Sequences per forward pass of a process in each stage; None takes all that it has.
+
+    Raises:
+        Refusal: there is a list of them, and not one for each stage.
+    """
+    given, stages = parallel.micro_sequences, len(spec.stages)
+    if not isinstance(given, tuple):
+        return [given or spec.loop.micro_sequences] * stages
+    works = [*given, *(given[-1:] or (1,)) * stages][:stages]
+    require(
+        len(given) == stages,
+        f"parallel.micro_sequences=[{','.join(map(str, given))}] has {len(given)} for a run's {stages} "
+        f"{'stage' if stages == 1 else 'stages'}; for example parallel.micro_sequences=[{','.join(map(str, works))}], "
+        "or one number for all.",
+    )
+    return list(given)
 
 
 def total_steps(stages: Sequence[StageConfig]) -> int:
