@@ -75,7 +75,7 @@ def ours(run: Run, clock: Clock) -> Steps:
 
 def plain(run: Run, clock: Clock) -> Steps:
     """What one writes by hand: one AdamW group, clipping, nothing compiled."""
-    model, device, at_once = copied(run), run.world.device, run._micro_sequences
+    model, device, at_once = copied(run), run.world.device, run._micro_sequences[0]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1)
     step = iter(range(10**9))
 
@@ -131,8 +131,8 @@ def trainer(run: Run, clock: Clock, folder: Path) -> Steps:
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=count,
-            per_device_train_batch_size=run._micro_sequences,
-            gradient_accumulation_steps=stage.batch_sequences // run._micro_sequences,
+            per_device_train_batch_size=run._micro_sequences[0],
+            gradient_accumulation_steps=stage.batch_sequences // run._micro_sequences[0],
             learning_rate=1e-4,
             weight_decay=0.1,
             max_grad_norm=1.0,
@@ -174,7 +174,7 @@ def components(run: Run, clock: Clock) -> Iterator[tuple[str, float, float]]:
     spec, model, device = run.spec, run.model, run.world.device
     shape, stage = spec.model, spec.stages[0]
     tokens, block = stage.tokens_per_step, model.h[0]
-    at_once, low = run._micro_sequences, torch.bfloat16 if spec.loop.dtype == "bfloat16" else torch.float32
+    at_once, low = run._micro_sequences[0], torch.bfloat16 if spec.loop.dtype == "bfloat16" else torch.float32
     passes = stage.batch_sequences / at_once
     x_BTD = torch.randn(at_once, stage.context_length, shape.width, device=device, requires_grad=True)
     bias: Any = model._attention_bias(stage.context_length, device, low)
@@ -316,7 +316,7 @@ def table(
         matrices, vocab_size=vocab, width=shape.width, depth=shape.depth, context_length=stage.context_length
     )
     flops, best = 3 * per_token * stage.tokens_per_step, median(found["mutune"])
-    batch = f"{stage.batch_sequences} × {stage.context_length:,}, {run._micro_sequences} at a time"
+    batch = f"{stage.batch_sequences} × {stage.context_length:,}, {run._micro_sequences[0]} at a time"
     rows = [
         {
             "width": shape.width,

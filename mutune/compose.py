@@ -239,7 +239,9 @@ def _convert(hint: Any, value: Any, key: str, example: Any = dataclasses.MISSING
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, key, example)
+        kinds = [a for a in arguments if a is not type(None)]
+        alike = [a for a in kinds if (typing.get_origin(a) in (list, tuple)) == isinstance(value, (list, tuple))]
+        return _convert((alike or kinds)[0], value, key, example)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, key)
     if origin in (list, tuple):

@@ -30,7 +30,7 @@ from mutune.files import read_yaml, write_json, write_text
 from mutune.parametrization.finding import AuditError
 from mutune.progress import ProgressLine
 from mutune.search.workers import default_workers
-from mutune.training.config import RunSpec, stage_ends
+from mutune.training.config import RunSpec, micro_sequences, stage_ends
 from mutune.training.launched import OMP, asked_threads, is_launched, processes, share
 from mutune.training.price import price_table
 from mutune.training.quote import Machine, lacking, largest_table, machine, quote_table
@@ -71,6 +71,7 @@ def work(config: TrainConfig) -> int:
         origin = branch(Path(config.branch_from), spec, directory / CHECKPOINTS)
         spec = origin.spec
     check_paths(spec)
+    micro_sequences(spec, config.parallel)  # refuses what does not fit the stages
     if config.fit:
         print(price_table(name, spec), _fit(config, spec), sep="\n")
         return OK

@@ -1,5 +1,6 @@
 """`python -m mutune.train` prices a run on named hardware and finds the micro-batch that fits, and writes nothing."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -66,12 +67,15 @@ def test_the_micro_batch_that_is_named_fits_by_the_same_arithmetic(
     full = [btlm, *PRICED[1:], "parallel.activation_checkpointing=full"]
     value = said([*full, "fit=true"], capsys).splitlines()[-1]
     assert value.startswith("set        parallel.micro_sequences=")
-    number = int(value.rpartition("=")[2])
-    priced = said([*full, "dry_run=true", f"parallel.micro_sequences={number}"], capsys)
-    assert f"{number} sequences at a time" in priced
+    numbers = json.loads(value.rpartition("=")[2])
+    assert len(numbers) == 2
+    priced = said([*full, "dry_run=true", value.split()[1]], capsys)
+    assert all(f"stage {i}    {number} sequences at a time" in priced for i, number in enumerate(numbers, 1))
     assert priced.endswith("leave out dry_run=true to start.\n")
-    more = said([*full, "dry_run=true", f"parallel.micro_sequences={2 * number}"], capsys)
-    assert more.endswith("dry run: nothing was written.\n")
+    for number in range(2):
+        more = [(2 if i == number else 1) * each for i, each in enumerate(numbers)]
+        refused = said([*full, "dry_run=true", f"parallel.micro_sequences={more}"], capsys)
+        assert refused.endswith("dry run: nothing was written.\n")
 
 
 def test_here_it_is_measured(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +103,24 @@ def test_here_it_is_measured(small: str, tmp_path: Path, capsys: pytest.CaptureF
         ([*PRICED, "gpus=512"], "gpus=512 is more than the 480 sequences of a step; for example gpus=480."),
         ([*PRICED, "parallel.replicas=3"], "parallel.replicas=3 does not divide gpus=8"),
         ([*PRICED, "parallel.micro_sequences=0"], "parallel.micro_sequences=0 must be a whole number at least 1"),
+        (
+            [*PRICED, "parallel.micro_sequences=[8,0]"],
+            "parallel.micro_sequences[1]=0 must be a whole number at least 1",
+        ),
+        (["parallel.micro_sequences=[8,all]"], "parallel.micro_sequences[1]=all must be a whole number; for example"),
+        (["parallel.micro_sequences=many"], "parallel.micro_sequences=many must be a whole number; for example"),
+        (
+            ["dry_run=true", "parallel.micro_sequences=[8]"],
+            "parallel.micro_sequences=[8] has 1 for a run's 2 stages; for example parallel.micro_sequences=[8,8], or",
+        ),
+        (
+            [*PRICED[1:], "fit=true", "parallel.micro_sequences=[8,4,2]"],
+            "for example parallel.micro_sequences=[8,4], or one number",
+        ),
+        (
+            ["dry_run=true", "parallel.micro_sequences=[]"],
+            "has 0 for a run's 2 stages; for example parallel.micro_sequences=[1,1], or",
+        ),
     ],
 )
 def test_what_cannot_be_priced_is_refused(

@@ -26,15 +26,14 @@ from filelock import FileLock
 from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.data.corpus import Corpus, Document, corpus_hash, corpus_name, load_corpus, split
 from mutune.data.tokenizer import Tokenizer, build_tokenizer, gpt2_folder, tokenizer_from_json, tokenizer_name
+from mutune.data.told import Told
 from mutune.errors import Refusal, require
-from mutune.progress import ProgressLine
 
 FORMAT = 1  # raise it when the files below, the split or the cutting of documents change meaning
 TOKEN = np.dtype("<u2")
 END = np.dtype("<u8")
 #: Training documents → the tokenizer.
 BuildTokenizer = Callable[[Sequence[Document]], Tokenizer]
-QUIET_SECONDS = 10.0  # of a build that says nothing
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _build_once(folder: Path, data: DataConfig, build: BuildTokenizer, content_h
             held.enter_context(FileLock(folder.with_suffix(".lock")))
         prepared = _open(folder, corpus_name(data))
         if prepared is None:
-            told = held.enter_context(contextlib.closing(_Told(corpus_name(data))))
+            told = held.enter_context(contextlib.closing(Told(corpus_name(data))))
             corpus = load_corpus(data, partial(told.share, "read", "files"))
             changed = f"data.path={data.path} changed while it was read; run again once nothing writes to it."
             require(corpus.content_hash == content_hash, changed)
@@ -150,22 +149,6 @@ def _build_once(folder: Path, data: DataConfig, build: BuildTokenizer, content_h
             prepared = _open(folder, corpus.name)
     assert prepared is not None, f"{folder} was just written"
     return prepared
-
-
-class _Told:
-    """What the building of a corpus is at, once that takes a while."""
-
-    def __init__(self, name: str) -> None:
-        self._line, self._name, self._share = ProgressLine(), name, ("", 0)
-        self.close = self._line.close
-
-    def share(self, done_so: str, things: str, done: int, total: int) -> None:
-        """So many of all, at every hundredth; a line for each tenth where lines stay."""
-        share = (things, 100 * done // total)
-        if self._line.elapsed > QUIET_SECONDS and share != self._share:
-            text = f"data       {self._name}: {done_so} {done:,} of {total:,} {things}"
-            self._line.show(text, change=share[1] % 10 == 0)
-        self._share = share
 
 
 @contextlib.contextmanager
@@ -180,7 +163,7 @@ def _refusing_unwritable(cache: Path) -> Iterator[None]:
 
 
 def _write_folder(
-    folder: Path, corpus: Corpus, tokenizer: Tokenizer, parts: dict[str, list[Document]], told: _Told
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, parts: dict[str, list[Document]], told: Told
 ) -> None:
     """Write everything to a temporary folder, then rename it to `folder`; the caller holds the lock."""
     for leftover in folder.parent.glob(f"{folder.name}.tmp-*"):
@@ -202,7 +185,7 @@ def _write_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_part(folder: Path, part: str, documents: Sequence[Document], tokenizer: Tokenizer, told: _Told) -> int:
+def _write_part(folder: Path, part: str, documents: Sequence[Document], tokenizer: Tokenizer, told: Told) -> int:
     """Write `<part>.bin` and `<part>.idx`; returns the number of tokens."""
     ends = np.zeros(len(documents), dtype=END)
     num_tokens = 0

@@ -4,16 +4,16 @@ A run that is extended keeps what its stages read. What is added reads tokens th
 they are enough; else it begins afresh, with an epoch of its own over everything.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
-
+from mutune.data import unread
 from mutune.data.mixture import choose, counts
-from mutune.data.order import keys_of
-from mutune.data.readings import Gaps, Ints, Keys, Reading, Ring, token_ranges
-from mutune.errors import require
+from mutune.data.order import Ints, keys_of
+from mutune.data.readings import AT_ONCE, Keys, Reading, Ring, Unread, token_ranges
+from mutune.data.told import Tell
+from mutune.errors import require, require_number
 
 MAIN = ""  # the corpus of a stage without a mixture
 
@@ -56,6 +56,21 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Skip:
+    """From global step `from_step` on, to its stage's end, every step reads the batch of `num_skipped` steps later.
+
+    Skips add up, so that one made after another counts the steps of the run as it then is.
+    """
+
+    from_step: int
+    num_skipped: int
+
+    def __post_init__(self) -> None:
+        require_number("skips.from_step", self.from_step, at_least=0, example=100, whole=True)
+        require_number("skips.num_skipped", self.num_skipped, at_least=1, example=10, whole=True)
+
+
+@dataclass(frozen=True)
 class Segment:
     """Steps of a stage that read the same places: a stage, or the part by which it was made longer.
 
@@ -64,20 +79,23 @@ class Segment:
         label: whose keys it has.
         number: of its stage in the run.
         readings: corpus → what is read of it.
+        num_skipped: steps whose batches were left out of it: none reads them again.
     """
 
     stage: Stage
     label: str
     number: int
     readings: Mapping[str, Reading]
+    num_skipped: int = 0
 
     def of_corpora(self, positions: Ints, seed: int) -> tuple[Ints, Ints]:
         """For the windows at `positions`: the number of their corpus in the mixture, and their own number in it."""
         return choose(positions, self._parts, partial(keys_of, "mixture", seed, self.label))
 
     def num_windows(self, seed: int) -> dict[str, int]:
-        """Corpus → how many windows of it are read."""
-        found = counts(self.stage.num_windows, self._parts, partial(keys_of, "mixture", seed, self.label))
+        """Corpus → how many windows of it are read, or left out."""
+        both = (self.stage.num_steps + self.num_skipped) * self.stage.batch_sequences
+        found = counts(both, self._parts, partial(keys_of, "mixture", seed, self.label))
         return dict(zip(dict(self.stage.mixture), found, strict=True))
 
     def keys(self, seed: int, corpus: str) -> Keys:
@@ -91,24 +109,32 @@ class Segment:
 
 
 def segments(
-    sizes: Mapping[str, int], stages: Sequence[Stage], seed: int, extends: Sequence[Sequence[Stage]] = ()
+    sizes: Mapping[str, int],
+    stages: Sequence[Stage],
+    seed: int,
+    extends: Sequence[Sequence[Stage]] = (),
+    left_out: Sequence[Sequence[Skip]] = (),
+    tell: Tell = lambda *so_far: None,
 ) -> list[Segment]:
     """What a run reads, in the order of its steps.
 
     Args:
         sizes: corpus → its tokens.
         extends: the stages of the runs that this one goes on from, the first one first.
+        left_out: of each of those runs, what rollbacks had left out of it by the step at which it was left.
+        tell: how far it is, as `Told.share` has it; a large corpus takes a while.
     """
     found = list[Segment]()
-    for level, listed in enumerate((*extends, stages)):
-        kept = _kept(found, listed, seed)
+    skips = (), *(left_out or [()] * len(extends))
+    for level, (listed, skipped) in enumerate(zip((*extends, stages), skips, strict=True)):
+        kept = _kept(found, listed, skipped, seed)
         begun = [sum(s.stage.num_steps for s in kept if s.number == number) for number in range(len(listed))]
         added = [
             Segment(replace(stage, num_steps=left), f"{number}+{level}" if level else str(number), number, {})
             for number, (stage, done) in enumerate(zip(listed, begun, strict=True))
             if (left := stage.num_steps - done)
         ]
-        found = kept + _placed(sizes, kept, added, seed)
+        found = kept + _placed(sizes, kept, added, seed, tell)
     return found
 
 
@@ -124,7 +150,12 @@ def shared_steps(before: Sequence[Stage], stages: Sequence[Stage]) -> int:
     return steps
 
 
-def _kept(found: Sequence[Segment], stages: Sequence[Stage], seed: int) -> list[Segment]:
+def steps_skipped(skips: Sequence[Skip], first_step: int, end: int) -> int:
+    """Steps whose batches are left out of the steps `first_step` to before `end` of a stage."""
+    return sum(skip.num_skipped for skip in skips if first_step <= skip.from_step < end)
+
+
+def _kept(found: Sequence[Segment], stages: Sequence[Stage], skips: Sequence[Skip], seed: int) -> list[Segment]:
     """The segments, or their beginnings, that a run of these stages shares with the one before it.
 
     The last one goes on where its stage is now longer and there are windows left that it has not read.
@@ -134,18 +165,24 @@ def _kept(found: Sequence[Segment], stages: Sequence[Stage], seed: int) -> list[
         for number in range(max((s.number for s in found), default=-1) + 1)
         if (mine := [s for s in found if s.number == number])
     ]
-    steps, kept = shared_steps(before, stages), list[Segment]()
+    shared, first, kept = shared_steps(before, stages), 0, list[Segment]()
     for segment in found:
-        if steps <= 0:
+        if first >= shared:
             break
-        kept.append(replace(segment, stage=replace(segment.stage, num_steps=min(steps, segment.stage.num_steps))))
-        steps -= segment.stage.num_steps
+        kept.append(_lasting(segment, first, min(shared - first, segment.stage.num_steps), skips))
+        first += segment.stage.num_steps
     if kept:
-        last = kept[-1]
+        last, first = kept[-1], sum(s.stage.num_steps for s in kept[:-1])
         more = stages[last.number].num_steps - sum(s.stage.num_steps for s in kept if s.number == last.number)
-        longer = replace(last, stage=replace(last.stage, num_steps=last.stage.num_steps + more))
+        longer = _lasting(last, first, last.stage.num_steps + more, skips)
         kept[-1] = longer if _has_room(longer, seed) else last
     return kept
+
+
+def _lasting(segment: Segment, first_step: int, num_steps: int, skips: Sequence[Skip]) -> Segment:
+    """The segment with so many steps, of which the first one is `first_step`."""
+    skipped = steps_skipped(skips, first_step, first_step + num_steps)
+    return replace(segment, stage=replace(segment.stage, num_steps=num_steps), num_skipped=skipped)
 
 
 def _has_room(segment: Segment, seed: int) -> bool:
@@ -157,7 +194,9 @@ def _has_room(segment: Segment, seed: int) -> bool:
     )
 
 
-def _placed(sizes: Mapping[str, int], kept: Sequence[Segment], added: Sequence[Segment], seed: int) -> list[Segment]:
+def _placed(
+    sizes: Mapping[str, int], kept: Sequence[Segment], added: Sequence[Segment], seed: int, tell: Tell
+) -> list[Segment]:
     """The added segments with what they read: of each corpus what is unread, or all of it afresh."""
     readings: list[dict[str, Reading]] = [{} for _ in added]
     asked = [segment.num_windows(seed) for segment in added]
@@ -167,7 +206,7 @@ def _placed(sizes: Mapping[str, int], kept: Sequence[Segment], added: Sequence[S
         windows = [count for _, count in need]
         if not need:
             continue
-        found = _unread(size, corpus, kept, lengths, windows, seed) or _rings(size, lengths, windows)
+        found = _unread(size, corpus, kept, lengths, windows, seed, tell) or _rings(size, lengths, windows)
         for (number, _), reading in zip(need, found, strict=True):
             readings[number][corpus] = reading
     return [replace(segment, readings=places) for segment, places in zip(added, readings, strict=True)]
@@ -180,7 +219,13 @@ def _rings(num_tokens: int, lengths: Sequence[int], windows: Sequence[int]) -> l
 
 
 def _unread(
-    size: int, corpus: str, kept: Sequence[Segment], lengths: Sequence[int], windows: Sequence[int], seed: int
+    size: int,
+    corpus: str,
+    kept: Sequence[Segment],
+    lengths: Sequence[int],
+    windows: Sequence[int],
+    seed: int,
+    tell: Tell,
 ) -> list[Reading] | None:
     """What each asker reads of the tokens that the kept segments have not; None where that is not enough for all."""
     asked = [length * count for length, count in zip(lengths, windows, strict=True)]
@@ -188,8 +233,13 @@ def _unread(
     read = sum(min(count * s.stage.context_length, size) for s, count in before)
     if not before or size - read < sum(asked) + len(asked):
         return None
-    intervals = [s.readings[corpus].read(count, s.stage.context_length, s.keys(seed, corpus)) for s, count in before]
-    gaps = Gaps.between(np.concatenate(intervals), size)
-    parts = [gaps.part(low, high) for low, high in token_ranges(len(gaps), asked)]
-    enough = all(part.num_windows(length) >= count for part, length, count in zip(parts, lengths, windows, strict=True))
+    within = [s.readings[corpus].read(n, s.stage.context_length, s.keys(seed, corpus), tell) for s, n in before]
+    block = AT_ONCE * min(*lengths, *(s.stage.context_length for s, _ in before))
+
+    def gaps() -> Iterator[Ints]:
+        return unread.gaps(within, size, block, tell)
+
+    ranges = token_ranges(unread.count(gaps()), asked) if len(asked) > 1 else [(0, size)]
+    parts = [Unread.of(unread.cut(gaps(), n, *bounds), n, size) for n, bounds in zip(lengths, ranges, strict=True)]
+    enough = all(len(part.places) >= count for part, count in zip(parts, windows, strict=True))
     return list(parts) if enough else None

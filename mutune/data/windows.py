@@ -7,33 +7,18 @@ batch. All randomness is integer mixing (`order.py`): order never depends on pla
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from mutune.data.segments import MAIN, Segment, Stage, segments, shared_steps
-from mutune.errors import require, require_number
+from mutune.data.segments import MAIN, Segment, Skip, Stage, segments, shared_steps, steps_skipped
+from mutune.data.told import Tell
+from mutune.errors import require
 
-__all__ = ["Stage", "WindowLoader", "heldout_windows", "shared_steps"]
+__all__ = ["Skip", "Stage", "WindowLoader", "heldout_windows", "shared_steps"]
 
 Tokens = npt.NDArray[np.uint16]
-
-
-@dataclass(frozen=True)
-class Skip:
-    """From global step `from_step` on, to its stage's end, every step reads the batch of `num_skipped` steps later.
-
-    Skips add up, so that one made after another counts the steps of the run as it then is.
-    """
-
-    from_step: int
-    num_skipped: int
-
-    def __post_init__(self) -> None:
-        require_number("skips.from_step", self.from_step, at_least=0, example=100, whole=True)
-        require_number("skips.num_skipped", self.num_skipped, at_least=1, example=10, whole=True)
 
 
 class WindowLoader:
@@ -53,7 +38,8 @@ class WindowLoader:
     that is not enough for them all, they begin as a run of their own would, and read tokens again.
 
     Batches that a rollback left out are `skips`: the steps of that stage move on over them, and its last ones read what
-    would have come next, which is the rest of its range or, past that, its next epoch. Other stages are as before.
+    would have come next, which is the rest of its range or, past that, its next epoch. Other stages are as before. To a
+    run that goes on from one with skips (`left_out`), what was left out counts as read.
     """
 
     def __init__(
@@ -64,14 +50,18 @@ class WindowLoader:
         *,
         corpora: Mapping[str, Tokens] | None = None,
         extends: Sequence[Sequence[Stage]] = (),
+        left_out: Sequence[Sequence[Skip]] = (),
         skips: Sequence[Skip] = (),
+        tell: Tell = lambda *so_far: None,
     ) -> None:
         """
         Args:
             tokens: of the main corpus, uint16 [tokens], usually memory-mapped.
             corpora: name → tokens of the others that stages have in their mixtures.
             extends: the stages of the runs that this one goes on from, as they were, the first one first.
-            skips: batches that rollbacks left out.
+            left_out: of each of `extends`, the batches that rollbacks had left out where the next run left it.
+            skips: batches that rollbacks left out, of those runs too.
+            tell: how far it is with what was read, as `Told.share` has it; a large corpus takes a while.
 
         Raises:
             Refusal: a context exceeds the tokens, or a run shares no step with the one that it extends.
@@ -94,7 +84,7 @@ class WindowLoader:
             )
         self.skips = tuple(skips)
         sizes = {name: len(part) for name, part in self.corpora.items()}
-        self.segments = tuple(segments(sizes, self.stages, seed, extends))
+        self.segments = tuple(segments(sizes, self.stages, seed, extends, left_out, tell))
         self._first_steps = (0, *accumulate(segment.stage.num_steps for segment in self.segments))
 
     @property
@@ -124,7 +114,7 @@ class WindowLoader:
         stage = segment.stage
         _require_rank(rank, world_size, stage.batch_sequences)
         rows = np.arange(rank, stage.batch_sequences, world_size)
-        read = step - before + self._skipped(step, before)
+        read = step - before + steps_skipped(self.skips, before, step + 1)
         number, positions = segment.of_corpora(read * stage.batch_sequences + rows, self.seed)
         batch = np.empty((len(rows), stage.context_length + 1), dtype=np.int64)
         for which, (name, _) in enumerate(stage.mixture):
@@ -137,10 +127,6 @@ class WindowLoader:
         reading, context = segment.readings[corpus], segment.stage.context_length
         starts = reading.starts(positions, context, segment.keys(self.seed, corpus))
         return self.corpora[corpus][reading.indices(starts, context + 1)]
-
-    def _skipped(self, step: int, first_step: int) -> int:
-        """Steps that are left out between `first_step` of a stage and `step`."""
-        return sum(skip.num_skipped for skip in self.skips if first_step <= skip.from_step <= step)
 
     def _segment_at(self, step: int) -> tuple[Segment, int]:
         """The segment that `step` belongs to, and the steps before it."""

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from mutune.compose import build
-from mutune.data.segments import Stage, shared_steps
+from mutune.data.segments import Skip, Stage, shared_steps
 from mutune.errors import require
 from mutune.folders import differences
 from mutune.training.checkpoint import Checkpoint, newest, read
 from mutune.training.config import RunSpec, StageConfig, stage_ends
 from mutune.training.schedule import multiplier
 
-#: What a branch may have of its own. `extends` follows from the trunk.
-OWN = ("stages", "schedule", "loop", "extends")
+#: What a branch may have of its own. `extends` and `left_out` follow from the trunk.
+OWN = ("stages", "schedule", "loop", "extends", "left_out")
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
     """
     kept = newest(own)
     if kept and "branch" in kept.meta and not path.exists():
-        before = build(RunSpec, kept.meta["run"]).extends
-        return Branch(replace(spec, extends=before), kept.meta["branch"])
+        before = build(RunSpec, kept.meta["run"])
+        return Branch(replace(spec, extends=before.extends, left_out=before.left_out), kept.meta["branch"])
     require(
         (path / "meta.json").is_file(),
         f"branch_from={path} is no checkpoint; for example branch_from=runs/train/trunk/checkpoints/1000.",
@@ -86,11 +86,18 @@ def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
     told = hashlib.sha256((path / "meta.json").read_bytes()).hexdigest()[:16]
     old, new = (multiplier(s.schedule, s.num_steps, stage_ends(s.stages)) for s in (trunk, spec))
     return Branch(
-        replace(spec, extends=(*(trunk.extends or ()), trunk.stages)),
+        replace(spec, extends=(*(trunk.extends or ()), trunk.stages), left_out=_left_out(trunk, found)),
         {"step": found.step, "checkpoint": told},
         found,
         (old(found.step - 1), new(found.step), new(spec.num_steps - 1)),
     )
+
+
+def _left_out(trunk: RunSpec, found: Checkpoint) -> tuple[tuple[Skip, ...], ...] | None:
+    """What rollbacks had left out of the runs that a branch goes on from; None where it was nothing."""
+    skips = tuple(Skip(*pair) for pair in found.meta.get("guard", {}).get("skips", ()))
+    every = *(trunk.left_out or [()] * len(trunk.extends or ())), skips
+    return every if any(every) else None
 
 
 def _without(spec: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mutune.compose import later, written
 from mutune.data.config import DataConfig, MixedData, TokenizerConfig
+from mutune.data.segments import Skip
 from mutune.errors import require, require_number
 from mutune.model.shape import BaseConfig, ModelConfig, base_shape, tensor_specs
 from mutune.parametrization.hyperparameters import BaseHyperparameters
@@ -159,14 +160,14 @@ class ParallelConfig:
             or kept in between.
         activation_checkpointing: what the backward pass computes again: `none`; `selective`, all but products of
             matrices and attention; `full`, every block.
-        micro_sequences: sequences per forward pass of a process; null takes the target's loop.micro_sequences. fit=true
-            finds the most that fit.
+        micro_sequences: sequences per forward pass of a process, one number or one for each stage, as [8,2]; null takes
+            the target's loop.micro_sequences. fit=true finds the most that fit.
     """
 
     replicas: int = 1
     reshard: bool = True
     activation_checkpointing: str = "none"
-    micro_sequences: int | None = None
+    micro_sequences: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         require_number("parallel.replicas", self.replicas, at_least=1, example=1, whole=True)
@@ -175,7 +176,10 @@ class ParallelConfig:
             f"parallel.activation_checkpointing={self.activation_checkpointing} is unknown; known: "
             f"{', '.join(RECOMPUTED)}.",
         )
-        if self.micro_sequences is not None:
+        if isinstance(self.micro_sequences, tuple):
+            for number, sequences in enumerate(self.micro_sequences):
+                require_number(f"parallel.micro_sequences[{number}]", sequences, at_least=1, example=1, whole=True)
+        elif self.micro_sequences is not None:
             require_number("parallel.micro_sequences", self.micro_sequences, at_least=1, example=1, whole=True)
 
 
@@ -184,7 +188,8 @@ class RunSpec:
     """Everything that decides the losses of a run, and nothing else.
 
     `extends` has the stages of the runs that this one goes on from, as they were run, the first one first: its windows
-    depend on them. None for a run that begins at step 0.
+    depend on them. `left_out` has for each of them what rollbacks had left out of it by the step at which it was left.
+    None for a run that begins at step 0, or where nothing was left out.
     """
 
     model: ModelConfig
@@ -198,6 +203,7 @@ class RunSpec:
     loop: LoopConfig = field(default_factory=LoopConfig)
     seed: int = 0
     extends: tuple[tuple[StageConfig, ...], ...] | None = later()
+    left_out: tuple[tuple[Skip, ...], ...] | None = later()
 
     def __post_init__(self) -> None:
         require(
@@ -237,6 +243,25 @@ class RunSpec:
     def num_steps(self) -> int:
         """Steps of all stages."""
         return total_steps(self.stages)
+
+
+def micro_sequences(spec: RunSpec, parallel: ParallelConfig) -> list[int | None]:
+    """Sequences per forward pass of a process in each stage; None takes all that it has.
+
+    Raises:
+        Refusal: there is a list of them, and not one for each stage.
+    """
+    given, stages = parallel.micro_sequences, len(spec.stages)
+    if not isinstance(given, tuple):
+        return [given or spec.loop.micro_sequences] * stages
+    works = [*given, *(given[-1:] or (1,)) * stages][:stages]
+    require(
+        len(given) == stages,
+        f"parallel.micro_sequences=[{','.join(map(str, given))}] has {len(given)} for a run's {stages} "
+        f"{'stage' if stages == 1 else 'stages'}; for example parallel.micro_sequences=[{','.join(map(str, works))}], "
+        "or one number for all.",
+    )
+    return list(given)
 
 
 def total_steps(stages: Sequence[StageConfig]) -> int:

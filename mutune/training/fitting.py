@@ -8,7 +8,7 @@ from mutune.training.device import device_name, free_memory, kind_of
 from mutune.training.making_room import advice
 from mutune.training.price import price, sequences_of
 from mutune.training.probe import measure_step
-from mutune.training.quote import balanced, largest, one_for_all
+from mutune.training.quote import balanced, largest, setting
 
 MOST_TRIALS = 6
 WORTH = 1.1  # times as many sequences, for which one more trial is made
@@ -115,8 +115,7 @@ def fit_table(found: list[Fit], help_out: str = "") -> str:
             f"{fit.have / 2**30:,.2f} GiB free"
         )
     if all(fit.sequences for fit in found):
-        value = one_for_all([fit.sequences for fit in found], [fit.share for fit in found])
-        lines.append(f"set        parallel.micro_sequences={value}")
+        lines.append(f"set        {setting([fit.sequences for fit in found], [fit.share for fit in found])}")
     else:
         lines.append(help_out)
     return "\n".join(lines)

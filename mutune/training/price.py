@@ -8,7 +8,7 @@ from mutune.model.shape import tensor_specs
 from mutune.parametrization.plan import TensorSpec
 from mutune.scaling.arithmetic import matmul_parameter_count, parameter_count, state_bytes, train_flops_per_token
 from mutune.scaling.memory import DecoderSize, ForwardPass, Memory, Sharding, decoder_size, logits_at_once, peak_memory
-from mutune.training.config import LoopConfig, ParallelConfig, RunSpec, StageConfig, stage_ends
+from mutune.training.config import LoopConfig, ParallelConfig, RunSpec, StageConfig, micro_sequences, stage_ends
 from mutune.training.schedule import multiplier
 
 COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -101,14 +101,14 @@ def price(
     size, matrices = size_of(spec, specs), matmul_parameter_count(specs)
     sharding = Sharding(processes, parallel.replicas, parallel.reshard)
 
-    def of(stage: StageConfig) -> StagePrice:
+    def of(number: int, stage: StageConfig) -> StagePrice:
         per_token = train_flops_per_token(
             matrices, vocab_size=vocab, width=shape.width, depth=shape.depth, context_length=stage.context_length
         )
-        memory = peak_memory(size, forward_pass(spec, stage, parallel, processes, device), sharding, heap=heap)
+        memory = peak_memory(size, forward_pass(spec, number, parallel, processes, device), sharding, heap=heap)
         return StagePrice(stage.tokens, per_token * stage.tokens, memory)
 
-    return Price(parameter_count(specs), len(specs), [of(stage) for stage in spec.stages])
+    return Price(parameter_count(specs), len(specs), [of(*each) for each in enumerate(spec.stages)])
 
 
 def size_of(spec: RunSpec, specs: list[TensorSpec] | None = None) -> DecoderSize:
@@ -126,11 +126,12 @@ def size_of(spec: RunSpec, specs: list[TensorSpec] | None = None) -> DecoderSize
 
 
 def forward_pass(
-    spec: RunSpec, stage: StageConfig, parallel: ParallelConfig, processes: int, device: str = "cpu"
+    spec: RunSpec, number: int, parallel: ParallelConfig, processes: int, device: str = "cpu"
 ) -> ForwardPass:
-    """What one of so many processes computes at a time in a stage."""
-    loop, share = spec.loop.settled(), sequences_of(stage, processes)
-    at_once = min(parallel.micro_sequences or spec.loop.micro_sequences or share, share)
+    """What one of so many processes computes at a time in the stage of that number, from 0."""
+    loop, stage = spec.loop.settled(), spec.stages[number]
+    share = sequences_of(stage, processes)
+    at_once = min(micro_sequences(spec, parallel)[number] or share, share)
     return ForwardPass(
         sequences=at_once,
         context_length=stage.context_length,

@@ -90,7 +90,7 @@ def quote(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> list[StageQuo
     """
     check_spread(spec, parallel, on.gpus)
     parts = price(spec, parallel, on.gpus, "cuda").stages
-    at_once = [forward_pass(spec, stage, parallel, on.gpus).sequences for stage in spec.stages]
+    at_once = [forward_pass(spec, number, parallel, on.gpus).sequences for number in range(len(parts))]
     return [StageQuote(part, sequences, part.flops / on.flops) for part, sequences in zip(parts, at_once, strict=True)]
 
 
@@ -130,7 +130,7 @@ def largest_that_fits(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> l
 def estimate(spec: RunSpec, parallel: ParallelConfig, stage: int, sequences: int, gpus: int) -> int:
     """Bytes of a GPU in a stage, with so many sequences per forward pass."""
     given = replace(parallel, micro_sequences=sequences)
-    run = forward_pass(spec, spec.stages[stage], given, gpus, "cuda")
+    run = forward_pass(spec, stage, given, gpus, "cuda")
     return peak_memory(size_of(spec), run, Sharding(gpus, parallel.replicas, parallel.reshard)).total
 
 
@@ -148,10 +148,11 @@ def balanced(sequences: int, share: int) -> int:
     return -(-share // -(-share // sequences)) if sequences else 0
 
 
-def one_for_all(found: list[int], shares: list[int]) -> int:
-    """The one `micro_sequences` that fits every stage; a stage that takes its whole share at a time does not bind."""
-    binding = [sequences for sequences, share in zip(found, shares, strict=True) if sequences < share]
-    return min(binding, default=max(shares))
+def setting(found: list[int], shares: list[int]) -> str:
+    """What sets these sequences per forward pass: one number where it does for every stage, else one for each."""
+    one = max(found)  # a stage takes no more than its share
+    serves = found == [min(one, share) for share in shares]
+    return f"parallel.micro_sequences={one if serves else '[' + ','.join(map(str, found)) + ']'}"
 
 
 def quote_table(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> str:
@@ -190,7 +191,7 @@ def largest_table(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> str:
             f"stage {i + 1}    {fits}: {need:,.1f} GB of the {on.usable_bytes / GB:,.1f} GB to fill, by estimate"
         )
     if all(found):
-        lines.append(f"set        parallel.micro_sequences={one_for_all(found, shares)}")
+        lines.append(f"set        {setting(found, shares)}")
     else:
         lines.append(advice(spec, parallel, on.gpus, lambda run, way, gpus: _one_fits(run, way, on, gpus), "gpus="))
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mutune.data.corpora import Corpora
+from mutune.data.windows import Skip
 from mutune.errors import Refusal, require
 from mutune.folders import differences
 from mutune.parametrization.plan import Plan
@@ -101,9 +102,15 @@ def restore(
         guard.load_state_dict(kept.meta["guard"])
     if branch and kept is branch.checkpoint:
         guard.begin_anew()  # other stages, and maybe other texts, are usual from here on
+        guard.skips = tuple(skip for skip in guard.skips if _is_of_the_trunk(skip, run, start))
     written_by = kept.meta.get("versions", versions())
     changed = "; ".join(differences(written_by, versions()))
     return [f"note       the checkpoint was written by other code ({changed})"] if changed else []
+
+
+def _is_of_the_trunk(skip: Skip, run: Run, start: int) -> bool:
+    """Whether it lies in what the trunk read, and not in a stage that begins with the branch at step `start`."""
+    return skip.from_step < run.spec.num_steps and run.loader.stage_start(skip.from_step) < start
 
 
 def _records_until(path: Path, step: int, finished: bool) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock
 
 from mutune.data.corpora import Corpora, prepare_corpora
+from mutune.data.told import Told
 from mutune.data.windows import Stage, WindowLoader, heldout_windows
 from mutune.errors import Refusal, require
 from mutune.files import write_text, write_yaml
@@ -30,7 +31,7 @@ from mutune.parametrization.finding import AuditError, Finding
 from mutune.parametrization.opinion import second_opinion
 from mutune.parametrization.plan import Plan
 from mutune.training import checkpoint
-from mutune.training.config import ParallelConfig, RunSpec, StageConfig, stage_ends
+from mutune.training.config import ParallelConfig, RunSpec, StageConfig, micro_sequences, stage_ends
 from mutune.training.device import resolve_device
 from mutune.training.execution import keep_memory, loss_functions, number_format, threaded
 from mutune.training.guard import Guard
@@ -58,10 +59,19 @@ def corpora_of(spec: RunSpec) -> Corpora:
     return prepare_corpora(spec.data, spec.tokenizer, [stage.data for stage in stages])
 
 
-def window_loader(spec: RunSpec, corpora: Corpora) -> WindowLoader:
-    """The run's batches."""
+def window_loader(spec: RunSpec, corpora: Corpora, tells: bool = True) -> WindowLoader:
+    """The run's batches; where it takes a while to find what is unread, that is said if it `tells`."""
     before, own = [loader_stages(stages, corpora) for stages in spec.extends or ()], loader_stages(spec.stages, corpora)
-    return WindowLoader(corpora.main.train, own, spec.seed, corpora=corpora.tokens, extends=before)
+    with closing(Told(corpora.main.name)) as told:
+        return WindowLoader(
+            corpora.main.train,
+            own,
+            spec.seed,
+            corpora=corpora.tokens,
+            extends=before,
+            left_out=spec.left_out or (),
+            tell=told.share if tells else lambda *so_far: None,
+        )
 
 
 def loader_stages(stages: Sequence[StageConfig], corpora: Corpora) -> list[Stage]:
@@ -101,7 +111,8 @@ class Run:
         sites = {site: row.value for site, row in self.plan.multipliers.items()}
         loop = replace(spec.loop.settled(), compile=spec.loop.compiled_on(device.type))
         if device.type == "cpu":
-            keep_memory(4 * self.corpus.vocab_size * max(self._micro_sequences * s.context_length for s in spec.stages))
+            tokens = (n * s.context_length for n, s in zip(self._micro_sequences, spec.stages, strict=True))
+            keep_memory(4 * self.corpus.vocab_size * max(tokens))
         attention = spec.loop.attention_on(device.type)
         recompute = recomputed(parallel.activation_checkpointing)
 
@@ -118,7 +129,7 @@ class Run:
         self.loss, self.heldout_loss = loss_functions(self.model, loop, alone=world is None)
         initialise(self.model, self.plan, spec.seed)
         self.optimizer = make_optimizer(self.model, self.plan, betas=self._betas)
-        self.loader = window_loader(spec, self.corpora)
+        self.loader = window_loader(spec, self.corpora, self.world.is_first)
 
     def records(self, start_step: int = 0) -> Iterator[Record]:
         """Train and evaluate from `start_step`; one record per step, with the held-out loss where it was measured.
@@ -154,6 +165,15 @@ class Run:
 
     def steps(self, start_step: int = 0) -> Iterator[Record]:
         """The loop alone, from `start_step`: nothing is audited or evaluated."""
+        for (end, _), sequences in zip(stage_ends(self.spec.stages), self._micro_sequences, strict=True):
+            for record in self._steps(start_step, end, sequences):
+                yield record
+                if record["diverged"]:
+                    return
+            start_step = max(start_step, end)
+
+    def _steps(self, start_step: int, end: int, sequences: int) -> Iterator[Record]:
+        """From `start_step` to `end`, so many sequences at a time."""
         spec = self.spec
         return train(
             self.model,
@@ -162,10 +182,10 @@ class Run:
             self._rate(),
             loss=self.loss,
             start_step=start_step,
-            num_steps=spec.num_steps,
+            num_steps=end,
             peak_lr=spec.hyperparameters.learning_rate,
             clip_norm=spec.loop.clip_norm,
-            micro_sequences=self._micro_sequences,
+            micro_sequences=sequences,
             loss_bound=spec.loop.divergence_factor * math.log(self.corpus.vocab_size),
             warmup_steps=spec.schedule.warmup(spec.num_steps),
             world=self.world,
@@ -189,9 +209,10 @@ class Run:
         )
 
     @property
-    def _micro_sequences(self) -> int:
-        chosen = self.parallel.micro_sequences or self.spec.loop.micro_sequences
-        return chosen or max(stage.batch_sequences for stage in self.spec.stages)
+    def _micro_sequences(self) -> list[int]:
+        """Of each stage."""
+        chosen = zip(micro_sequences(self.spec, self.parallel), self.spec.stages, strict=True)
+        return [sequences or stage.batch_sequences for sequences, stage in chosen]
 
     def _rate(self) -> Callable[[int], float]:
         return multiplier(self.spec.schedule, self.spec.num_steps, stage_ends(self.spec.stages))
@@ -229,8 +250,9 @@ class Run:
 
     def _heldout(self, context_length: int) -> Heldout:
         windows = heldout_windows(self.corpus.heldout, context_length, self.spec.loop.heldout_windows)
-        chosen = self.parallel.micro_sequences or self.spec.loop.micro_sequences or Heldout.chunk
-        return Heldout(windows, self.corpus.tokenizer.token_bytes, min(Heldout.chunk, chosen))
+        stages = zip(micro_sequences(self.spec, self.parallel), self.spec.stages, strict=True)
+        fit = [sequences for sequences, stage in stages if sequences and stage.context_length == context_length]
+        return Heldout(windows, self.corpus.tokenizer.token_bytes, min((Heldout.chunk, *fit)))
 
 
 def _raise(found: list[Finding]) -> None:

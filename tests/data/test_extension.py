@@ -1,5 +1,7 @@
 """Runs that go on from others: what was read stays, and what is added is new as long as there is anything new."""
 
+import hashlib
+import tracemalloc
 from collections.abc import Iterable
 
 import numpy as np
@@ -7,13 +9,17 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mutune.data import Stage, WindowLoader
-from mutune.data.readings import Gaps
-from mutune.data.windows import shared_steps
+from mutune.data import Stage, WindowLoader, readings
+from mutune.data import segments as segments_module
+from mutune.data.readings import Unread
+from mutune.data.segments import MAIN, segments
+from mutune.data.windows import Skip, shared_steps
 from mutune.errors import Refusal
 
 TOKENS = np.arange(10_000, dtype=np.uint16)  # a token's value is its place
 SHORT, LONG = Stage(32, 20, 4), Stage(128, 10, 2)  # each 2,560 tokens
+GOLDEN_STARTS = [2700, 7452]
+GOLDEN_DIGEST = "92624fd244e3cfadeb5481a8b250b2690ae17b5e939688e4b77b6bcafe7061ec"
 
 
 def inputs(loader: WindowLoader, steps: Iterable[int]) -> list[int]:
@@ -59,7 +65,7 @@ def test_what_is_added_reads_no_token_again_where_it_is_given_gaps(
 ) -> None:
     num_tokens, before, stages = run
     new = WindowLoader(TOKENS[:num_tokens], stages, seed, extends=[before])
-    gaps = [isinstance(part, Gaps) for segment in new.segments for part in segment.readings.values()]
+    gaps = [isinstance(part, Unread) for segment in new.segments for part in segment.readings.values()]
     assume(any(gaps))
     added = sum(segment.stage.num_steps for segment, gap in zip(new.segments, gaps, strict=True) if gap)
     before_it, read = (inputs(new, steps) for steps in np.split(np.arange(new.total_steps), [new.total_steps - added]))
@@ -166,3 +172,104 @@ def test_a_run_that_shares_no_step_with_the_one_it_extends_is_refused() -> None:
     for before in ([LONG], [Stage(32, 20, 8)]):
         with pytest.raises(Refusal, match="extends has a run whose first stage is of another context_length"):
             WindowLoader(TOKENS, [SHORT], 0, extends=[before])
+
+
+def test_what_is_added_has_not_changed() -> None:
+    """Golden: a change here changes every run that goes on from another."""
+    third = [SHORT, LONG, Stage(16, 20, 4), Stage(48, 7, 3)]
+    loader = WindowLoader(TOKENS, third, 0, extends=[[SHORT], [SHORT, LONG]])
+    assert loader.batch(20)[:, 0].tolist() == GOLDEN_STARTS
+    batches = b"".join(loader.batch(step).astype("<i8").tobytes() for step in range(20, 57))
+    assert hashlib.sha256(batches).hexdigest() == GOLDEN_DIGEST
+
+
+# -------------------------------------------------------------------------------------------------------- large corpora
+@settings(deadline=None, max_examples=25)
+@given(runs(), st.integers(0, 99), st.integers(1, 6), st.integers(1, 200))
+def test_it_is_the_same_however_much_is_worked_out_at_once(
+    run: tuple[int, list[Stage], list[Stage]], seed: int, windows: int, bucket: int
+) -> None:
+    num_tokens, before, stages = run
+    longer = [*stages, Stage(5, 3, 2)]
+
+    def made() -> WindowLoader:
+        return WindowLoader(TOKENS[:num_tokens], longer, seed, extends=[before, stages])
+
+    whole = made()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readings, "AT_ONCE", windows)
+        patch.setattr(segments_module, "AT_ONCE", windows)
+        patch.setattr(readings, "BUCKET", bucket)
+        pieces = made()
+        assert same(pieces, whole, whole.total_steps)
+        assert pieces.token_ranges == whole.token_ranges
+
+
+@pytest.mark.parametrize(("context", "read", "added"), [(2048, 0.7, 0.3), (8192, 0.2, 0.13)])
+def test_what_is_unread_of_many_windows_takes_a_few_bytes_of_each(context: int, read: float, added: float) -> None:
+    """Of 10 million windows. A list of the bounds of those that were read would have 16 bytes for each."""
+    num_windows, asked = 10**7, Stage(context, 1000, 480)
+    kept = Stage(2048, round(read * 10_000), 1000)
+    tracemalloc.start()
+    try:
+        found = segments({MAIN: 2048 * num_windows}, [kept, asked], 0, [[kept]])
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    unread = found[-1].readings[MAIN]
+    assert isinstance(unread, Unread)
+    assert len(unread.places) == pytest.approx(added * num_windows, rel=0.1)
+    assert peak < 5 * num_windows
+    assert held < 2.1 * added * num_windows + 8 * 2048 * num_windows / readings.BUCKET + 10**5
+
+
+def test_what_takes_a_while_is_told() -> None:
+    said: list[tuple[str, str, int, int]] = []
+    extended = segments({MAIN: 10_000}, [SHORT, LONG], 0, [[SHORT]], tell=lambda *so_far: said.append(so_far))
+    assert len(extended) == 2
+    assert said == [
+        ("found", "windows that were read", 80, 80),
+        ("looked for gaps in", "tokens", 10_000, 10_000),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ after rollbacks
+WHOLE = 78  # steps of SHORT's kind that read all of the text's windows
+
+
+def test_batches_that_were_left_out_are_not_read_by_what_is_added() -> None:
+    bad = set(inputs(WindowLoader(TOKENS, [Stage(32, WHOLE, 4)], 0), range(10, 15)))
+    rest = Stage(16, 53 * 2, 4)  # all that the first stage leaves
+    extended = WindowLoader(TOKENS, [SHORT, rest], 0, extends=[[SHORT]], left_out=[[Skip(10, 5)]], skips=[Skip(10, 5)])
+    assert isinstance(extended.segments[1].readings[MAIN], Unread)
+    read = inputs(extended, range(extended.total_steps))
+    assert len(set(read)) == len(read) == 20 * 128 + 53 * 128
+    assert not set(read) & bad
+    longer = WindowLoader(TOKENS, [SHORT, Stage(16, 55 * 2, 4)], 0, extends=[[SHORT]], left_out=[[Skip(10, 5)]])
+    assert not isinstance(longer.segments[1].readings[MAIN], Unread)
+
+
+def test_a_longer_stage_has_room_for_what_was_left_out_of_it() -> None:
+    for steps, goes_on in ((WHOLE - 5, True), (WHOLE - 4, False)):
+        skips = [Skip(10, 2), Skip(12, 3), Skip(WHOLE, 7)]  # of which the last is after its end
+        stages = [Stage(32, steps, 4)]
+        extended = WindowLoader(TOKENS, stages, 0, extends=[[SHORT]], left_out=[skips], skips=skips)
+        assert len(extended.segments) == (1 if goes_on else 2)
+        read = inputs(extended, range(steps if goes_on else 20))
+        assert len(set(read)) == len(read)
+
+
+def test_each_run_of_a_history_has_what_was_left_out_of_it_when_the_next_one_left() -> None:
+    """The second run is rolled back in the stage that it has of the first, after it had found what was unread."""
+    second = [Stage(32, 30, 4), Stage(32, 10, 2)]
+    third = [*second, Stage(16, 30, 4)]
+    early, late = [Skip(10, 5)], [Skip(10, 5), Skip(25, 4)]
+    one = WindowLoader(TOKENS, second, 0, extends=[[SHORT]], left_out=[early], skips=late)
+    two = WindowLoader(TOKENS, third, 0, extends=[[SHORT], second], left_out=[early, late], skips=late)
+    assert same(two, one, 40)
+    assert [segment.num_skipped for segment in two.segments] == [9, 0, 0]
+    assert all(isinstance(segment.readings[MAIN], Unread) for segment in two.segments[1:])
+    read, added = inputs(two, range(40)), inputs(two, range(40, two.total_steps))
+    bad = inputs(WindowLoader(TOKENS, [Stage(32, WHOLE, 4)], 0), [*range(10, 15), *range(30, 34)])
+    assert len(set(added)) == len(added)
+    assert not set(added) & {*read, *bad}

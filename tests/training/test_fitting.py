@@ -71,7 +71,7 @@ def test_a_process_that_memory_ends_is_no_number_and_ends_nothing_else() -> None
 
 def test_the_words_say_what_to_set_or_that_nothing_fits() -> None:
     fits, tight, none = Fit(16, 16, 10, 11, 2**30), Fit(3, 9, 10, 11, 2**30), Fit(0, 9, 2**31, 0, 2**30)
-    assert fit_table([fits, tight]).endswith("set        parallel.micro_sequences=3")
+    assert fit_table([fits, tight]).endswith("set        parallel.micro_sequences=[16,3]")
     said = fit_table([fits, none], "advice     less")
     assert "not one sequence fits into the 1.00 GiB that are free: about 2.00 GiB are needed" in said
     assert "set " not in said

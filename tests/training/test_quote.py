@@ -22,9 +22,9 @@ from mutune.training.quote import (
     largest_table,
     largest_that_fits,
     machine,
-    one_for_all,
     quote,
     quote_table,
+    setting,
 )
 from mutune.training.schedule import ScheduleConfig
 
@@ -142,10 +142,35 @@ def test_parts_are_of_equal_size() -> None:
     assert [balanced(n, 20) for n in (1, 7, 9, 10, 19, 20)] == [1, 7, 7, 10, 10, 20]
 
 
-def test_one_number_serves_all_stages() -> None:
-    assert one_for_all([8, 2], [240, 60]) == 2
-    assert one_for_all([16, 4], [16, 4]) == 16  # both take all they have
-    assert one_for_all([5, 4], [16, 4]) == 5
+@pytest.mark.parametrize(
+    ("found", "shares", "value"),
+    [
+        ([8], [240], "8"),
+        ([8, 2], [240, 60], "[8,2]"),
+        ([16, 4], [16, 4], "16"),  # both take all they have
+        ([5, 4], [16, 4], "5"),
+        ([4, 5], [16, 20], "[4,5]"),
+        ([4, 4], [16, 20], "4"),
+    ],
+)
+def test_what_is_to_be_set_is_one_number_where_that_does_for_every_stage(
+    found: list[int], shares: list[int], value: str
+) -> None:
+    assert setting(found, shares) == f"parallel.micro_sequences={value}"
+
+
+def test_each_stage_is_priced_with_its_own_sequences() -> None:
+    full = ParallelConfig(activation_checkpointing="full")
+    found = largest_that_fits(btlm(), full, EIGHT)
+    own = replace(full, micro_sequences=tuple(found))
+    both = quote(btlm(), own, EIGHT)
+    assert [stage.sequences for stage in both] == found
+    for number, stage in enumerate(both):
+        alone = quote(btlm(), replace(full, micro_sequences=stage.sequences), EIGHT)[number]
+        assert stage == alone
+    assert both[0].sequences > both[1].sequences
+    assert lacking(btlm(), own, EIGHT) is None
+    assert lacking(btlm(), replace(full, micro_sequences=both[0].sequences), EIGHT) is not None
 
 
 def test_a_batch_that_cannot_be_spread_is_refused() -> None:

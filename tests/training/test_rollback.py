@@ -12,21 +12,25 @@ import pytest
 import torch
 from torch import nn
 
+from mutune.compose import build
 from mutune.config import SweepConfig
-from mutune.data.segments import MAIN
+from mutune.data.config import DataConfig, TokenizerConfig
+from mutune.data.segments import MAIN, Stage, steps_skipped
 from mutune.data.windows import Skip, WindowLoader
 from mutune.model.shape import BaseConfig, ModelConfig
 from mutune.training import checkpoint, loop
 from mutune.training import target as target_module
 from mutune.training.alarms import GuardConfig
+from mutune.training.branch import branch
 from mutune.training.config import LoopConfig, RunSpec, StageConfig
 from mutune.training.guard import Guard
 from mutune.training.loop import Loss, Record
-from mutune.training.resume import _records_until
+from mutune.training.resume import _records_until, restore
 from mutune.training.run import Run
 from mutune.training.target import Paused, Target
 from mutune.training.throughput import Rates, Throughput
 from mutune.training.world import World
+from tests.data.conftest import prose
 from tests.training.guarded import CPU, guard_of
 
 BAD = range(80, 84)  # batches whose text is random tokens
@@ -45,12 +49,18 @@ def measured(step: int, cost: float) -> Throughput:
     return Throughput(SPEC, "cpu", Rates(), start_step=step, cost=cost)
 
 
-def target_of(run: Run, folder: Path, guard: Guard, kept: Callable[[list[int]], list[int]] = lambda s: s) -> Target:
+def target_of(
+    run: Run,
+    folder: Path,
+    guard: Guard,
+    kept: Callable[[list[int]], list[int]] = lambda s: s,
+    meta: dict[str, Any] | None = None,
+) -> Target:
     return Target(
         run,
         folder,
         guard,
-        meta={},
+        meta=meta or {},
         every=EVERY,
         kept=kept,
         background=False,
@@ -233,3 +243,72 @@ def test_a_pause_drops_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(Paused):
         steps_of(target.records(0, lambda: False))
     assert len(checkpoint.list_steps(tmp_path / "checkpoints")) == 2
+
+
+# ------------------------------------------------------------------------------------------------- and is then extended
+def windows(loader: WindowLoader, steps: range) -> list[int]:
+    """Where in the text the inputs of these steps lie, one by one."""
+    (begun,), places = {loader.stage_start(step) for step in steps}, list[int]()
+    (segment,) = (s for s, first in zip(loader.segments, loader._first_steps, strict=False) if first == begun)
+    stage = segment.stage
+    for step in steps:
+        read = step - begun + steps_skipped(loader.skips, begun, step + 1)
+        positions = np.arange(read * stage.batch_sequences, (read + 1) * stage.batch_sequences)
+        starts = segment.readings[MAIN].starts(positions, stage.context_length, segment.keys(loader.seed, MAIN))
+        places += (starts[:, None] + np.arange(stage.context_length)).ravel().tolist()
+    return places
+
+
+def test_what_extends_a_run_that_was_rolled_back_reads_neither_what_it_read_nor_what_it_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text has 134 batches, of which the run reads 120 and leaves out 6; the branch reads the 8 that remain."""
+    monkeypatch.setenv("MUTUNE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "prose.txt").write_text(prose(400))
+    data, tokenizer = DataConfig("text", str(tmp_path / "prose.txt")), TokenizerConfig("bpe", 1024)
+    spec = replace(SPEC, data=data, tokenizer=tokenizer)
+    run, guard = Run(spec, CPU), guard_of(spec, GuardConfig(policy="rollback"))
+    text = run.loader.corpora[MAIN] = damaged(run.loader)
+    told = {"run": spec.as_dict(), "data_hash": run.corpora.content_hash}
+    (tmp_path / "trunk").mkdir()
+    trunk = target_of(run, tmp_path / "trunk", guard, meta=told)
+    assert steps_of(trunk.records(0, lambda: False))[-1] == 120
+    assert guard.skips == (Skip(78, 6),)
+
+    stages = (*spec.stages, StageConfig(context_length=32, batch_sequences=4, num_steps=16))
+    path, own = tmp_path / "trunk/checkpoints/120", tmp_path / "branch"
+    leaving = branch(path, replace(spec, stages=stages), own / "checkpoints")
+    assert build(RunSpec, leaving.spec.as_dict()) == leaving.spec
+    longer, guard = Run(leaving.spec, CPU), guard_of(leaving.spec, GuardConfig(policy="rollback"))
+    longer.loader.corpora[MAIN] = text
+    meta = {"run": leaving.spec.as_dict(), "data_hash": longer.corpora.content_hash, "branch": leaving.identity}
+    own.mkdir()
+    assert restore(own, 120, longer, meta, leaving, guard) == []
+    target = target_of(longer, own, guard, meta=meta)
+    records = list(target.records(120, lambda: False))
+    assert records[-1]["step"] == 136
+    assert max(record["loss"] for record in records) < 1.2 * records[0]["loss"]
+
+    read, added = windows(longer.loader, range(120)), windows(longer.loader, range(120, 136))
+    left_out = windows(WindowLoader(text, [Stage(32, 134, 8)], SPEC.seed), range(78, 84))
+    assert len({*read, *left_out, *added}) == len(read) + len(left_out) + len(added) == 134 * 8 * 32
+    again = branch(path, replace(spec, stages=stages), own / "checkpoints")
+    assert again.spec == leaving.spec
+    path.parent.rename(tmp_path / "gone")
+    assert branch(path, replace(spec, stages=stages), own / "checkpoints").spec == leaving.spec
+
+
+def test_a_skip_that_the_trunk_had_not_come_to_is_none_of_another_stage(tmp_path: Path) -> None:
+    """A checkpoint of step 44 of a run that went back to 40, and was to leave out batches from 45 on."""
+    run, guard = Run(SPEC, CPU), guard_of(SPEC)
+    guard.skips = Skip(30, 2), Skip(45, 3)
+    meta = {"run": SPEC.as_dict(), "guard": guard.state_dict()}
+    checkpoint.save(tmp_path / "checkpoints", 44, run.model, run.optimizer, run.plan, meta, keep=1)
+    for stages, kept in (
+        ([replace(SPEC.stages[0], num_steps=44), StageConfig(64, 4, 20)], [30]),
+        ([replace(SPEC.stages[0], num_steps=50), StageConfig(64, 4, 20)], [30, 45]),
+    ):
+        leaving = branch(tmp_path / "checkpoints/44", replace(SPEC, stages=tuple(stages)), tmp_path / "own")
+        longer, guard = Run(leaving.spec, CPU), guard_of(SPEC)
+        restore(tmp_path / "own", 44, longer, {}, leaving, guard)
+        assert [skip.from_step for skip in guard.skips] == kept

@@ -4,8 +4,10 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mutune.compose import compose
 from mutune.config import SweepConfig
@@ -13,12 +15,13 @@ from mutune.data import DataConfig, TokenizerConfig, prepare
 from mutune.errors import Refusal
 from mutune.parametrization.finding import Finding
 from mutune.parametrization.plan import Plan
-from mutune.training import run
-from mutune.training.config import RunSpec
+from mutune.training import loop, run
+from mutune.training.config import LoopConfig, ParallelConfig, RunSpec, StageConfig
 from mutune.training.fit import check_data
 from mutune.training.result import CHECKPOINTS, METRICS, RunResult, discard
-from mutune.training.run import Stopped, run_to_end
+from mutune.training.run import Run, Stopped, run_to_end
 
+CPU = torch.device("cpu")
 SMOKE = ["+sweep=smoke", "loop.heldout_windows=4", "schedule=constant", "schedule.warmup_fraction=0"]
 
 
@@ -132,3 +135,63 @@ def test_a_checkpoint_that_is_no_use_costs_time_and_nothing_else(
 
 def same(one: RunResult, other: RunResult) -> bool:
     return replace(one, seconds=0.0) == replace(other, seconds=0.0)
+
+
+# ------------------------------------------------------------------------------------------------- sequences at a time
+def two_stages(rate: float = 0.01, of_all: int | None = None) -> RunSpec:
+    stages = StageConfig(context_length=16, batch_sequences=6, num_steps=3), StageConfig(32, 4, 2)
+    settings = LoopConfig(heldout_windows=2, micro_sequences=of_all)
+    return replace(spec(5, rate), stages=stages, loop=settings)
+
+
+def passes(patch: pytest.MonkeyPatch, made: Run, start: int = 0) -> tuple[list[int], list[float]]:
+    """The sequences per forward pass that each step was made with, and its loss."""
+    backward, asked = loop._backward, list[int]()
+
+    def spied(*given: Any) -> float:
+        asked.append(given[-1])
+        return backward(*given)
+
+    with patch.context() as spy:
+        spy.setattr(loop, "_backward", spied)
+        return asked, [record["loss"] for record in made.records(start)]
+
+
+@pytest.mark.parametrize(
+    ("own", "of_all", "expected"),
+    [
+        ((3, 1), None, [3, 3, 3, 1, 1]),
+        ((3, 1), 2, [3, 3, 3, 1, 1]),
+        (2, 1, [2] * 5),
+        (None, 1, [1] * 5),
+        (None, None, [6, 6, 6, 4, 4]),
+    ],
+)
+def test_each_stage_has_its_sequences_at_a_time_and_the_losses_are_the_same(
+    own: int | tuple[int, ...] | None, of_all: int | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = two_stages(of_all=of_all)
+    asked, losses = passes(monkeypatch, Run(given, CPU, parallel=ParallelConfig(micro_sequences=own)))
+    assert asked == expected
+    assert losses == pytest.approx(passes(monkeypatch, Run(two_stages(), CPU))[1], abs=1e-5)
+
+
+def test_a_run_goes_on_with_the_sequences_of_the_stage_it_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ParallelConfig(micro_sequences=(3, 1))
+    assert passes(monkeypatch, Run(two_stages(), CPU, parallel=own), 2)[0] == [3, 1, 1]
+    assert passes(monkeypatch, Run(two_stages(), CPU, parallel=own), 3)[0] == [1, 1]
+
+
+def test_a_run_that_diverges_in_its_first_stage_has_no_second() -> None:
+    steps = [record["step"] for record in Run(two_stages(1e29), CPU).steps()]
+    assert steps[-1] < 3
+
+
+def test_held_out_windows_are_read_as_many_at_a_time_as_their_stage_allows() -> None:
+    made = Run(two_stages(), CPU, parallel=ParallelConfig(micro_sequences=(3, 1)))
+    assert [made._heldout(context).chunk for context in (16, 32)] == [3, 1]
+
+
+def test_sequences_that_are_not_one_for_each_stage_are_refused() -> None:
+    with pytest.raises(Refusal, match=r"^parallel\.micro_sequences=\[3,2,1\] has 3 for a run's 2 stages; for example"):
+        Run(two_stages(), CPU, parallel=ParallelConfig(micro_sequences=(3, 2, 1)))
