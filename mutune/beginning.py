@@ -38,7 +38,7 @@ def check_paths(spec: RunSpec) -> None:
 
 def _check_data(transfer: TransferFile, spec: RunSpec) -> "Corpora":
     """What the run reads; where its main corpus is the study's, it must not have changed."""
-    from mutune.training.fit import check_corpora
+    from mutune.training.preflight import check_corpora
     from mutune.training.run import corpora_of
 
     corpora = corpora_of(spec)

@@ -53,7 +53,7 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
     from mutune.search.proposals import total_trials
     from mutune.search.study import check_space
     from mutune.search.workers import WorkError
-    from mutune.training.fit import check_data
+    from mutune.training.preflight import check_data
 
     if not config.study:
         raise Refusal("no sweep was chosen; write for example +sweep=proxy (or study=NAME with a search.space).")
@@ -156,7 +156,7 @@ def _memory(config: SweepConfig, spec: RunSpec, space: list[Dimension], workers:
     """Why the sweep's largest trials do not fit side by side on this host; None where they do, or run elsewhere."""
     from mutune.search.proposals import total_trials
     from mutune.search.trial import trial_spec
-    from mutune.training.fit import require_memory
+    from mutune.training.preflight import require_memory
 
     if config.launcher != "local":
         return None

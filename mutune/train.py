@@ -150,7 +150,7 @@ def _machine(config: TrainConfig, spec: RunSpec) -> Machine:
 
 def _memory(config: TrainConfig, spec: RunSpec) -> Refusal | None:
     """Why the run does not fit here; None where it does."""
-    from mutune.training.fit import require_memory
+    from mutune.training.preflight import require_memory
 
     cure = "transfer to a smaller target, as in target=small, or start more processes with torchrun"
     cure = cure if config.dry_run else f"dry_run=true prices it; {cure}"

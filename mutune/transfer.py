@@ -197,7 +197,7 @@ def _plan_ladders(config: TransferConfig, source: Source, target: RunSpec, direc
     from mutune.certificate.judged import under
     from mutune.certificate.planned import plan_ladder
     from mutune.data.prepare import prepare
-    from mutune.training.fit import check_data, require_memory
+    from mutune.training.preflight import check_data, require_memory
 
     if (proxy := source.proxy) is None:
         return {}
@@ -234,7 +234,7 @@ def _elsewhere(directory: Path, compared: str) -> tuple[Path, ...]:
 def _check_target_data(transfer: TransferFile, target: RunSpec) -> None:
     """Refuse a target whose text is here and does not serve it; text that lies elsewhere is for `mutune.train`."""
     from mutune.data.prepare import prepare
-    from mutune.training.fit import check_data
+    from mutune.training.preflight import check_data
 
     same = (target.data, target.tokenizer) == (transfer.data, transfer.tokenizer)
     if same or transfer.target.data is not None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from mutune.training.config import ParallelConfig, RunSpec
 from mutune.training.device import device_name, free_memory, kind_of
 from mutune.training.making_room import advice
+from mutune.training.peak import measure_step
 from mutune.training.price import price, sequences_of
-from mutune.training.probe import measure_step
 from mutune.training.quote import balanced, largest, setting
 
 MOST_TRIALS = 6

@@ -9,7 +9,7 @@ import pytest
 
 from mutune.training.config import RECOMPUTED, ParallelConfig
 from mutune.training.fitting import Fit, advice_here, fit_table, search, stage_bytes
-from mutune.training.probe import apart
+from mutune.training.peak import apart
 from tests.training.test_quote import btlm
 
 

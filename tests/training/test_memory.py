@@ -13,8 +13,8 @@ from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import ParametrizationConfig
 from mutune.scaling.memory import ForwardPass, Sharding, decoder_size, logits_at_once, peak_memory
 from mutune.training.config import LoopConfig, RunSpec, StageConfig
+from mutune.training.peak import measure_step
 from mutune.training.price import COMPUTE_BYTES, price
-from mutune.training.probe import measure_step
 from mutune.training.schedule import ScheduleConfig
 from tests.doors import ROOT
 from tests.soak import record

@@ -16,7 +16,7 @@ from mutune.data.config import DataConfig, MixedData, TokenizerConfig
 from mutune.errors import Refusal
 from mutune.training.checkpoint import check_meta, newest, save
 from mutune.training.config import RunSpec, StageConfig, first_steps
-from mutune.training.fit import check_corpora
+from mutune.training.preflight import check_corpora
 from mutune.training.run import Run, _identity, corpora_of, run_to_end, window_loader
 from mutune.training.schedule import ScheduleConfig, branch_schedule
 from tests import doors

@@ -17,7 +17,7 @@ from mutune.parametrization.finding import Finding
 from mutune.parametrization.plan import Plan
 from mutune.training import loop, run
 from mutune.training.config import LoopConfig, ParallelConfig, RunSpec, StageConfig
-from mutune.training.fit import check_data
+from mutune.training.preflight import check_data
 from mutune.training.result import CHECKPOINTS, METRICS, RunResult, discard
 from mutune.training.run import Run, Stopped, run_to_end
 
