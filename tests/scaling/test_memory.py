@@ -117,9 +117,7 @@ def test_a_chunked_loss_never_holds_more_than_its_chunk() -> None:
     assert at_loss(btlm(), replace(long, logits_at_once=None)).logits == LOGIT_BYTES * 4 * 8192 * 50257
 
 
-def test_a_heap_that_keeps_what_is_freed_takes_more_than_its_worst_moment_and_less_than_the_most_of_each_component() -> (
-    None
-):
+def test_a_heap_that_keeps_what_is_freed_is_between_its_worst_moment_and_the_most_of_each_component() -> None:
     moments = list(moments_of_a_step(TOY, RUN, Sharding()))
     heap, worst = peak_memory(TOY, RUN, heap=True), peak_memory(TOY, RUN)
     assert heap.total > worst.total == max(moment.total for moment in moments)
