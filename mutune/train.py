@@ -175,7 +175,7 @@ def _train(
     from mutune.training.checkpoint import note_going_back, set_aside
     from mutune.training.resume import begin, cost_of, identity, restore
     from mutune.training.run import Run, describe
-    from mutune.training.sentences import aside, opening
+    from mutune.training.sentences import aside, opening, read_again
 
     threads, why = _threads(config, spec)
     torch.set_num_threads(threads)
@@ -192,7 +192,8 @@ def _train(
         if transfer.prediction is not None:
             write_json(directory / PREDICTION, {"prediction": plain(transfer.prediction)})  # for the figures on the way
         write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
-        print(opening(directory, run, start, why), *_branching(branch), *notes, sep="\n", file=sys.stderr)
+        words = [opening(directory, run, start, why), *_branching(branch), *read_again(run), *notes]
+        print(*words, sep="\n", file=sys.stderr)
     try:
         if start < spec.num_steps:
             _run_to_end(config, run, directory, start, meta, guard, cost_of(records), branch)

@@ -5,13 +5,17 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
+from mutune.data import Stage, WindowLoader
 from mutune.errors import Refusal
 from mutune.training.loop import Record
 from mutune.training.resume import _records_until
-from mutune.training.sentences import diverged, stopped
+from mutune.training.sentences import diverged, read_again, stopped
 from mutune.training.target import Target
 from tests import doors
 from tests.test_train_processes import TARGET
@@ -106,3 +110,16 @@ def test_a_second_ctrl_c_does_not_wait_and_says_where_the_run_goes_on(
     said = doors.run("train", *words, "threads=1", expect=130).stderr
     kept = f"the newest checkpoint is {tmp_path}/train/tiny/checkpoints/5, from which the same command goes on"
     assert f"stopped    after step 6 of 60: at once; {kept}\n" in said
+
+
+def test_a_stage_that_finds_too_little_unread_text_says_that_it_reads_all_of_it_again() -> None:
+    whole, added = Stage(100, 50, 2), Stage(50, 100, 2)
+    for stage, expected in (
+        (added, "stage 2 reads text afresh: of what no step before it has read, there are fewer whole windows of 50 "),
+        (None, ""),
+    ):
+        stages = [whole, stage] if stage else [whole]
+        loader = WindowLoader(np.arange(10_000, dtype=np.uint16), stages, 0, extends=[[whole]] if stage else [])
+        run: Any = SimpleNamespace(loader=loader, corpus=SimpleNamespace(name="text"))
+        assert "".join(read_again(run)).startswith(f"note       {expected}" if expected else "")
+        assert bool(read_again(run)) is bool(expected)

@@ -80,6 +80,7 @@ class Segment:
         number: of its stage in the run.
         readings: corpus → what is read of it.
         num_skipped: steps whose batches were left out of it: none reads them again.
+        again: corpora of which it reads all afresh, since what steps before it have not read is not enough.
     """
 
     stage: Stage
@@ -87,6 +88,7 @@ class Segment:
     number: int
     readings: Mapping[str, Reading]
     num_skipped: int = 0
+    again: tuple[str, ...] = ()
 
     def of_corpora(self, positions: Ints, seed: int) -> tuple[Ints, Ints]:
         """For the windows at `positions`: the number of their corpus in the mixture, and their own number in it."""
@@ -199,6 +201,7 @@ def _placed(
 ) -> list[Segment]:
     """The added segments with what they read: of each corpus what is unread, or all of it afresh."""
     readings: list[dict[str, Reading]] = [{} for _ in added]
+    again: list[tuple[str, ...]] = [() for _ in added]
     asked = [segment.num_windows(seed) for segment in added]
     for corpus, size in sizes.items():
         need = [(number, windows[corpus]) for number, windows in enumerate(asked) if windows.get(corpus)]
@@ -206,10 +209,12 @@ def _placed(
         windows = [count for _, count in need]
         if not need:
             continue
-        found = _unread(size, corpus, kept, lengths, windows, seed, tell) or _rings(size, lengths, windows)
-        for (number, _), reading in zip(need, found, strict=True):
+        unread_parts = _unread(size, corpus, kept, lengths, windows, seed, tell)
+        for (number, _), reading in zip(need, unread_parts or _rings(size, lengths, windows), strict=True):
             readings[number][corpus] = reading
-    return [replace(segment, readings=places) for segment, places in zip(added, readings, strict=True)]
+            if unread_parts is None and any(corpus in segment.readings for segment in kept):
+                again[number] += (corpus,)
+    return [replace(part, readings=readings[i], again=again[i]) for i, part in enumerate(added)]
 
 
 def _rings(num_tokens: int, lengths: Sequence[int], windows: Sequence[int]) -> list[Reading]:

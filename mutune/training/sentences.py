@@ -48,6 +48,17 @@ def aside(directory: Path, steps: Sequence[int]) -> list[str]:
     ]
 
 
+def read_again(run: Run) -> list[str]:
+    """The lines about stages of a branch that find too little text that no step before them has read."""
+    return [
+        f"note       stage {part.number + 1} reads {' and '.join(name or run.corpus.name for name in part.again)} "
+        f"afresh: of what no step before it has read, there are fewer whole windows of "
+        f"{part.stage.context_length:,} tokens than the {part.stage.num_windows:,} it needs"
+        for part in run.loader.segments
+        if part.again
+    ]
+
+
 def progress(name: str, record: Record, total: int, elapsed: float, throughput: Throughput) -> str:
     """The line of progress after a step."""
     speed = [f"{record['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in record else []

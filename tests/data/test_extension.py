@@ -77,6 +77,7 @@ def test_a_new_stage_of_another_context_reads_what_the_run_has_not() -> None:
     extended = WindowLoader(TOKENS, [SHORT, LONG], 0, extends=[[SHORT]])
     read = inputs(extended, range(30))
     assert len(set(read)) == len(read) == 5120
+    assert not any(segment.again for segment in extended.segments)
     assert not same(extended, WindowLoader(TOKENS, [SHORT, LONG], 0), 20)  # which divides the text between both
 
 
@@ -113,6 +114,7 @@ def test_with_nothing_left_a_new_stage_reads_everything_afresh() -> None:
     extended = WindowLoader(TOKENS, [whole, Stage(50, 100, 2)], 0, extends=[[whole]])
     assert extended.token_ranges == ((0, 10_000), (0, 10_000))
     assert sorted(inputs(extended, range(50, 150))) == list(range(10_000))
+    assert [segment.again for segment in extended.segments] == [(), (MAIN,)]
     half = WindowLoader(TOKENS, [whole, Stage(50, 20, 2), Stage(25, 30, 2)], 0, extends=[[whole]])
     again = inputs(half, range(50, 100))
     assert len(set(again)) == len(again)  # the new stages share nothing with one another
