@@ -21,6 +21,7 @@ from mutune.parametrization.multiplier import Multiplier
 from mutune.scaling.memory import logits_at_once
 
 LAYER_NORM_EPS = 1e-5
+SHAPES = 64  # of batches, in training and in evaluation, that blocks are compiled for at most
 ALIGNED = 64  # what sizes of a GPU's products of matrices should be multiples of
 LOW = ("sdpa", "causal")  # attentions whose bias is in the number format of their products
 #: What attention adds to its logits: (H, T, T) or (1, T, T), with documents (B, H, T, T); or what makes it.
@@ -69,8 +70,12 @@ class Decoder(nn.Module):
     def compile_parts(self) -> None:
         """Compile the blocks, whose code is one for all of them, and the loss, each by themselves.
 
-        For each shape of a batch anew: code for any shape is slower.
+        For each shape of a batch anew: code for any shape is slower. Stages have more shapes than Dynamo takes by itself
+        before it gives up.
         """
+        from torch._dynamo import config
+
+        config.cache_size_limit = max(config.cache_size_limit, SHAPES)  # torch 2.6's name, which later ones know too
         for block in self.h:
             block.forward = torch.compile(block.forward, dynamic=False)  # not hooks, which are FSDP's
         self._sum_of_losses = torch.compile(self._loss_sum, dynamic=False)

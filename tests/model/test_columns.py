@@ -150,6 +150,16 @@ def test_blocks_are_compiled_once_for_all_and_train_as_those_that_are_not(
         torch.testing.assert_close(parts.loss(ids_BT[:, :-1], ids_BT[:, 1:]), losses[0].detach(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_ten_shapes_of_a_batch_are_compiled_each_for_itself(counted: dict[str, int]) -> None:
+    model = Decoder(ModelConfig(width=16, depth=1, num_heads=1), 23, SITES, "causal")
+    model.compile_parts()
+    for sequences in range(1, 11):
+        ids_BT = torch.randint(0, 23, (sequences, 9))
+        model.loss(ids_BT[:, :-1], ids_BT[:, 1:]).backward()
+    assert counted["unique_graphs"] == 2 * 10, "a block and a loss of each"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(("attention", "end"), [("causal", None), ("flex", None), ("flex", 5)])
 @pytest.mark.parametrize("compiled", [False, True])
