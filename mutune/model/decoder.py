@@ -70,7 +70,7 @@ class Decoder(nn.Module):
     def compile_parts(self) -> None:
         """Compile the blocks, whose code is one for all of them, and the loss, each by themselves.
 
-        For each shape of a batch anew: code for any shape is slower. Stages have more shapes than Dynamo takes by itself
+        For each shape of a batch anew: code for any shape is slower. Stages have more shapes than Dynamo takes alone
         before it gives up.
         """
         from torch._dynamo import config
