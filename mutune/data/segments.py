@@ -244,7 +244,12 @@ def _unread(
     def gaps() -> Iterator[Ints]:
         return unread.gaps(within, size, block, tell)
 
-    ranges = token_ranges(unread.count(gaps()), asked) if len(asked) > 1 else [(0, size)]
+    ranges = [(0, size)]
+    if len(asked) > 1:
+        left = unread.count(gaps())  # less than was not input: what a part has beyond its last window counts as read
+        if left < sum(asked) + len(asked):
+            return None
+        ranges = token_ranges(left, asked)
     parts = [Unread.of(unread.cut(gaps(), n, *bounds), n, size) for n, bounds in zip(lengths, ranges, strict=True)]
     enough = all(len(part.places) >= count for part, count in zip(parts, windows, strict=True))
     return list(parts) if enough else None

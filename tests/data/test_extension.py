@@ -73,6 +73,15 @@ def test_what_is_added_reads_no_token_again_where_it_is_given_gaps(
     assert not set(read) & set(before_it)
 
 
+def test_new_stages_never_share_the_last_tokens_that_are_left() -> None:
+    """46 tokens, of which 19 were inputs and one lies beyond a window: 26 are left, and 27 would be needed."""
+    kept, added = [Stage(3, 1, 1), Stage(2, 2, 4)], [Stage(1, 1, 1), Stage(2, 6, 2)]
+    new = WindowLoader(TOKENS[:46], [*kept, *added], 0, extends=[[Stage(3, 1, 1), Stage(2, 4, 4)]])
+    assert [segment.again for segment in new.segments] == [(), (), (MAIN,), (MAIN,)]
+    read = inputs(new, range(3, 10))
+    assert len(set(read)) == len(read)
+
+
 def test_a_new_stage_of_another_context_reads_what_the_run_has_not() -> None:
     extended = WindowLoader(TOKENS, [SHORT, LONG], 0, extends=[[SHORT]])
     read = inputs(extended, range(30))
