@@ -61,6 +61,7 @@ def _check_folder(config: TrainConfig, directory: Path, inputs: dict[str, Any], 
 
         choose(directory / CHECKPOINTS, config.resume)
     require_writable(Path(config.out))
+    require_writable(directory.parent)
     replaced = check_claim(directory, inputs, "name", config.overwrite)
     lost = (
         f"the run in {directory}, which overwrite=true replaces; leave out overwrite=true, or choose another name=NAME"

@@ -14,7 +14,7 @@ from mutune.scaling.hardware import ACCELERATORS, EXAMPLE, MFU, accelerator
 from mutune.scaling.horizon import HorizonConfig
 from mutune.search.config import LAUNCHERS, SearchConfig, without_password
 from mutune.training.alarms import GuardConfig
-from mutune.training.config import MAX_SEED, WRITERS, LoopConfig, ParallelConfig, RunSpec, StageConfig
+from mutune.training.config import MAX_SEED, MOST_THREADS, WRITERS, LoopConfig, ParallelConfig, RunSpec, StageConfig
 from mutune.training.schedule import ScheduleConfig
 from mutune.verification.places import require_span
 
@@ -350,9 +350,11 @@ class TrainConfig(DoorConfig):
         if self.name is not None:
             require_name("name", self.name)
         require_number("keep_checkpoints", self.keep_checkpoints, at_least=1, example=2, whole=True)
-        for key, example in (("checkpoint_every", 50), ("keep_every", 1000), ("resume", 50), ("threads", 2)):
+        for key, example in (("checkpoint_every", 50), ("keep_every", 1000), ("resume", 50)):
             if getattr(self, key) is not None:
                 require_number(key, getattr(self, key), at_least=1, example=example, whole=True)
+        if self.threads is not None:
+            require_number("threads", self.threads, at_least=1, at_most=MOST_THREADS, example=2, whole=True)
         if self.time_limit is not None:
             require_number("time_limit", self.time_limit, above=0, example=60.0)
         self._check_machine()

@@ -31,6 +31,7 @@ from mutune.parametrization.finding import AuditError
 from mutune.progress import ProgressLine
 from mutune.search.workers import default_workers
 from mutune.training.config import RunSpec, micro_sequences, stage_ends
+from mutune.training.device import device_name, kind_of
 from mutune.training.launched import OMP, asked_threads, is_launched, processes, share
 from mutune.training.price import price_table
 from mutune.training.quote import Machine, lacking, largest_table, machine, quote_table
@@ -72,12 +73,13 @@ def work(config: TrainConfig) -> int:
         spec = origin.spec
     check_paths(spec)
     micro_sequences(spec, config.parallel)  # refuses what does not fit the stages
+    _threads(config, spec)  # and more threads than there can be
     if config.fit:
-        print(price_table(name, spec), _fit(config, spec), sep="\n")
+        print(price_table(name, spec, _kind(config)), _fit(config, spec), sep="\n")
         return OK
     if config.dry_run:
         priced = _priced(config, spec, rehearse(config, transfer, spec, directory, origin))
-        print(price_table(name, spec), *_branching(origin), priced, sep="\n")
+        print(price_table(name, spec, _kind(config)), *_branching(origin), priced, sep="\n")
         return OK
     if lack := _memory(config, spec):
         raise lack
@@ -94,6 +96,11 @@ def work(config: TrainConfig) -> int:
                 raise
             raise ProcessLost(lost(directory, error)) from error
     return OK
+
+
+def _kind(config: TrainConfig) -> str:
+    """Of the device that a price is of: hardware that is named is GPUs."""
+    return "cuda" if config.hardware else kind_of(device_name(config.device))
 
 
 def _branching(branch: "Branch | None") -> list[str]:

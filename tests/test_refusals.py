@@ -197,6 +197,11 @@ TRANSFER = [
         "transfer: target.model.max_positions=5 is shorter than the context of 512; for example "
         "target.model.max_positions=512.\n",
     ),
+    (
+        ["study=published", "target=small", "target.schedule.decay_steps=20"],
+        "transfer: target.schedule.decay_steps=20 is for target.schedule.kind=wsd, and this is linear; for example "
+        "target.schedule.kind=wsd.\n",
+    ),
     (["study=published", "target=small", "target.schedule.kidn=wsd"], "did you mean target.schedule.kind?"),
 ]
 
@@ -214,6 +219,10 @@ def test_the_transfer_refuses(
         ([], "transfer= is missing"),
         (["transfer=no/such.yaml"], "the transfer file no/such.yaml cannot be read"),
         (["transfer=LICENSE", "threads=0"], "threads=0 must be"),
+        (
+            ["transfer=LICENSE", "threads=3000000000"],
+            "threads=3000000000 must be a whole number at least 1 and at most 1024",
+        ),
         (["transfer=LICENSE", "name=.x"], "name=.x must be a plain folder name"),
     ],
 )

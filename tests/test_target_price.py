@@ -105,7 +105,8 @@ def test_here_it_is_measured(small: str, tmp_path: Path, capsys: pytest.CaptureF
         ([*PRICED, "parallel.micro_sequences=0"], "parallel.micro_sequences=0 must be a whole number at least 1"),
         (
             [*PRICED, "parallel.micro_sequences=[8,0]"],
-            "parallel.micro_sequences[1]=0 must be a whole number at least 1",
+            "parallel.micro_sequences=[8,0] must have whole numbers of at least 1; for example "
+            "parallel.micro_sequences=[8,1].",
         ),
         (["parallel.micro_sequences=[8,all]"], "parallel.micro_sequences[1]=all must be a whole number; for example"),
         (["parallel.micro_sequences=many"], "parallel.micro_sequences=many must be a whole number; for example"),

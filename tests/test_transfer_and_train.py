@@ -252,14 +252,16 @@ def test_another_target_of_the_study_takes_the_runs_of_the_ladder_that_is_there(
     assert [len(rung["points"]) for rung in rungs] == [8, 8]
 
 
-def test_runs_of_other_values_or_that_did_not_end_are_not_taken(house: Path, tmp_path: Path) -> None:
+def test_runs_of_other_values_code_or_devices_or_that_did_not_end_are_not_taken(house: Path, tmp_path: Path) -> None:
     shutil.copytree(house, tmp_path, dirs_exist_ok=True)
     theirs = tmp_path / "transfer/proxy--tiny/ladder"
-    first, second, *_ = sorted(theirs.glob("*/result.json"))
+    first, second, third, fourth, *_ = sorted(theirs.glob("*/result.json"))
     first.unlink()
     second.write_text(json.dumps({**json.loads(second.read_text()), "fingerprint": "another"}))
+    for path, key, value in ((third, "device", "cuda"), (fourth, "versions", {"torch": "2.6.0"})):
+        doors.edit_yaml(path.parent / "config.yaml", key, value=value)
     words = [*TINY_TARGET, "target.name=branch", *TINY_LADDER, f"out={tmp_path}", "dry_run=true"]
-    assert "runs of other transfers, which are copied: 9\n" in doors.run("transfer", *words).stdout
+    assert "runs of other transfers, which are copied: 7\n" in doors.run("transfer", *words).stdout
     said = doors.run("transfer", *words, "hyperparameters.init_std=0.07").stdout
     assert "runs of other transfers" not in said
 

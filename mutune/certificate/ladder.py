@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mutune.errors import Refusal
+from mutune.files import read_yaml
+from mutune.folders import CONFIG
 from mutune.search.once import Once, fingerprint
 from mutune.search.workers import saving
 from mutune.training.config import RunSpec
 from mutune.training.result import RunResult
+from mutune.versions import versions
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,17 @@ class LadderRun:
     def note(self) -> dict[str, Any]:
         """What its records say it belongs to; a rung of widths is named by its width."""
         width = self.spec.model.width
-        return {"rung": width if self.rung == f"w{width}" else self.rung, "offset": self.offset}
+        rung = width if self.rung == f"w{width}" else self.rung
+        return {"rung": rung, "offset": self.offset, "device": self.device}
+
+
+def made_here(run: LadderRun) -> bool:
+    """Whether a finished run was made by the present code and libraries, on its kind of device."""
+    try:
+        facts = read_yaml(run.directory / CONFIG, "run's config")
+    except (OSError, Refusal):
+        return False
+    return facts.get("versions") == versions() and facts.get("device") == run.device
 
 
 def gather(runs: Sequence[Once], ladder: Path, spare: Path) -> None:

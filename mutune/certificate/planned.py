@@ -9,7 +9,7 @@ from pathlib import Path
 from mutune.certificate.budget import Budget, Timed, budget_of
 from mutune.certificate.config import BudgetConfig, LadderConfig
 from mutune.certificate.design import Design, Next, Plan, first_offsets, grid_runs
-from mutune.certificate.ladder import LadderRun
+from mutune.certificate.ladder import LadderRun, made_here
 from mutune.certificate.rungs import at, place, places, rung_name, rung_specs
 from mutune.errors import require
 from mutune.search.once import fingerprint, finished
@@ -84,10 +84,10 @@ class Ladder:
         return list({run.directory: run for run in runs}.values())
 
     def twin(self, run: LadderRun) -> Paid | None:
-        """The same run, finished, of another ladder."""
+        """The same run, finished, of another ladder, made by the same code and libraries on the same kind of device."""
         for folder in self.elsewhere:
             other = replace(run, directory=folder / run.directory.name)
-            if (result := finished(other)) is not None:
+            if (result := finished(other)) is not None and made_here(other):
                 return Paid(run.spec, result, other.directory)
         return None
 

@@ -47,7 +47,7 @@ FASTEST = (
     "FLASH_ATTENTION",
     "EFFICIENT_ATTENTION",
     "MATH",
-)  # in this order (benchmarks/train_gpu.md)
+)  # in this order (benchmarks/gpu.md)
 
 
 @dataclass(frozen=True, eq=False)

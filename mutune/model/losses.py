@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 #: (x (N, D), table (V, D), targets (N,)) → sum of losses.
 SumOfLosses = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -44,7 +45,7 @@ class _Chunked(torch.autograd.Function):
         for x_CD, targets_C, found_CD in zip(
             x_ND.split(chunk), targets_N.split(chunk), found_ND.split(chunk), strict=True
         ):
-            x = x_CD.detach().requires_grad_()
+            x = _as_products_take_it(x_CD).detach().requires_grad_()
             with torch.enable_grad():
                 loss = sum_of_losses(x, table, targets_C)
             of_x, of_table = torch.autograd.grad(loss, (x, table))
@@ -55,12 +56,13 @@ class _Chunked(torch.autograd.Function):
         return torch.stack(losses).sum()
 
     @staticmethod
+    @once_differentiable  # the gradients of gradients were not kept
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
         found_ND, found_VD = ctx.saved_tensors
         return None, found_ND * gradients[0], found_VD * gradients[0], None, None
 
 
-def _as_products_take_it(table_VD: Tensor) -> Tensor:
-    """Rounded once for all chunks, where autocast would round it for each."""
-    kind = table_VD.device.type
-    return table_VD.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else table_VD
+def _as_products_take_it(x: Tensor) -> Tensor:
+    """Rounded here, where autocast would round it again for each chunk, and keep that to its end."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -8,9 +8,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mutune.errors import require
@@ -162,13 +161,15 @@ class _Poison:
         return torch.full_like(output, torch.nan)
 
 
-class _NaNThroughAttention(TorchFunctionMode):
-    """Torch's fused attention may make zeros of queries that are NaN (on CPUs it does); inside, NaN comes out."""
+class _NaNThroughAttention(TorchDispatchMode):
+    """Torch's fused attention may make zeros of queries that are NaN (on CPUs it does); inside, NaN comes out, whoever
+    calls it.
+    """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is F.scaled_dot_product_attention and _holds_nan([*args, *(kwargs or {}).values()]):
-            return torch.full_like(result, torch.nan)
+        if "scaled_dot_product" in func.name() and _holds_nan(args):
+            tree_leaves(result)[0].fill_(torch.nan)  # the output comes before what a backward pass needs
         return result
 
 

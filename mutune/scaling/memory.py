@@ -17,7 +17,7 @@ FP32 = 4
 #: Kind of device → numbers: a chunked loss computes logits of so many tokens at a time.
 LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**28}
 UNFILLED = 0.6  # of a heap's holes, in bytes, stay unused: so that two runs of five models were met best
-COLUMNS = 6  # by which ALiBi makes queries and keys longer, in bfloat16 up to contexts of 2^16
+COLUMNS, DIGIT = 3, 256  # by which ALiBi makes queries and keys longer in bfloat16, for each digit of a position
 LOGIT_BYTES = 12  # of a logit at the worst moment: log-probabilities, their gradient and the logits' gradient, fp32
 
 
@@ -284,17 +284,20 @@ def _kept(size: DecoderSize, run: ForwardPass) -> int:
         norms += c * d  # autocast casts the output once per product
     attention = c * 5 * d + FP32 * size.heads  # Q‖K‖V, q scaled, output; log-sum-exp
     if run.attention == "causal":  # longer q, k, v and output, and the output cut
-        attention = c * (4 * _lengthened(size) + d) + FP32 * size.heads
+        attention = c * (4 * _lengthened(size, run) + d) + FP32 * size.heads
     if run.attention == "explicit":
         per_score = FP32 if c == FP32 else FP32 + c  # softmax, and what the product with v takes of it
         attention = c * 4 * d + per_score * size.heads * run.context_length
     return norms + attention + c * f * (4 if size.gated else 2)
 
 
-def _lengthened(size: DecoderSize) -> int:
-    """Numbers per token of queries that have ALiBi's columns too."""
-    head = size.width // size.heads
-    return size.heads * (8 * -(-(head + COLUMNS) // 8)) if size.bias_heads > 1 else size.width
+def _lengthened(size: DecoderSize, run: ForwardPass) -> int:
+    """Numbers per token of queries that have ALiBi's columns too; one head alone counts as ALiBi's."""
+    if size.bias_heads < size.heads:
+        return size.width
+    digits = next(number for number in range(1, 9) if DIGIT**number >= run.context_length)
+    columns = 1 if run.compute_bytes == FP32 else COLUMNS * digits
+    return size.heads * 8 * -(-(size.width // size.heads + columns) // 8)
 
 
 def _stored(size: DecoderSize, run: ForwardPass) -> int:

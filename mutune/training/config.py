@@ -7,7 +7,7 @@ from typing import Any
 from mutune.compose import later, written
 from mutune.data.config import DataConfig, MixedData, TokenizerConfig
 from mutune.data.segments import Skip
-from mutune.errors import require, require_number
+from mutune.errors import MAX_WHOLE, require, require_number
 from mutune.model.shape import BaseConfig, ModelConfig, base_shape, tensor_specs
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.plan import Decay, Plan, make_plan
@@ -15,6 +15,7 @@ from mutune.parametrization.rules import ParametrizationConfig
 from mutune.training.schedule import ScheduleConfig
 
 MAX_SEED = 2**31 - 1
+MOST_THREADS = 1024  # of a process
 DTYPES, ATTENTIONS = ("float32", "bfloat16"), ("sdpa", "explicit", "causal")
 RECOMPUTED = ("none", "selective", "full")
 WRITERS = ("tensorboard", "wandb")  # besides metrics.jsonl
@@ -122,9 +123,10 @@ class LoopConfig:
             "loop.attention=causal cannot tell documents apart, as loop.document_mask=true asks; for example "
             "loop.attention=null.",
         )
-        for name, example in (("micro_sequences", 4), ("threads", 2)):
-            if getattr(self, name) is not None:
-                require_number(f"loop.{name}", getattr(self, name), at_least=1, example=example, whole=True)
+        if self.micro_sequences is not None:
+            require_number("loop.micro_sequences", self.micro_sequences, at_least=1, example=4, whole=True)
+        if self.threads is not None:
+            require_number("loop.threads", self.threads, at_least=1, at_most=MOST_THREADS, example=2, whole=True)
 
     def attention_on(self, device: str) -> str:
         """How attention is computed on that kind of device where nothing was measured; on GPUs without the biases of a
@@ -177,8 +179,13 @@ class ParallelConfig:
             f"{', '.join(RECOMPUTED)}.",
         )
         if isinstance(self.micro_sequences, tuple):
-            for number, sequences in enumerate(self.micro_sequences):
-                require_number(f"parallel.micro_sequences[{number}]", sequences, at_least=1, example=1, whole=True)
+            listed = ",".join(map(str, self.micro_sequences))
+            works = ",".join(str(n) if _counts(n) else "1" for n in self.micro_sequences) or "1"
+            require(
+                all(map(_counts, self.micro_sequences)),
+                f"parallel.micro_sequences=[{listed}] must have whole numbers of at least 1; for example "
+                f"parallel.micro_sequences=[{works}].",
+            )
         elif self.micro_sequences is not None:
             require_number("parallel.micro_sequences", self.micro_sequences, at_least=1, example=1, whole=True)
 
@@ -243,6 +250,11 @@ class RunSpec:
     def num_steps(self) -> int:
         """Steps of all stages."""
         return total_steps(self.stages)
+
+
+def _counts(value: object) -> bool:
+    """Whether it is a number of sequences."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_WHOLE
 
 
 def micro_sequences(spec: RunSpec, parallel: ParallelConfig) -> list[int | None]:

@@ -2,6 +2,9 @@
 
 import os
 
+from mutune.errors import require_number
+from mutune.training.config import MOST_THREADS
+
 OMP = "OMP_NUM_THREADS"
 
 
@@ -34,10 +37,14 @@ def asked_threads() -> int | None:
     """The threads that OMP_NUM_THREADS asks for; None where it is not set, or as torchrun sets it.
 
     torchrun sets it to 1 for several processes on a host where nobody else did: 1 is then no wish of the user's.
+
+    Raises:
+        Refusal: more than `MOST_THREADS`.
     """
     first = os.environ.get(OMP, "").partition(",")[0].strip()  # a list has the threads of nested regions
     if not first.isdecimal() or int(first) < 1:
         return None
+    require_number(OMP, int(first), at_most=MOST_THREADS, example=2, whole=True)
     return None if int(first) == 1 and processes()[1] > 1 else int(first)
 
 

@@ -148,9 +148,9 @@ def sequences_of(stage: StageConfig, processes: int) -> int:
     return -(-stage.batch_sequences // processes)
 
 
-def price_table(name: str, spec: RunSpec) -> str:
+def price_table(name: str, spec: RunSpec, device: str = "cpu") -> str:
     """The price in words and numbers, with the schedule at its turning points."""
-    cost, shape = price(spec), spec.model
+    cost, shape = price(spec, device=device), spec.model
     lines = [
         f"target     {name}: width {shape.width}, depth {shape.depth}, {shape.heads} heads of {shape.size_per_head}, "
         f"FFN {shape.ffn}, vocabulary {spec.tokenizer.num_ids:,}",

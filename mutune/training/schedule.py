@@ -43,6 +43,11 @@ class ScheduleConfig:
             require_number("schedule.warmup_steps", self.warmup_steps, at_least=0, example=10, whole=True)
         if self.decay_steps is not None:
             require_number("schedule.decay_steps", self.decay_steps, at_least=1, example=50, whole=True)
+            require(
+                self.kind == "wsd",
+                f"schedule.decay_steps={self.decay_steps} is for schedule.kind=wsd, and this is {self.kind}; for "
+                "example schedule.kind=wsd.",
+            )
         elif self.kind == "wsd":
             shares = self.decay_fraction + (self.warmup_fraction if self.warmup_steps is None else 0.0)
             require(

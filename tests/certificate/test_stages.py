@@ -197,7 +197,7 @@ def test_a_file_from_before_shares_mixtures_and_decays_in_steps_keeps_its_seal()
     "change",
     [
         lambda t: replace(t, target=replace(t.target, stages=[replace(t.target.stages[0], data=(MixedData(),))])),
-        lambda t: replace(t, schedule=replace(t.schedule, decay_steps=7)),
+        lambda t: replace(t, schedule=replace(t.schedule, kind="wsd", decay_steps=7)),
         lambda t: replace(t, prediction=Prediction(loss=3.0)),
     ],
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 from mutune.model.alibi import AlibiColumns, alibi_slopes, causal, causal_bias
 from mutune.model.decoder import Decoder, FeedForward
 from mutune.model.shape import ModelConfig
+from mutune.scaling.memory import DecoderSize, ForwardPass, _lengthened
 from mutune.training.config import LoopConfig
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -39,6 +40,15 @@ def test_columns_in_bfloat16_make_exactly_what_float32_would(time: int) -> None:
     made_HT = columns.queries_HC.double() @ columns.keys_TC.double().T
     wanted_HT = torch.tensor(slopes_H, dtype=torch.float64)[:, None] * torch.arange(time)
     torch.testing.assert_close(made_HT, wanted_HT, rtol=2.0**-23, atol=0)
+
+
+@pytest.mark.parametrize(("time", "columns"), [(200, 3), (257, 6), (8192, 6), (65537, 9)])
+def test_memory_counts_as_many_columns_as_there_are(time: int, columns: int) -> None:
+    made = AlibiColumns.make(alibi_slopes(32), time, CPU, torch.bfloat16)
+    size = DecoderSize(100, 32 * 80, 6826, 32, 1, True, 32, 0, 0, 0)
+    assert made.queries_HC.shape[1] == columns
+    longer = _lengthened(size, ForwardPass(1, time, 2, "causal"))
+    assert longer == 32 * (80 + -(-columns // 8) * 8)
 
 
 def attention_of(name: str, parts: list[Tensor], slopes_H: list[float]) -> Tensor:

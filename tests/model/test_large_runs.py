@@ -91,6 +91,15 @@ def test_in_chunks_each_product_with_the_table_is_made_once(monkeypatch: pytest.
     assert len(products) == 3 * 3, "logits, and the gradients of states and table, of three chunks"
 
 
+def test_gradients_of_gradients_of_a_loss_in_chunks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "logits_at_once", lambda device: 7 * VOCAB)
+    model, batch_BT = built(ModelConfig(width=16, depth=1, num_heads=2), "explicit"), ids(3, 7)
+    loss = model.loss(batch_BT[:, :-1], batch_BT[:, 1:])
+    (gradient,) = torch.autograd.grad(loss, model.wte.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 def test_btlm_s_longest_sequence_has_no_more_logits_at_once_than_a_gigabyte_holds() -> None:
     assert 4 * logits_at_once("cpu") <= 2**30 < 4 * 8192 * 50257
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
-from mutune import Family
+from mutune import Family, parametrize
 from mutune.errors import Refusal
 from mutune.model.decoder import Decoder
 from mutune.model.shape import ModelConfig
@@ -26,6 +26,7 @@ from mutune.parametrization.initial_values import KURTOSIS, Z, standard_error
 from mutune.parametrization.multiplier import Multiplier
 from mutune.parametrization.names import canonical_name
 from mutune.parametrization.opinion import second_opinion
+from mutune.parametrization.roles import Role
 from mutune.parametrization.rules import NORMAL, TABLES, TRUNCATED_NORMAL, TRUNCATED_STD_RATIO
 from tests.parametrization.mutations import (
     DOCUMENT,
@@ -643,3 +644,46 @@ def test_mup_is_of_another_opinion_where_a_fan_in_is_wrong(key: str, quantity: s
     (finding,) = opinion(TIED, "mup", change)
     assert (finding.tensor, finding.quantity, finding.found) == (MATRIX, quantity, 0.5)
     assert opinion(TIED, "sp", change) == []
+
+
+class Native(nn.Module):
+    """Two blocks of torch's own attention, whose inside no function mode sees."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed, self.embedding, self.output = nn.Embedding(50, width), Multiplier("embedding"), Multiplier("output")
+        self.h = nn.ModuleList(NativeBlock(width) for _ in range(2))
+        self.head = nn.Linear(width, 50, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(self.embed(ids))
+        for block in self.h:
+            x = block(x)
+        logits: Tensor = self.head(self.output(x))
+        return logits
+
+
+class NativeBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, width // 8, batch_first=True)
+        self.scale = Multiplier("attention_logits")
+        self.wo = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended: Tensor = self.attn(self.scale(x), x, x, need_weights=False)[0]
+        return x + self.wo(attended)
+
+
+def test_nan_reaches_the_result_through_torch_s_own_attention_too() -> None:
+    """Its fused kernel for CPUs makes zeros of queries that are NaN, in short sequences."""
+    roles: dict[str, Role | str] = {
+        "*.in_proj_weight": Role("hidden", fan_in=1),
+        "*.out_proj.weight": "hidden",
+        "*.wo.weight": "residual_output",
+    }
+    family = parametrize(Native, base=32, delta=64, target=128, head_size=8, roles=roles)
+    model, ids = Native(128), torch.randint(50, (2, 8))
+    family.place(model)
+    family.initialise(model, 0)
+    assert findings(model, family.optimizer(model), family.plan, forward=lambda: model(ids)) == []
