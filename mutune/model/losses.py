@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 #: (x (N, D), table (V, D), targets (N,)) → sum of losses.
 SumOfLosses = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -56,8 +55,9 @@ class _Chunked(torch.autograd.Function):
         return torch.stack(losses).sum()
 
     @staticmethod
-    @once_differentiable  # the gradients of gradients were not kept
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError("a loss in chunks has no gradients of its gradients")
         found_ND, found_VD = ctx.saved_tensors
         return None, found_ND * gradients[0], found_VD * gradients[0], None, None
 
