@@ -98,9 +98,9 @@ def work(config: TrainConfig) -> int:
     return OK
 
 
-def _kind(config: TrainConfig) -> str:
-    """Of the device that a price is of: hardware that is named is GPUs."""
-    return "cuda" if config.hardware else kind_of(device_name(config.device))
+def _kind(config: TrainConfig) -> str | None:
+    """Of the present device, where a price is of it and not of named hardware."""
+    return None if config.hardware else kind_of(device_name(config.device))
 
 
 def _branching(branch: "Branch | None") -> list[str]:
@@ -278,12 +278,15 @@ def _run_to_end(
     branch: "Branch | None",
 ) -> None:
     from mutune.reporting.figures import draw_train
+    from mutune.training.checkpoint import kept_every
     from mutune.training.sentences import diverged, progress, stopped
     from mutune.training.target import Paused, Target
 
     total, world = run.spec.num_steps, run.world
     every = config.checkpoint_every or max(1, total // 20)
-    kept = _kept(config, [end for end, _ in stage_ends(run.spec.stages)])
+    root = directory / CHECKPOINTS
+    asked_for = world.together(lambda: kept_every(root, config.keep_every) if world.is_first else [])
+    kept = _kept(config, [end for end, _ in stage_ends(run.spec.stages)], asked_for)
     with closing(ProgressLine()) as line, StopRequest(patient=is_launched()) as stop, ExitStack() as opened:
         asked = config.writers if world.is_first else []
         writers = open_writers(asked, directory, directory.name, run.spec.as_dict(), start)
@@ -299,7 +302,8 @@ def _run_to_end(
 
         origin = branch.checkpoint if branch else None
         background, measure = _in_background(config, run), _throughput(config, run)
-        target = Target(run, directory, guard, meta, every, kept, background, say, measure, cost, origin)
+        saved_every = [every, *([config.keep_every] if config.keep_every else [])]
+        target = Target(run, directory, guard, meta, saved_every, kept, background, say, measure, cost, origin)
         record: Record | None = None
         seen, last = line.elapsed, start
         try:
@@ -339,11 +343,11 @@ def _why(stop: StopRequest, config: TrainConfig) -> str:
     return stop.signal or (late if _is_late(config) else "another process was asked to")
 
 
-def _kept(config: TrainConfig, ends: list[int]) -> Callable[[list[int]], list[int]]:
-    """Which checkpoints stay: the newest, the ends of stages, and every `keep_every` steps."""
+def _kept(config: TrainConfig, ends: list[int], kept_every: list[int]) -> Callable[[list[int]], list[int]]:
+    """Which checkpoints stay: the newest, the ends of stages, and what any `keep_every=` of this run asked for."""
 
     def kept(steps: list[int]) -> list[int]:
-        marked = [s for s in steps if s in ends or (config.keep_every and s % config.keep_every == 0)]
+        marked = [s for s in steps if s in ends or any(s % every == 0 for every in kept_every)]
         old = [s for s in steps if s <= steps[-1] - 2 * config.guard.window]  # to which the guard may have to go back
         return [*steps[-config.keep_checkpoints :], *marked, *old[-1:]]
 

@@ -115,3 +115,15 @@ def test_what_cannot_be_a_branch_is_refused_before_anything_is_written(
 def test_a_folder_that_is_no_checkpoint_is_refused(out: Path) -> None:
     said = trained(out, "none", DECAYING, f"{{{STAGE}, num_steps: 30}}", "branch_from=nowhere", expect=2)
     assert "branch_from=nowhere is no checkpoint; for example branch_from=runs/train/" in said
+
+
+def test_checkpoints_that_were_asked_to_stay_do_so_where_a_later_start_does_not_ask(out: Path) -> None:
+    own = [word for word in TARGET if not word.startswith(("target.name", "target.schedule", "target.stages"))]
+    stages = f"target.stages=[{{{STAGE}, num_steps: 30}}]"
+    doors.run("transfer", *own, "target.name=kept", f"target.schedule={CONSTANT}", stages, f"out={out}")
+    words = [f"transfer={out}/transfer/published--kept/transfer.yaml", f"out={out}", "threads=1", "checkpoint_every=10"]
+    root = out / "train/kept/checkpoints"
+    doors.run("train", *words, "keep_every=7")
+    assert {int(path.name) for path in root.iterdir() if path.name.isdecimal()} == {7, 14, 21, 28, 30}
+    doors.run("train", *words, "resume=14")
+    assert {int(path.name) for path in root.iterdir() if path.name.isdecimal()} == {7, 14, 20, 30}

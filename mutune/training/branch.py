@@ -9,7 +9,7 @@ from mutune.compose import build
 from mutune.data.segments import Skip, Stage, shared_steps
 from mutune.errors import require
 from mutune.folders import differences
-from mutune.training.checkpoint import Checkpoint, newest, read
+from mutune.training.checkpoint import Checkpoint, list_steps, newest, read
 from mutune.training.config import RunSpec, StageConfig, stage_ends
 from mutune.training.schedule import multiplier
 
@@ -45,6 +45,12 @@ class Branch:
         return self.checkpoint.path.parents[1]
 
 
+def _another(path: Path) -> Path:
+    """The newest checkpoint beside what is none; where there is none, what one would be called."""
+    steps = sorted(list_steps(path.parent))
+    return path.parent / str(steps[-1]) if steps else Path("runs/train/trunk/checkpoints/1000")
+
+
 def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
     """The branch that trains `spec` from the checkpoint in the folder `path` on.
 
@@ -61,7 +67,7 @@ def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
         return Branch(replace(spec, extends=before.extends, left_out=before.left_out), kept.meta["branch"])
     require(
         (path / "meta.json").is_file(),
-        f"branch_from={path} is no checkpoint; for example branch_from=runs/train/trunk/checkpoints/1000.",
+        f"branch_from={path} is no checkpoint; for example branch_from={_another(path)}.",
     )
     found = read(path.resolve())
     trunk = build(RunSpec, found.meta["run"])

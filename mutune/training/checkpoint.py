@@ -25,7 +25,7 @@ from mutune.parametrization.forward_pass import reshard
 from mutune.parametrization.plan import Plan
 from mutune.training.world import is_sharded
 
-GONE_BACK = "gone_back.json"
+GONE_BACK, KEPT_EVERY = "gone_back.json", "kept_every.json"
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -189,6 +189,19 @@ def gone_back(root: Path) -> int | None:
     """The step that was last gone back to by `resume=`."""
     path = root / GONE_BACK
     return int(json.loads(path.read_text())["resume"]) if path.is_file() else None
+
+
+def kept_every(root: Path, steps: int | None) -> list[int]:
+    """Every how many steps checkpoints were ever asked to stay, this time included: a later start that does not ask
+    leaves them.
+    """
+    path = root / KEPT_EVERY
+    known: list[int] = json.loads(path.read_text())["steps"] if path.is_file() else []
+    if steps is None or steps in known:
+        return known
+    root.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"steps": sorted([*known, steps])})
+    return sorted([*known, steps])
 
 
 def read(path: Path) -> Checkpoint:

@@ -12,6 +12,9 @@ from mutune.training.quote import balanced, largest, setting
 
 MOST_TRIALS = 6
 WORTH = 1.1  # times as many sequences, for which one more trial is made
+FAR = (
+    3.0  # times what is free, that one sequence needs by estimate, and is not tried: where memory swaps that takes long
+)
 WORSE = 1.5  # times its estimate, that what ran out of memory is taken to need
 
 
@@ -61,6 +64,8 @@ def search(
     best, taken, too_many, correction = 0, 0, share + 1, 1.0
     for _ in range(MOST_TRIALS):
         tried = largest(too_many - 1, lambda n, c=correction: c * estimate(n) <= have)  # type: ignore[misc]
+        if not best and estimate(1) > FAR * have:
+            break
         if tried <= best:  # the estimates are of no more use: one by itself, else what lies between
             tried = (best + too_many) // 2 if best else min(1, too_many - 1)
         tried = balanced(tried, share)

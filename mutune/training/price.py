@@ -148,9 +148,13 @@ def sequences_of(stage: StageConfig, processes: int) -> int:
     return -(-stage.batch_sequences // processes)
 
 
-def price_table(name: str, spec: RunSpec, device: str = "cpu") -> str:
-    """The price in words and numbers, with the schedule at its turning points."""
-    cost, shape = price(spec, device=device), spec.model
+def price_table(name: str, spec: RunSpec, device: str | None = "cpu") -> str:
+    """The price in words and numbers, with the schedule at its turning points.
+
+    Args:
+        device: the kind of device whose memory is told; None tells none.
+    """
+    cost, shape = price(spec, device=device or "cpu"), spec.model
     lines = [
         f"target     {name}: width {shape.width}, depth {shape.depth}, {shape.heads} heads of {shape.size_per_head}, "
         f"FFN {shape.ffn}, vocabulary {spec.tokenizer.num_ids:,}",
@@ -162,12 +166,13 @@ def price_table(name: str, spec: RunSpec, device: str = "cpu") -> str:
             f"{stage.tokens_per_step:,} tokens per step; {stage.num_steps:,} steps, {part.tokens:,} tokens, "
             f"{part.flops:.3e} FLOPs{_share(part.tokens, cost.tokens)}{_mixture(stage)}"
         )
-    lines += [
-        f"total      {spec.num_steps:,} steps, {cost.tokens:,} tokens, {cost.flops:.3e} FLOPs",
-        f"memory     {_gib(state_bytes(cost.parameters))} for weights, gradients and Adam's moments (fp32, one device) "
-        f"and at most about {_gib(cost.bytes)} with activations and what comes and goes",
-        *_schedule_lines(spec),
-    ]
+    lines.append(f"total      {spec.num_steps:,} steps, {cost.tokens:,} tokens, {cost.flops:.3e} FLOPs")
+    if device is not None:
+        lines.append(
+            f"memory     {_gib(state_bytes(cost.parameters))} for weights, gradients and Adam's moments (fp32, one "
+            f"device) and at most about {_gib(cost.bytes)} with activations and what comes and goes"
+        )
+    lines += _schedule_lines(spec)
     return "\n".join(lines)
 
 

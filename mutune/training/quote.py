@@ -212,7 +212,7 @@ def lacking(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> str | None:
     works = f"parallel.activation_checkpointing={cure}" if cure else f"gpus={2 * on.gpus}"
     return (
         f"hardware={on.name} has {on.usable_bytes / GB:,.1f} GB to fill and stage {number} needs {most / GB:,.1f} GB; "
-        f"for example {works}, or a smaller parallel.micro_sequences, which fit=true finds."
+        f"for example {works}; fit=true finds what fits, or says what would have to change."
     )
 
 

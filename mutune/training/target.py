@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,7 +38,7 @@ class Target:
 
     Attributes:
         meta: what travels with each checkpoint.
-        every: steps between checkpoints.
+        every: steps between checkpoints; each number by itself.
         kept: of the steps that have a checkpoint, in order, those that stay.
         background: whether training goes on while a checkpoint is written.
         say: prints a line that stays.
@@ -51,7 +51,7 @@ class Target:
     directory: Path
     guard: Guard
     meta: dict[str, Any]
-    every: int
+    every: Sequence[int]
     kept: Callable[[list[int]], list[int]]
     background: bool
     say: Callable[[str], None]
@@ -98,7 +98,8 @@ class Target:
                 if action.do == ROLLBACK:
                     return self._go_back(action, step)
                 paused = action.do == PAUSE
-                if not record["diverged"] and (step % self.every == 0 or step in ends or stopped or paused):
+                due = step in ends or any(step % every == 0 for every in self.every)
+                if not record["diverged"] and (due or stopped or paused):
                     self._save(step, lines, keep_all=paused)
                 yield record
                 if paused:

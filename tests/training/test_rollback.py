@@ -61,7 +61,7 @@ def target_of(
         folder,
         guard,
         meta=meta or {},
-        every=EVERY,
+        every=[EVERY],
         kept=kept,
         background=False,
         say=lambda text: None,
