@@ -100,8 +100,10 @@ def claimed(
 
 def rehearse(
     config: TrainConfig, transfer: TransferFile, spec: RunSpec, directory: Path, branch: "Branch | None"
-) -> str:
-    """Refuse, without writing anything, what the run would refuse at its start; returns what was written all the same.
+) -> tuple[str, int]:
+    """Refuse, without writing anything, what the run would refuse at its start.
+
+    Returns what was written all the same, and the steps that are done.
 
     Text is looked at only where there is a run that must have read the same.
     """
@@ -111,7 +113,7 @@ def rehearse(
         require_even([stage.batch_sequences for stage in spec.stages], processes()[0], config.parallel)
     if not directory.exists() and branch is None:
         _check_folder(config, directory, {}, None)
-        return ""
+        return "", 0
     from mutune.training.resume import begins_at, identity, state_at
 
     corpora = _check_data(transfer, spec)
@@ -123,4 +125,4 @@ def rehearse(
     if start:
         meta = identity(spec, corpora, transfer.verdict, transfer.seal, branch)
         state_at(directory, start, spec, spec.plan(corpora.main.vocab_size), meta, branch)
-    return CACHED
+    return CACHED, start

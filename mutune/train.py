@@ -78,8 +78,9 @@ def work(config: TrainConfig) -> int:
         print(price_table(name, spec, _kind(config)), _fit(config, spec), sep="\n")
         return OK
     if config.dry_run:
-        priced = _priced(config, spec, rehearse(config, transfer, spec, directory, origin))
-        print(price_table(name, spec, _kind(config)), *_branching(origin), priced, sep="\n")
+        but, done = rehearse(config, transfer, spec, directory, origin)
+        told = [*_branching(origin), *_stands(directory, done, spec.num_steps), _priced(config, spec, but)]
+        print(price_table(name, spec, _kind(config)), *told, sep="\n")
         return OK
     if lack := _memory(config, spec):
         raise lack
@@ -96,6 +97,12 @@ def work(config: TrainConfig) -> int:
                 raise
             raise ProcessLost(lost(directory, error)) from error
     return OK
+
+
+def _stands(directory: Path, done: int, total: int) -> list[str]:
+    """How far the run of a dry run is, where there is one."""
+    left = "only its figures and report would be made again" if done == total else "the same command goes on from there"
+    return [f"stands     {directory.name} at step {done:,} of {total:,}; {left}"] if done else []
 
 
 def _kind(config: TrainConfig) -> str | None:

@@ -120,9 +120,17 @@ def test_a_dry_run_of_a_branch_looks_into_its_trunk(house: Path, tmp_path: Path)
 
 def test_a_dry_run_of_a_run_that_may_go_on_leaves_everything_as_it_was(house: Path) -> None:
     before = files(house)
-    for words in ([], ["resume=15"], ["name=another"], ["seed=1", "overwrite=true"], ["device=cpu"]):
+    over, on = "at step 20 of 20; only its figures and report", "at step 15 of 20; the same command goes on from there"
+    for words, stands in (
+        ([], over),
+        (["resume=15"], on),
+        (["name=another"], None),
+        (["seed=1", "overwrite=true"], None),
+        (["device=cpu"], over),
+    ):
         said = doors.run("train", transfer(house), f"out={house}", *DRY, *words).stdout
         assert said.endswith("leave out dry_run=true to start.\n")
+        assert (f"stands     tiny {stands}" in said) if stands else ("stands " not in said)
     assert files(house) == before
 
 

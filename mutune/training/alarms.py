@@ -245,9 +245,13 @@ class Alarm:
     def __str__(self) -> str:
         about = f" of {self.where}" if self.where else ""
         return (
-            f"step {self.step:,}: {self.name}{about} is {_shown(self.value)}, usual is {_shown(self.bound)}; "
+            f"step {self.step:,}: {self.name}{about} is {_shown(self.value)}, {self._expected} {_shown(self.bound)}; "
             f"{self.means}. Advice: {self.advice}."
         )
+
+    @property
+    def _expected(self) -> str:
+        return "expected" if isinstance(self.bound, str) else "and the bound is"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for a file of alarms; numbers that JSON lacks become words."""

@@ -27,7 +27,7 @@ def _not_finite(guard: "Guard", record: Mapping[str, Any]) -> Iterator[Alarm]:
             yield Alarm("not_finite", record["step"], record[name], "a finite number", record["step"], where)
             return
     if record["diverged"]:
-        yield Alarm("diverged", record["step"], record["loss"], "below the bound that ends a run", record["step"])
+        yield Alarm("diverged", record["step"], record["loss"], "to be below the bound that ends a run", record["step"])
 
 
 def _loss(guard: "Guard", record: Mapping[str, Any]) -> Iterator[Alarm]:
