@@ -231,7 +231,7 @@ def test_the_first_process_decides_for_those_that_start_at_once(tmp_path: Path) 
         ("loop.dtype=float16", "loop.dtype=float16 is unknown; known: float32, bfloat16, or null."),
         ("loop.attention=flash", "loop.attention=flash is unknown; known: sdpa, explicit, causal, or null."),
         ("loop.compile=yes please", "loop.compile="),
-        ("loop.threads=0", "loop.threads=0 must be a whole number at least 1; for example loop.threads=2."),
+        ("loop.threads=0", "loop.threads=0 must be a whole number at least 1 and at most 1024; for example"),
     ],
 )
 def test_a_way_that_does_not_exist_is_refused(word: str, sentence: str, tmp_path: Path) -> None:
