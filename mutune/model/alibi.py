@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mutune.scaling.memory import COLUMNS, DIGIT
+
 if TYPE_CHECKING:  # it loads torch's compiler
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -39,8 +41,6 @@ def causal_bias(slopes_H: list[float], time: int, *, device: torch.device, dtype
     return bias_HTT.masked_fill(distance_TT < 0, -math.inf).to(dtype)
 
 
-DIGIT = 256  # whole numbers below it, and their products with a power of it, are exact in bfloat16
-PARTS = 3  # bfloat16 numbers that add up to a float32 one
 KERNEL_SIZE = 8  # head sizes of the fused kernels are multiples of it
 FASTEST = (
     "CUDNN_ATTENTION",
@@ -78,7 +78,7 @@ class AlibiColumns:
         else:
             digits_T = [position_T]
         parts_H: list[Tensor] = []
-        for _ in range(PARTS if dtype is torch.bfloat16 else 1):
+        for _ in range(COLUMNS if dtype is torch.bfloat16 else 1):
             parts_H.append(rest_H.to(dtype))
             rest_H = rest_H - parts_H[-1].double()
         queries_HC = torch.stack([part for _ in digits_T for part in parts_H], dim=1).to(device)

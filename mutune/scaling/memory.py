@@ -17,7 +17,10 @@ FP32 = 4
 #: Kind of device → numbers: a chunked loss computes logits of so many tokens at a time.
 LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**28}
 UNFILLED = 0.6  # of a heap's holes, in bytes, stay unused: so that two runs of five models were met best
-COLUMNS, DIGIT = 3, 256  # by which ALiBi makes queries and keys longer in bfloat16, for each digit of a position
+DIGIT = 256  # of a position: whole numbers below it, and their products with a power of it, are exact in bfloat16
+COLUMNS = (
+    3  # by which ALiBi makes queries and keys longer for each digit: bfloat16 numbers that add up to a float32 one
+)
 LOGIT_BYTES = 12  # of a logit at the worst moment: log-probabilities, their gradient and the logits' gradient, fp32
 
 
