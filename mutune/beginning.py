@@ -62,6 +62,8 @@ def _check_folder(config: TrainConfig, directory: Path, inputs: dict[str, Any], 
         choose(directory / CHECKPOINTS, config.resume)
     require_writable(Path(config.out))
     require_writable(directory.parent)
+    root = directory / CHECKPOINTS
+    require(not root.exists() or root.is_dir(), f"{root} is a file; move it away, or choose another name=NAME.")
     replaced = check_claim(directory, inputs, "name", config.overwrite)
     lost = (
         f"the run in {directory}, which overwrite=true replaces; leave out overwrite=true, or choose another name=NAME"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from mutune.compose import plain
 from mutune.config import CheckConfig
-from mutune.door import CACHED, FAILED, OK, WorkFailed, enter, nothing_written
+from mutune.door import CACHED, FAILED, OK, WorkFailed, enter, rehearsed
 from mutune.errors import Refusal, require_name
 from mutune.files import require_writable, write_json, write_text
 from mutune.folders import check_claim, claim, locked
@@ -58,7 +58,7 @@ def work(config: CheckConfig) -> int:
         check_runs(of, min(sizes), text.probe)
     if config.dry_run:
         print(describe(config, name))
-        return OK
+        return rehearsed(CACHED)
     directory = Path(config.out) / "checks" / name
     inputs = plain(config)
     for key in ("out", "device", "dry_run", "overwrite", "workers", "name"):
@@ -134,7 +134,6 @@ def describe(config: CheckConfig, name: str) -> str:
         f"table      {config.parametrization.table}",
         *(f"{axis:<10} {sizes}" for axis, sizes in (("widths", config.widths), ("depths", config.depths)) if sizes),
         f"each       {config.seeds} seeds × {run.num_steps} steps of {run.tokens_per_step} tokens",
-        nothing_written(CACHED),
     ]
     return "\n".join(rows)
 

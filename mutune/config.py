@@ -315,7 +315,7 @@ class TrainConfig(DoorConfig):
         hardware: GPUs that dry_run=true and fit=true are about, such as h100-sxm; in a run, whose peak and price count.
             null is the present device.
         gpus: how many of them.
-        mfu: model FLOPs over the peak that a priced run is assumed to reach.
+        mfu: model FLOPs over the peak that a priced run is assumed to reach where it computes nothing again.
         peak_flops: of one device, FLOP/s, dense; null is what the table of hardware says.
         memory_gb: of one device, 1 GB = 10^9 bytes; null is what the table says.
         gpu_hour: price of a device's hour; null is what the table says, a setting and no quote.

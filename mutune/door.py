@@ -1,9 +1,10 @@
 """The contract every command keeps: `--help`, one sentence and exit code 2 for bad input, and what signals do.
 
 Exit codes: 0 done, 1 failed while working, 2 refused, 3 verdict not good enough (with `require_go=true`),
-130 and 143 after SIGINT and SIGTERM, once the work has saved what it can.
+130 and 143 after SIGINT and SIGTERM, once the work has saved what it can, 141 where nobody reads what it prints.
 """
 
+import os
 import signal
 import sys
 import time
@@ -22,18 +23,24 @@ T = TypeVar("T", bound="DoorConfig")
 
 CACHED = "tokenized text in the cache"
 SILENCE = 3.0  # seconds in which the first process speaks for all
-OK, FAILED, REFUSED, NOT_GO, INTERRUPTED, TERMINATED = 0, 1, 2, 3, 130, 143
+OK, FAILED, REFUSED, NOT_GO, INTERRUPTED, UNREAD, TERMINATED = 0, 1, 2, 3, 130, 141, 143
 
 
-def nothing_written(but: str, lack: Refusal | None = None) -> str:
-    """The last lines of a dry run.
+def rehearsed(but: str = "", lack: Refusal | None = None) -> int:
+    """Print the last line of a dry run; returns its exit code.
 
     Args:
         but: what was written all the same, or nothing.
-        lack: why the work would be refused here.
+        lack: why the work would be refused.
+
+    Raises:
+        Refusal: the lack, where there is one, so that a script does not start what would be refused.
     """
     written = f"dry run: nothing was written{f' but {but}' if but else ''}"
-    return f"memory     {lack}\n{written}." if lack else f"{written}; leave out dry_run=true to start."
+    print(f"{written}." if lack else f"{written}; leave out dry_run=true to start.", flush=True)
+    if lack:
+        raise lack
+    return OK
 
 
 class WorkFailed(Exception):
@@ -112,14 +119,14 @@ def enter(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence
         groups: the config groups it has, for `--help`.
         argv: the command line after the command.
     """
-    if {"-h", "--help"} & set(argv):
-        print(help_text(door, schema, sys.modules[work.__module__].__doc__ or "", groups))
-        return OK
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        config = compose(door, schema, argv)
-        _check_device(config.device)
-        return work(config)
+        code = _opened(door, schema, work, groups, argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who read has enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes at its end, and complains
+        return UNREAD
     except Refusal as refusal:
         return _end(door, refusal, REFUSED)
     except (WorkFailed, OSError) as failure:  # OSError: a full disk, a folder where a file goes
@@ -128,6 +135,15 @@ def enter(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence
         return _end(door, "interrupted; the same command continues.", INTERRUPTED)
     except Terminated:
         return _end(door, "terminated; the same command continues.", TERMINATED)
+
+
+def _opened(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence[str], argv: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(help_text(door, schema, sys.modules[work.__module__].__doc__ or "", groups))
+        return OK
+    config = compose(door, schema, argv)
+    _check_device(config.device)
+    return work(config)
 
 
 def _end(door: str, sentence: object, code: int) -> int:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mutune.compose import build, compose
 from mutune.config import SweepConfig, TransferConfig
-from mutune.door import CACHED, OK, WorkFailed, drawn, enter, nothing_written
+from mutune.door import CACHED, OK, WorkFailed, drawn, enter, rehearsed
 from mutune.errors import Refusal
 from mutune.files import read_yaml, require_writable
 from mutune.folders import CONFIG, check_claim, claim, entered
@@ -88,8 +88,7 @@ def work(config: SweepConfig, words: Sequence[str] = ()) -> int:
         print(plan.line(steps), _share(config, steps), sep="\n")
         lack = _memory(config, spec, space, plan.workers)
     if config.dry_run:
-        print(nothing_written(CACHED, lack))
-        return OK
+        return rehearsed(CACHED, lack)
     if lack:
         raise lack
     return _start(replace(config, workers=plan.workers), plan, space, corpus.content_hash, words)

@@ -24,7 +24,7 @@ from mutune.certificate.band import band_at
 from mutune.certificate.config import TransferFile
 from mutune.compose import build, plain
 from mutune.config import TrainConfig
-from mutune.door import OK, ProcessLost, StopRequest, Terminated, WorkFailed, drawn, enter, nothing_written
+from mutune.door import OK, ProcessLost, StopRequest, Terminated, WorkFailed, drawn, enter, rehearsed
 from mutune.errors import Refusal
 from mutune.files import read_yaml, write_json, write_text
 from mutune.parametrization.finding import AuditError
@@ -79,9 +79,11 @@ def work(config: TrainConfig) -> int:
         return OK
     if config.dry_run:
         but, done = rehearse(config, transfer, spec, directory, origin)
-        told = [*_branching(origin), *_stands(directory, done, spec.num_steps), _priced(config, spec, but)]
+        told, lack = [*_branching(origin), *_stands(directory, done, spec.num_steps)], _lack(config, spec)
+        if config.hardware:
+            told.append(quote_table(spec, config.parallel, _machine(config, spec)))
         print(price_table(name, spec, _kind(config)), *told, sep="\n")
-        return OK
+        return rehearsed(but, lack)
     if lack := _memory(config, spec):
         raise lack
     require_writers(config.writers)
@@ -125,17 +127,12 @@ def _branching(branch: "Branch | None") -> list[str]:
     ]
 
 
-def _priced(config: TrainConfig, spec: RunSpec, but: str) -> str:
-    """The last lines of a dry run: on named hardware what it costs there, else whether it fits here.
-
-    Args:
-        but: what was written all the same.
-    """
+def _lack(config: TrainConfig, spec: RunSpec) -> Refusal | None:
+    """Why the run does not fit on the named hardware, or here where none is; None where it does."""
     if config.hardware is None:
-        return nothing_written(but, _memory(config, spec))
-    on = _machine(config, spec)
-    lack = lacking(spec, config.parallel, on)
-    return f"{quote_table(spec, config.parallel, on)}\n{nothing_written(but, Refusal(lack) if lack else None)}"
+        return _memory(config, spec)
+    lack = lacking(spec, config.parallel, _machine(config, spec))
+    return Refusal(lack) if lack else None
 
 
 def _fit(config: TrainConfig, spec: RunSpec) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mutune.certificate.config import Provenance, TransferFile
 from mutune.compose import build, compose, data_dir, plain
 from mutune.config import PUBLISHED, SweepConfig, TransferConfig
-from mutune.door import CACHED, NOT_GO, OK, WorkFailed, drawn, enter, nothing_written
+from mutune.door import CACHED, NOT_GO, OK, WorkFailed, drawn, enter, rehearsed
 from mutune.errors import Refusal, require
 from mutune.files import read_yaml, require_writable, write_yaml
 from mutune.folders import check_claim, claim, locked
@@ -89,8 +89,8 @@ def work(config: TransferConfig) -> int:
     advice, unable = _advice(config, source.proxy, target, own), _foreseen(config, source, target, own)
     if config.dry_run:
         tuning = [f"tuning     {words}" for words in _tuning(source, target)]
-        print("\n".join([_dry_run(config, ladders, target, advice), *tuning, *unable, nothing_written(CACHED)]))
-        return OK
+        print("\n".join([_dry_run(config, ladders, target, advice), *tuning, *unable]))
+        return rehearsed(CACHED)
     for line in unable:
         print(line, flush=True)
     inputs = _inputs(source)

@@ -13,6 +13,7 @@ import pytest
 from mutune.compose import compose
 from mutune.config import CheckConfig, DoorConfig, SweepConfig, TrainConfig, TransferConfig
 from mutune.help import MEANINGS_AT, meanings
+from tests import doors
 from tests.doors import ROOT
 
 DOORS: dict[str, type[DoorConfig]] = {
@@ -120,3 +121,12 @@ def test_the_examples_of_help_can_be_composed(door: str, capsys: pytest.CaptureF
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml")))
 def test_every_sweep_has_only_keys_that_there_are(name: str) -> None:
     assert compose("sweep", SweepConfig, [f"+sweep={name}"]).search.space or name == "refine"
+
+
+def test_who_has_read_enough_ends_a_command_without_a_word() -> None:
+    with doors.start("train", "--help") as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141

@@ -54,9 +54,8 @@ def test_btlm_is_priced_on_eight_h100s(btlm: str, tmp_path: Path, capsys: pytest
 
 
 def test_one_gpu_is_too_few_and_the_words_say_what_would_help(btlm: str, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said([btlm, *PRICED[:2]], capsys).splitlines()
-    assert lines[-2].startswith("memory     hardware=h100-sxm has 73.6 GB to fill and stage 2 needs ")
-    assert lines[-1] == "dry run: nothing was written."
+    refused = said([btlm, *PRICED[:2]], capsys, code=2)
+    assert refused.startswith("mutune.train: hardware=h100-sxm has 73.6 GB to fill and stage 2 needs ")
     enough = said([btlm, *PRICED[:2], "memory_gb=200"], capsys)
     assert enough.endswith("leave out dry_run=true to start.\n")
 
@@ -74,8 +73,8 @@ def test_the_micro_batch_that_is_named_fits_by_the_same_arithmetic(
     assert priced.endswith("leave out dry_run=true to start.\n")
     for number in range(2):
         more = [(2 if i == number else 1) * each for i, each in enumerate(numbers)]
-        refused = said([*full, "dry_run=true", f"parallel.micro_sequences={more}"], capsys)
-        assert refused.endswith("dry run: nothing was written.\n")
+        refused = said([*full, "dry_run=true", f"parallel.micro_sequences={more}"], capsys, code=2)
+        assert f" GB to fill and stage {number + 1} needs " in refused
 
 
 def test_here_it_is_measured(small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

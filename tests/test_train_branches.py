@@ -48,7 +48,8 @@ def trunk(out: Path) -> str:
 def test_a_decay_that_leaves_a_trunk_is_the_run_that_decays_there(out: Path, trunk: str) -> None:
     stages = f"{{{STAGE}, num_steps: 30}}"
     said = trained(out, "decay", DECAYING, stages, trunk)
-    (line,) = (line for line in said.splitlines() if line.startswith("branch"))
+    assert "branching  decay at step 20 of 30, by " in said
+    (line,) = (line for line in said.splitlines() if line.startswith("branch  "))
     assert line.startswith(
         f"branch     from step 20 of {out}/train/trunk/, 10 steps are left; the base learning rate goes"
     )

@@ -68,6 +68,18 @@ def of_other_text(run: Path) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(config))
 
 
+def of_a_damaged_guard(run: Path) -> None:
+    path = run / "checkpoints/20/meta.json"
+    meta = json.loads(path.read_text())
+    meta["guard"]["skips"] = [[5]]
+    path.write_text(json.dumps(meta))
+
+
+def of_a_file_for_checkpoints(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").write_text("")
+
+
 def as_it_is(run: Path) -> None:
     """Change nothing."""
 
@@ -86,6 +98,12 @@ def as_it_is(run: Path) -> None:
         ),
         (cut, [], "checkpoint {out}/train/tiny/checkpoints/20 is damaged (state.safetensors has 1,000 of its "),
         (of_another_plan, [], "was written by another run: plan.parameters.wte.weight.lr_mult is 0.5 there"),
+        (
+            of_a_damaged_guard,
+            [],
+            "checkpoints/20/meta.json is damaged where it says which batches were left out",
+        ),
+        (of_a_file_for_checkpoints, [], "{out}/train/tiny/checkpoints is a file; move it away, or choose another name"),
         (as_it_is, ["parallel.replicas=2"], "parallel.replicas=2 does not divide the 1 process; for example parall"),
         (as_it_is, ["branch_from={out}/train/tiny/checkpoints/20", "name=other"], "has done 20 steps, and this run"),
     ],

@@ -92,12 +92,12 @@ def test_the_dry_run_of_the_3b_target_prices_it_without_allocating_it(
 
     folder = published(tmp_path)
     capsys.readouterr()
-    assert main([f"transfer={folder / 'transfer.yaml'}", "dry_run=true", "device=cpu", f"out={tmp_path / 'none'}"]) == 0
-    printed = capsys.readouterr().out
+    assert main([f"transfer={folder / 'transfer.yaml'}", "dry_run=true", "device=cpu", f"out={tmp_path / 'none'}"]) == 2
+    printed, refused = capsys.readouterr()
     for fact in ("2,646,255,744 in 451 tensors", "119,727 steps", "39,909 steps", "627,714,293,760 tokens"):
         assert fact in printed
     assert "1.217e+22 FLOPs" in printed
-    assert printed.splitlines()[-2].startswith("memory     device=cpu has ")  # so it is not invited to start
+    assert refused.startswith("mutune.train: device=cpu has ")  # so a script does not start it
     assert printed.endswith("dry run: nothing was written.\n")
     assert not (tmp_path / "none").exists()
 

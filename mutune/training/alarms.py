@@ -69,7 +69,11 @@ class GuardConfig:
         )
         require_number("guard.every", self.every, at_least=0, example=10, whole=True)
         require_number("guard.window", self.window, at_least=16, at_most=4096, example=64, whole=True)
-        require_number("guard.after", self.after, at_least=8, at_most=self.window, example=16, whole=True)
+        require_number("guard.after", self.after, at_least=8, example=16, whole=True)
+        require(
+            self.after <= self.window,
+            f"guard.after={self.after} must be at most guard.window={self.window}; for example guard.after=16.",
+        )
         for name in ("skip_before", "max_rollbacks"):
             require_number(f"guard.{name}", getattr(self, name), at_least=0, example=2, whole=True)
         for name in ("loss_spike", "loss_level", "attention_logit", "output_logit", "rank_spike"):

@@ -9,7 +9,7 @@ from mutune.compose import build
 from mutune.data.segments import Skip, Stage, shared_steps
 from mutune.errors import require
 from mutune.folders import differences
-from mutune.training.checkpoint import Checkpoint, list_steps, newest, read
+from mutune.training.checkpoint import Checkpoint, list_steps, newest, read, skips_of
 from mutune.training.config import RunSpec, StageConfig, stage_ends
 from mutune.training.schedule import multiplier
 
@@ -101,8 +101,7 @@ def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
 
 def _left_out(trunk: RunSpec, found: Checkpoint) -> tuple[tuple[Skip, ...], ...] | None:
     """What rollbacks had left out of the runs that a branch goes on from; None where it was nothing."""
-    skips = tuple(Skip(*pair) for pair in found.meta.get("guard", {}).get("skips", ()))
-    every = *(trunk.left_out or [()] * len(trunk.extends or ())), skips
+    every = *(trunk.left_out or [()] * len(trunk.extends or ())), skips_of(found)
     return every if any(every) else None
 
 

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mutune.errors import Refusal, require
+from mutune.data.segments import Skip
+from mutune.errors import Refusal, first_line, require
 from mutune.files import fsync_directory, fsync_file, write_json
 from mutune.parametrization.forward_pass import reshard
 from mutune.parametrization.plan import Plan
@@ -155,6 +156,21 @@ def choose(root: Path, step: int | None) -> int:
     works = f"for example resume={steps[-1]}" if steps else "leave it out to begin anew"
     require(step in steps, f"resume={step} has no checkpoint under {root}; {works}.")
     return step
+
+
+def skips_of(found: Checkpoint) -> tuple[Skip, ...]:
+    """The batches that rollbacks had left out of a run by then.
+
+    Raises:
+        Refusal: what it says of them is damaged.
+    """
+    try:
+        return tuple(Skip(*pair) for pair in found.meta.get("guard", {}).get("skips", ()))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise Refusal(
+            f"{found.path}/meta.json is damaged where it says which batches were left out (guard.skips: "
+            f"{first_line(error)}); restore it, or go on from an earlier checkpoint with resume=STEP."
+        ) from error
 
 
 def set_aside(root: Path, step: int) -> list[int]:

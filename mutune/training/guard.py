@@ -120,7 +120,7 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's. After a rollback, set `skips` anew: the checkpoint is from before it."""
         kept = copy.deepcopy(dict(state))
-        self.skips = tuple(Skip(*pair) for pair in kept.pop("skips"))
+        self.skips = tuple(Skip(*pair) for pair in kept.pop("skips", ()))
         self.state = kept
 
     def _enter_stage(self, record: Mapping[str, Any]) -> None:

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 from mutune.model.shape import tensor_specs
 from mutune.parametrization.plan import TensorSpec
-from mutune.scaling.arithmetic import matmul_parameter_count, parameter_count, state_bytes, train_flops_per_token
+from mutune.scaling.arithmetic import (
+    forward_flops_per_token,
+    matmul_parameter_count,
+    parameter_count,
+    state_bytes,
+    train_flops_per_token,
+)
 from mutune.scaling.memory import DecoderSize, ForwardPass, Memory, Sharding, decoder_size, logits_at_once, peak_memory
 from mutune.training.config import LoopConfig, ParallelConfig, RunSpec, StageConfig, micro_sequences, stage_ends
 from mutune.training.schedule import multiplier
@@ -17,10 +23,13 @@ ALONE = ParallelConfig()
 
 @dataclass(frozen=True)
 class StagePrice:
-    """One stage: tokens it predicts, their training FLOPs, and what a process holds at most."""
+    """One stage: tokens it predicts, their training FLOPs, those of what is computed again, and what a process holds at
+    most.
+    """
 
     tokens: int
     flops: int
+    again: int
     memory: Memory
 
     @property
@@ -102,11 +111,12 @@ def price(
     sharding = Sharding(processes, parallel.replicas, parallel.reshard)
 
     def of(number: int, stage: StageConfig) -> StagePrice:
-        per_token = train_flops_per_token(
-            matrices, vocab_size=vocab, width=shape.width, depth=shape.depth, context_length=stage.context_length
-        )
+        of_model = {"width": shape.width, "depth": shape.depth, "context_length": stage.context_length}
+        per_token = train_flops_per_token(matrices, vocab_size=vocab, **of_model)
+        whole_blocks = parallel.activation_checkpointing == "full"  # selective leaves out what has FLOPs to speak of
+        again = forward_flops_per_token(matrices, vocab_size=0, **of_model) if whole_blocks else 0
         memory = peak_memory(size, forward_pass(spec, number, parallel, processes, device), sharding, heap=heap)
-        return StagePrice(stage.tokens, per_token * stage.tokens, memory)
+        return StagePrice(stage.tokens, per_token * stage.tokens, again * stage.tokens, memory)
 
     return Price(parameter_count(specs), len(specs), [of(*each) for each in enumerate(spec.stages)])
 

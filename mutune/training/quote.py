@@ -21,7 +21,7 @@ class Machine:
         peak_flops: of one, FLOP/s, dense, in the run's number format.
         memory_bytes: of one.
         gpu_hour: price of one's hour, in `CURRENCY`.
-        mfu: model FLOPs that are computed, over the peak; what is computed again is not counted.
+        mfu: model FLOPs that are computed, over the peak, where nothing is computed again.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Machine:
 
     @property
     def flops(self) -> float:
-        """Model FLOPs per second of all together."""
+        """FLOPs per second of all together."""
         return self.gpus * self.mfu * self.peak_flops
 
 
@@ -91,7 +91,10 @@ def quote(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> list[StageQuo
     check_spread(spec, parallel, on.gpus)
     parts = price(spec, parallel, on.gpus, "cuda").stages
     at_once = [forward_pass(spec, number, parallel, on.gpus).sequences for number in range(len(parts))]
-    return [StageQuote(part, sequences, part.flops / on.flops) for part, sequences in zip(parts, at_once, strict=True)]
+    return [
+        StageQuote(part, sequences, (part.flops + part.again) / on.flops)
+        for part, sequences in zip(parts, at_once, strict=True)
+    ]
 
 
 def check_spread(spec: RunSpec, parallel: ParallelConfig, gpus: int) -> None:
@@ -170,6 +173,7 @@ def quote_table(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> str:
         lines.append(
             f"stage {number}    {counted(stage.sequences, 'sequence')} at a time; "
             f"{stage.tokens_per_second:,.0f} tokens per second, {_days(stage.seconds)}, {money:,.2f} {CURRENCY}"
+            f"{_computed_again(stage)}"
         )
     seconds = sum(stage.seconds for stage in stages)
     lines.append(
@@ -230,6 +234,12 @@ def _memory_lines(stages: list[StageQuote], on: Machine) -> list[str]:
         *(f"{'':11}{name:<52}{''.join(f'{count / GB:>10,.2f}' for count in counts)}" for name, counts in rows),
         f"{'':11}{asked:<52}{fits}",
     ]
+
+
+def _computed_again(stage: StageQuote) -> str:
+    """What of a stage's time goes into blocks that are computed again, where they are."""
+    share = stage.price.again / (stage.price.flops + stage.price.again)
+    return f"; {share:.0%} of it for blocks that are computed again" if share else ""
 
 
 def counted(number: int, what: str) -> str:

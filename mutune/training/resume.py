@@ -82,6 +82,7 @@ def state_at(
     begins, kept = origin is not None, origin or checkpoint.read(own)
     mixed = begins and any(stage.data for stage in spec.stages)  # whose texts need not be those of the trunk
     compared = meta.keys() - INFORMATION - (OF_A_BRANCH if begins else set()) - ({"data_hash"} if mixed else set())
+    checkpoint.skips_of(kept)  # refuses what is damaged
     checkpoint.check_meta(kept, plan, {key: value for key, value in meta.items() if key in compared})
     return kept
 

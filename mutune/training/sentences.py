@@ -25,8 +25,9 @@ def opening(directory: Path, run: Run, start: int, threads_by: str) -> str:
     total, where, world = run.spec.num_steps, run.world.device, run.world
     if start == total:
         return f"finished   {directory.name} was; its figures and report are made again → {directory}/"
+    verb = "resuming" if list_steps(directory / CHECKPOINTS) else "branching"
     how = (
-        f"resuming   {directory.name} at step {start:,} of {total:,}"
+        f"{verb:<10} {directory.name} at step {start:,} of {total:,}"
         if start
         else f"training   {directory.name}: {price(run.spec).parameters:,} parameters, {total:,} steps"
     )

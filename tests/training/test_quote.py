@@ -28,6 +28,8 @@ from mutune.training.quote import (
 )
 from mutune.training.schedule import ScheduleConfig
 
+PER_TOKEN = 17_883_724_800, 23_923_522_560  # FLOPs, at contexts 2,048 and 8,192
+HEAD = 6 * 50_257 * 2_560  # of those, for the logits, which nothing computes again
 EIGHT = machine("h100-sxm", dtype="bfloat16", gpus=8, mfu=0.5)
 
 
@@ -50,16 +52,18 @@ def btlm(dtype: str = "bfloat16") -> RunSpec:
 def test_btlm_on_eight_h100s_takes_its_flops_over_what_they_do() -> None:
     first, second = quote(btlm(), ParallelConfig(), EIGHT)
     per_second = 8 * 0.5 * ACCELERATORS["h100-sxm"].bf16_flops
-    assert first.tokens_per_second == pytest.approx(per_second / 17_883_724_800)  # FLOPs per token, context 2,048
-    assert second.tokens_per_second == pytest.approx(per_second / 23_923_522_560)  # and 8,192
+    assert first.tokens_per_second == pytest.approx(per_second / PER_TOKEN[0])
+    assert second.tokens_per_second == pytest.approx(per_second / PER_TOKEN[1])
     assert (first.price.tokens, second.price.tokens) == (470_785_720_320, 156_928_573_440)
     assert first.seconds + second.seconds == pytest.approx(1.21736865e22 / per_second, rel=5e-9)
 
 
 def test_the_words_have_steps_days_money_and_every_component() -> None:
     lines = quote_table(btlm(), ParallelConfig(activation_checkpointing="full"), EIGHT).splitlines()
-    hours = 1.21736865e22 / (0.5 * ACCELERATORS["h100-sxm"].bf16_flops) / 3600
+    again = sum(s.tokens * (f - HEAD) / 3 for s, f in zip(btlm().stages, PER_TOKEN, strict=True))
+    hours = (1.21736865e22 + again) / (0.5 * ACCELERATORS["h100-sxm"].bf16_flops) / 3600
     days, money = hours / 24 / 8, 2.5 * hours
+    assert lines[-3].endswith(" USD; 24% of it for blocks that are computed again")
     assert lines[-1] == f"costs      159,636 steps, {days:.1f} days, {hours:,.1f} GPU hours, {money:,.2f} USD"
     assert lines[0].startswith("hardware   8 × h100-sxm: 989.4 TFLOP/s in bfloat16 and 80 GB each, 2.50 USD per hour;")
     parts = [line for line in lines if line.startswith(" " * 11)]
@@ -67,6 +71,15 @@ def test_the_words_have_steps_days_money_and_every_component() -> None:
     for numbers in columns:
         assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.06)
     assert parts[-1].split()[-2:] == ["yes", "yes"]
+
+
+def test_selective_recomputation_costs_no_flops_to_speak_of_and_full_those_of_the_blocks_once_more() -> None:
+    none, selective, full = (
+        quote(btlm(), ParallelConfig(activation_checkpointing=kind), EIGHT)[0].seconds
+        for kind in ("none", "selective", "full")
+    )
+    assert selective == none
+    assert full / none == pytest.approx(1 + (PER_TOKEN[0] - HEAD) / 3 / PER_TOKEN[0])
 
 
 def test_float32_is_priced_by_the_peak_of_float32() -> None:

@@ -205,7 +205,9 @@ def test_a_run_whose_older_checkpoints_are_gone_pauses_rather_than_begins_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = under_guard(tmp_path, TWO, monkeypatch, 21, kept=lambda steps: steps[-1:])
-    with pytest.raises(Paused, match="no checkpoint is before it; the same command goes on from step 20, the newest"):
+    with pytest.raises(
+        Paused, match="or before is left; the same command goes on from step 20, the newest that is saved"
+    ):
         steps_of(target.records(0, lambda: False))
     assert checkpoint.list_steps(tmp_path / "checkpoints") == [20]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) >= 20
