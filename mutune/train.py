@@ -13,9 +13,7 @@ examples:
 
 import json
 import sys
-import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,30 +22,23 @@ from mutune.certificate.band import band_at
 from mutune.certificate.config import TransferFile
 from mutune.compose import build, plain
 from mutune.config import TrainConfig
-from mutune.door import OK, ProcessLost, StopRequest, Terminated, WorkFailed, drawn, enter, rehearsed
+from mutune.door import OK, ProcessLost, WorkFailed, drawn, enter, rehearsed
 from mutune.errors import Refusal
 from mutune.files import read_yaml, write_json, write_text
 from mutune.parametrization.finding import AuditError
-from mutune.progress import ProgressLine
 from mutune.search.workers import default_workers
-from mutune.training.config import RunSpec, micro_sequences, stage_ends
+from mutune.training.config import RunSpec, micro_sequences
 from mutune.training.device import device_name, kind_of
 from mutune.training.launched import OMP, asked_threads, is_launched, processes, share
 from mutune.training.price import price_table
 from mutune.training.quote import Machine, lacking, largest_table, machine, quote_table
 from mutune.training.result import CHECKPOINTS, METRICS, PREDICTION, smoothing
-from mutune.training.throughput import Throughput, rates
-from mutune.training.writers import open_writers, require_writers
-
-FIRST_STEPS = 4  # after which it is known how long the run will take
-DRAW_SECONDS = 60.0  # between drawings of a run that is under way
-STARTED = time.monotonic()
+from mutune.training.writers import require_writers
+from mutune.underway import run_to_end
 
 if TYPE_CHECKING:
     from mutune.training.branch import Branch
     from mutune.training.guard import Guard
-    from mutune.training.loop import Record
-    from mutune.training.run import Run
     from mutune.training.world import World
 
 
@@ -207,7 +198,7 @@ def _train(
         print(*words, sep="\n", file=sys.stderr)
     try:
         if start < spec.num_steps:
-            _run_to_end(config, run, directory, start, meta, guard, cost_of(records), branch)
+            run_to_end(config, run, directory, start, meta, guard, cost_of(records), branch)
     except AuditError as error:
         raise WorkFailed(str(error)) from error
     if world.is_first:
@@ -269,114 +260,6 @@ def _compare(config: TrainConfig, transfer: TransferFile, directory: Path, loss:
     print(f"predicted  {outcome}")
     append_outcome(Path(str(config.transfer)).with_name("certificate.json"), transfer.seal, outcome)
     return [PREDICTION]
-
-
-def _run_to_end(
-    config: TrainConfig,
-    run: "Run",
-    directory: Path,
-    start: int,
-    meta: dict[str, Any],
-    guard: "Guard",
-    cost: float,
-    branch: "Branch | None",
-) -> None:
-    from mutune.reporting.figures import draw_train
-    from mutune.training.checkpoint import kept_every
-    from mutune.training.sentences import diverged, progress, stopped
-    from mutune.training.target import Paused, Target
-
-    total, world = run.spec.num_steps, run.world
-    every = config.checkpoint_every or max(1, total // 20)
-    root = directory / CHECKPOINTS
-    asked_for = world.together(lambda: kept_every(root, config.keep_every) if world.is_first else [])
-    kept = _kept(config, [end for end, _ in stage_ends(run.spec.stages)], asked_for)
-    with closing(ProgressLine()) as line, StopRequest(patient=is_launched()) as stop, ExitStack() as opened:
-        asked = config.writers if world.is_first else []
-        writers = open_writers(asked, directory, directory.name, run.spec.as_dict(), start)
-        for writer in writers:
-            opened.callback(writer.close)
-
-        def wanted() -> bool:
-            return stop.requested or _is_late(config)
-
-        def say(text: str) -> None:
-            if world.is_first:
-                line.say(text)
-
-        origin = branch.checkpoint if branch else None
-        background, measure = _in_background(config, run), _throughput(config, run)
-        saved_every = [every, *([config.keep_every] if config.keep_every else [])]
-        target = Target(run, directory, guard, meta, saved_every, kept, background, say, measure, cost, origin)
-        record: Record | None = None
-        seen, last = line.elapsed, start
-        try:
-            for record in target.records(start, wanted):
-                step = record["step"]
-                for writer in writers:
-                    if step <= last:
-                        writer.rewind(step - 1)
-                    writer.write(record)
-                last = step
-                told = step % every == 0 or step == start + FIRST_STEPS
-                if world.is_first:
-                    line.show(progress(directory.name, record, total, line.elapsed, target.throughput), change=told)
-                    if step % every == 0 and line.elapsed - seen > DRAW_SECONDS:
-                        drawn(lambda: draw_train(directory))
-                        seen = line.elapsed
-        except Paused as paused:
-            raise WorkFailed(str(paused)) from paused
-        except (KeyboardInterrupt, Terminated):  # a second signal, which did not wait
-            say(stopped(directory, last, total, "at once"))
-            raise
-        assert record is not None, "there was a step to train"
-        if record["diverged"]:
-            raise WorkFailed(diverged(record, directory / CHECKPOINTS))
-        if record["step"] < total:
-            say(stopped(directory, record["step"], total, _why(stop, config)))
-            stop.obey()
-
-
-def _is_late(config: TrainConfig) -> bool:
-    return config.time_limit is not None and time.monotonic() - STARTED > 60 * config.time_limit
-
-
-def _why(stop: StopRequest, config: TrainConfig) -> str:
-    """Why a run was stopped."""
-    late = f"time_limit={config.time_limit or 0:g} minutes are over"
-    return stop.signal or (late if _is_late(config) else "another process was asked to")
-
-
-def _kept(config: TrainConfig, ends: list[int], kept_every: list[int]) -> Callable[[list[int]], list[int]]:
-    """Which checkpoints stay: the newest, the ends of stages, and what any `keep_every=` of this run asked for."""
-
-    def kept(steps: list[int]) -> list[int]:
-        marked = [s for s in steps if s in ends or any(s % every == 0 for every in kept_every)]
-        old = [s for s in steps if s <= steps[-1] - 2 * config.guard.window]  # to which the guard may have to go back
-        return [*steps[-config.keep_checkpoints :], *marked, *old[-1:]]
-
-    return kept
-
-
-def _in_background(config: TrainConfig, run: "Run") -> bool:
-    wanted = config.background_checkpoints
-    return run.world.device.type == "cuda" if wanted is None else wanted
-
-
-def _throughput(config: TrainConfig, run: "Run") -> Callable[[int, float], Throughput]:
-    """(step, cost so far) → what measures the records from there on."""
-    known = rates(
-        str(run.world.device),
-        str(run.spec.loop.settled().dtype),
-        hardware=config.hardware,
-        peak_flops=config.peak_flops,
-        gpu_hour=config.gpu_hour,
-    )
-
-    def measure(step: int, cost: float) -> Throughput:
-        return Throughput(run.spec, str(run.world.device), known, processes=run.world.size, start_step=step, cost=cost)
-
-    return measure
 
 
 if __name__ == "__main__":

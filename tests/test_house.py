@@ -28,7 +28,7 @@ DOORS = ["sweep", "transfer", "train", "check"]
 #: The door for notebooks. It lies in the hall as the others do, since it draws; the front of search/ hands it out.
 NOTEBOOK_DOOR, ITS_FRONT = "own_model", PACKAGE / "search" / "__init__.py"
 #: Modules beside the rooms, and the rooms that they may know: all of them, or none.
-HALL_KNOWS_ROOMS = ["config", "door", "follow", "beginning", NOTEBOOK_DOOR, *DOORS]
+HALL_KNOWS_ROOMS = ["config", "door", "follow", "beginning", "underway", NOTEBOOK_DOOR, *DOORS]
 HALL_KNOWS_NONE = ["errors", "files", "folders", "help", "progress", "versions", "compose"]
 #: What a user's code imports: it names rooms, and loads them on first use only.
 FRONT = "__init__"

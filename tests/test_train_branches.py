@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mutune import underway
 from tests import doors
 from tests.test_train_processes import OF_A_PROCESS, TARGET
 
@@ -64,11 +65,10 @@ def test_a_decay_that_leaves_a_trunk_is_the_run_that_decays_there(out: Path, tru
 def test_a_branch_that_is_stopped_goes_on_from_its_own_checkpoint(
     out: Path, trunk: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mutune import train
 
     stages = f"{{{STAGE}, num_steps: 30}}"
     with monkeypatch.context() as late:
-        late.setattr(train, "STARTED", train.STARTED - 3600)
+        late.setattr(underway, "STARTED", underway.STARTED - 3600)
         trained(out, "stopped", DECAYING, stages, trunk, "time_limit=60", expect=143)
     kept = out / "train/trunk/checkpoints/20"
     kept.rename(kept.with_name("gone"))

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from mutune import underway
 from mutune.config import SweepConfig, TrainConfig
 from tests import doors
 
@@ -137,9 +138,8 @@ def test_processes_that_cannot_share_a_batch_are_refused_in_one_sentence(transfe
 def test_a_time_limit_saves_and_the_same_command_goes_on_bit_for_bit(
     transfer: str, undisturbed: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mutune import train
 
-    monkeypatch.setattr(train, "STARTED", train.STARTED - 3600)
+    monkeypatch.setattr(underway, "STARTED", underway.STARTED - 3600)
     stopped = doors.run("train", *arguments(transfer, tmp_path, "time_limit=60"), expect=143)
     kept = f"the newest checkpoint is {tmp_path}/train/tiny/checkpoints/1, from which the same command goes on"
     assert f"stopped    after step 1 of 60: time_limit=60 minutes are over; {kept}\n" in stopped.stderr
@@ -188,9 +188,8 @@ def test_threads_are_those_of_the_key_else_of_the_environment_else_the_cores(
 def test_a_run_says_how_many_threads_it_has_and_why(
     transfer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mutune import train
 
-    monkeypatch.setattr(train, "STARTED", train.STARTED - 3600)
+    monkeypatch.setattr(underway, "STARTED", underway.STARTED - 3600)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     words = [word for word in arguments(transfer, tmp_path, "time_limit=60") if word != "threads=1"]
     said = doors.run("train", *words, expect=143).stderr
