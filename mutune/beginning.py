@@ -56,14 +56,15 @@ def _inputs(transfer: TransferFile, spec: RunSpec, data_hash: str, branch: "Bran
 
 def _check_folder(config: TrainConfig, directory: Path, inputs: dict[str, Any], branch: "Branch | None") -> bool:
     """Refuse a folder that this run can neither begin nor go on in; returns whether what is there is to be replaced."""
-    if config.resume is not None:
-        from mutune.training.checkpoint import choose
-
-        choose(directory / CHECKPOINTS, config.resume)
-    require_writable(Path(config.out))
-    require_writable(directory.parent)
     root = directory / CHECKPOINTS
     require(not root.exists() or root.is_dir(), f"{root} is a file; move it away, or choose another name=NAME.")
+    if root.exists() or config.resume is not None:
+        from mutune.training.checkpoint import choose, kept_every
+
+        choose(root, config.resume)
+        kept_every(root, None)  # refuses what is damaged
+    require_writable(Path(config.out))
+    require_writable(directory.parent)
     replaced = check_claim(directory, inputs, "name", config.overwrite)
     lost = (
         f"the run in {directory}, which overwrite=true replaces; leave out overwrite=true, or choose another name=NAME"

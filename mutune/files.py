@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -85,6 +86,14 @@ def require_writable(directory: Path) -> None:
     except OSError as error:
         why = f"{existing} is not writable ({error.strerror})"
         raise Refusal(f"out={directory} cannot be used because {why}; for example out=runs.") from error
+
+
+def remove(path: Path) -> None:
+    """Remove what is there, whatever it is; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fsync_file(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mutune.errors import Refusal
-from mutune.files import fsync_directory, read_yaml, write_yaml
+from mutune.files import fsync_directory, read_yaml, remove, write_yaml
 from mutune.versions import versions
 
 CONFIG = "config.yaml"
@@ -106,10 +105,7 @@ def clear(directory: Path, keep: Collection[str] = ()) -> None:
     for entry in directory.iterdir():
         if entry.name in (LOCK, *keep):
             continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        remove(entry)
 
 
 def _foreign(directory: Path, inputs: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from mutune.parametrization.finding import AuditError
 from mutune.search.workers import default_workers
 from mutune.training.config import RunSpec, micro_sequences
 from mutune.training.device import device_name, kind_of
-from mutune.training.launched import OMP, asked_threads, is_launched, processes, share
+from mutune.training.launched import OMP, asked_threads, is_launched, processes, rank, share
 from mutune.training.price import price_table
 from mutune.training.quote import Machine, lacking, largest_table, machine, quote_table
 from mutune.training.result import CHECKPOINTS, METRICS, PREDICTION, smoothing
@@ -65,6 +65,8 @@ def work(config: TrainConfig) -> int:
     check_paths(spec)
     micro_sequences(spec, config.parallel)  # refuses what does not fit the stages
     _threads(config, spec)  # and more threads than there can be
+    if (config.fit or config.dry_run) and rank():
+        return OK  # the first process speaks, and measures, for all
     if config.fit:
         print(price_table(name, spec, _kind(config)), _fit(config, spec), sep="\n")
         return OK
@@ -177,18 +179,20 @@ def _train(
     from mutune.training.checkpoint import note_going_back, set_aside
     from mutune.training.resume import begin, cost_of, identity, restore
     from mutune.training.run import Run, describe
-    from mutune.training.sentences import aside, opening, read_again
+    from mutune.training.sentences import aside, gone_back_already, opening, read_again
 
     threads, why = _threads(config, spec)
     torch.set_num_threads(threads)
     start, records = world.together(lambda: begin(directory, config.resume, spec.num_steps, world, branch))
+    cost = cost_of(directory, records) if world.is_first else 0.0
     run = Run(spec, world.device, world if is_launched() else None, config.parallel)
     meta = identity(spec, run.corpora, transfer.verdict, transfer.seal, branch)
     guard = _guard(config, spec, transfer)
-    notes = world.together(lambda: restore(directory, start, run, meta, branch, guard))
+    notes = restore(directory, start, run, meta, branch, guard)
     if world.is_first:
         describe(directory, run, note)
         notes += aside(directory, set_aside(directory / CHECKPOINTS, start))
+        notes += gone_back_already(directory, config.resume, start)
         if config.resume is not None:
             note_going_back(directory / CHECKPOINTS, config.resume)
         if transfer.prediction is not None:
@@ -198,7 +202,7 @@ def _train(
         print(*words, sep="\n", file=sys.stderr)
     try:
         if start < spec.num_steps:
-            run_to_end(config, run, directory, start, meta, guard, cost_of(records), branch)
+            run_to_end(config, run, directory, start, meta, guard, cost, branch)
     except AuditError as error:
         raise WorkFailed(str(error)) from error
     if world.is_first:

@@ -145,7 +145,7 @@ def _target(
         directory,
         guard,
         meta,
-        every=[every, *([config.keep_every] if config.keep_every else [])],
+        every=[every, *asked_for],
         kept=_kept(config, [end for end, _ in stage_ends(run.spec.stages)], asked_for),
         background=_in_background(config, run),
         say=say,

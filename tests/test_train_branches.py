@@ -1,6 +1,8 @@
 """`branch_from=`: a run that leaves another one's checkpoint is the run that it would have been from its start."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,31 @@ def test_what_cannot_be_a_branch_is_refused_before_anything_is_written(
     assert not (out / "train/wrong").exists()
 
 
+def test_a_branch_goes_on_where_its_trunk_s_checkpoint_was_damaged_since_and_a_new_one_is_told_of_another(
+    out: Path, trunk: str, tmp_path: Path
+) -> None:
+    stages = f"{{{STAGE}, num_steps: 30}}"
+    trained(out, "begun", DECAYING, stages, trunk)
+    path = out / "train/trunk/checkpoints/20/state.safetensors"
+    shutil.copy(path, tmp_path / "kept")
+    os.truncate(path, 100)
+    try:
+        assert "finished   begun was" in trained(out, "begun", DECAYING, stages, trunk)
+        said = trained(out, "fresh", DECAYING, stages, trunk, expect=2)
+    finally:
+        shutil.copy(tmp_path / "kept", path)
+    before = max(int(each.name) for each in path.parents[1].iterdir() if each.name.isdecimal() and int(each.name) < 20)
+    assert f"; branch_from={path.parents[1]}/{before} is one before it." in said
+
+
+def test_a_checkpoint_that_was_set_aside_is_no_trunk(out: Path, trunk: str) -> None:
+    root = out / "train/trunk/checkpoints"
+    shutil.copytree(root / "20", root / "20.aside")
+    said = trained(out, "aside", DECAYING, f"{{{STAGE}, num_steps: 30}}", f"{trunk}.aside", expect=2)
+    shutil.rmtree(root / "20.aside")
+    assert f"branch_from={root}/20.aside does not have the number of its step as its name, so that" in said
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused(out: Path) -> None:
     said = trained(out, "none", DECAYING, f"{{{STAGE}, num_steps: 30}}", "branch_from=nowhere", expect=2)
     assert "branch_from=nowhere is no checkpoint; for example branch_from=runs/train/" in said
@@ -127,4 +154,4 @@ def test_checkpoints_that_were_asked_to_stay_do_so_where_a_later_start_does_not_
     doors.run("train", *words, "keep_every=7")
     assert {int(path.name) for path in root.iterdir() if path.name.isdecimal()} == {7, 14, 21, 28, 30}
     doors.run("train", *words, "resume=14")
-    assert {int(path.name) for path in root.iterdir() if path.name.isdecimal()} == {7, 14, 20, 30}
+    assert {int(path.name) for path in root.iterdir() if path.name.isdecimal()} == {7, 14, 21, 28, 30}

@@ -75,6 +75,20 @@ def of_a_damaged_guard(run: Path) -> None:
     path.write_text(json.dumps(meta))
 
 
+def swapped(run: Path) -> None:
+    root = run / "checkpoints"
+    for old, new in (("15", "kept"), ("20", "15"), ("kept", "20")):
+        (root / old).rename(root / new)
+
+
+def empty(run: Path) -> None:
+    (run / "checkpoints/99").mkdir()
+
+
+def of_a_damaged_note(run: Path) -> None:
+    (run / "checkpoints/kept_every.json").write_text("[")
+
+
 def of_a_file_for_checkpoints(run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     (run / "checkpoints").write_text("")
@@ -102,6 +116,13 @@ def as_it_is(run: Path) -> None:
             of_a_damaged_guard,
             [],
             "checkpoints/20/meta.json is damaged where it says which batches were left out",
+        ),
+        (swapped, [], "checkpoints/20 is that of step 15 by its own meta.json; give it back its name, or: resume=15 "),
+        (empty, [], "checkpoints/99 cannot be read ([Errno 2] No such file or directory: "),
+        (
+            of_a_damaged_note,
+            [],
+            "kept_every.json is damaged (Expecting value: line 1 column 2 (char 1)); restore it, or",
         ),
         (of_a_file_for_checkpoints, [], "{out}/train/tiny/checkpoints is a file; move it away, or choose another name"),
         (as_it_is, ["parallel.replicas=2"], "parallel.replicas=2 does not divide the 1 process; for example parall"),
@@ -150,6 +171,18 @@ def test_a_dry_run_of_a_run_that_may_go_on_leaves_everything_as_it_was(house: Pa
         assert said.endswith("leave out dry_run=true to start.\n")
         assert (f"stands     tiny {stands}" in said) if stands else ("stands " not in said)
     assert files(house) == before
+
+
+def test_of_several_processes_only_the_first_tells_a_price(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in (("TORCHELASTIC_RUN_ID", "a"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(key, value)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        said = doors.run("train", transfer(house), f"out={tmp_path}", *DRY).stdout
+        assert ("parameters " in said) == (rank == "0")
 
 
 def test_on_named_hardware_replicas_are_held_against_its_gpus(house: Path, tmp_path: Path) -> None:

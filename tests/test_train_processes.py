@@ -224,3 +224,7 @@ def test_an_earlier_checkpoint_is_used_when_asked_for_and_the_newer_are_set_asid
     assert {"50.aside", "55.aside", "60.aside", "60"} <= saved(tmp_path)
     again = doors.run("train", *arguments(transfer, tmp_path, "resume=45"))  # as a job does that is started again
     assert "finished   tiny was" in again.stderr
+    assert (
+        "note       resume=45 was done before, and the run goes on from what it has reached since; to go back there "
+        f"once more, remove {folder}/gone_back.json" in again.stderr
+    )

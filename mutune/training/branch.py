@@ -7,9 +7,9 @@ from typing import Any
 
 from mutune.compose import build
 from mutune.data.segments import Skip, Stage, shared_steps
-from mutune.errors import require
+from mutune.errors import Refusal, require
 from mutune.folders import differences
-from mutune.training.checkpoint import Checkpoint, list_steps, newest, read, skips_of
+from mutune.training.checkpoint import Checkpoint, before_it, list_steps, newest, read, skips_of
 from mutune.training.config import RunSpec, StageConfig, stage_ends
 from mutune.training.schedule import multiplier
 
@@ -61,15 +61,19 @@ def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
         Refusal: it is no checkpoint, of another model, text, table, values or seed, or its first steps are not the
             run's.
     """
-    kept = newest(own)
-    if kept and "branch" in kept.meta and not path.exists():
+    if kept := _begun(path, own):
         before = build(RunSpec, kept.meta["run"])
         return Branch(replace(spec, extends=before.extends, left_out=before.left_out), kept.meta["branch"])
     require(
         (path / "meta.json").is_file(),
         f"branch_from={path} is no checkpoint; for example branch_from={_another(path)}.",
     )
-    found = read(path.resolve())
+    require(
+        path.resolve().name.isdecimal(),
+        f"branch_from={path} does not have the number of its step as its name, so that the records beside it need not "
+        f"be those that led to it; for example branch_from={_another(path)}.",
+    )
+    found = read(path.resolve(), _one_before)
     trunk = build(RunSpec, found.meta["run"])
     ours, theirs = (_without(each.as_dict()) for each in (spec, trunk))
     changed = differences(theirs, ours)
@@ -97,6 +101,24 @@ def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
         found,
         (old(found.step - 1), new(found.step), new(spec.num_steps - 1)),
     )
+
+
+def _begun(path: Path, own: Path) -> Checkpoint | None:
+    """The branch's newest checkpoint, where it has to do without that of the trunk."""
+    kept = newest(own)
+    if kept is None or "branch" not in kept.meta:
+        return None
+    try:
+        read(path.resolve())
+    except Refusal:
+        return kept
+    return None
+
+
+def _one_before(path: Path) -> str:
+    """What to do about a trunk's checkpoint that is no use."""
+    before = before_it(path)
+    return "there is none before it" if before is None else f"branch_from={path.parent / str(before)} is one before it"
 
 
 def _left_out(trunk: RunSpec, found: Checkpoint) -> tuple[tuple[Skip, ...], ...] | None:

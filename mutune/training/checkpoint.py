@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -21,12 +21,13 @@ from torch import nn
 
 from mutune.data.segments import Skip
 from mutune.errors import Refusal, first_line, require
-from mutune.files import fsync_directory, fsync_file, write_json
+from mutune.files import fsync_directory, fsync_file, remove, write_json
 from mutune.parametrization.forward_pass import reshard
 from mutune.parametrization.plan import Plan
 from mutune.training.world import is_sharded
 
 GONE_BACK, KEPT_EVERY = "gone_back.json", "kept_every.json"
+T = TypeVar("T")
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -66,7 +67,7 @@ def save(
 def begin(root: Path, step: int) -> Path:
     """The empty folder that a checkpoint is written to; what a killed process left of others goes."""
     for stale in root.glob(".*.partial"):
-        shutil.rmtree(stale)
+        remove(stale)
     partial = _partial(root, step)
     partial.mkdir(parents=True)
     return partial
@@ -117,12 +118,12 @@ def publish(root: Path, step: int, kept: Callable[[list[int]], list[int]]) -> Pa
         os.replace(target, stale)
     os.replace(partial, target)
     fsync_directory(root)
-    shutil.rmtree(stale, ignore_errors=True)
+    remove(stale)
     steps = sorted(list_steps(root))
     for old in sorted(set(steps) - set(kept(steps)) - {step}):
         leaving = root / f".{old}.old.partial"  # by another name first: a kill leaves no half of it under its own
         os.replace(root / str(old), leaving)
-        shutil.rmtree(leaving)
+        remove(leaving)
     return target
 
 
@@ -182,7 +183,7 @@ def set_aside(root: Path, step: int) -> list[int]:
     newer = sorted(saved for saved in list_steps(root) if saved > step)
     for saved in newer:
         aside = _aside(root, saved)
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         os.replace(root / str(saved), aside)
     return newer
 
@@ -203,8 +204,7 @@ def note_going_back(root: Path, step: int) -> None:
 
 def gone_back(root: Path) -> int | None:
     """The step that was last gone back to by `resume=`."""
-    path = root / GONE_BACK
-    return int(json.loads(path.read_text())["resume"]) if path.is_file() else None
+    return _noted(root / GONE_BACK, lambda data: int(data["resume"]))
 
 
 def kept_every(root: Path, steps: int | None) -> list[int]:
@@ -212,7 +212,7 @@ def kept_every(root: Path, steps: int | None) -> list[int]:
     leaves them.
     """
     path = root / KEPT_EVERY
-    known: list[int] = json.loads(path.read_text())["steps"] if path.is_file() else []
+    known = _noted(path, lambda data: [*map(_counting, data["steps"])]) or []
     if steps is None or steps in known:
         return known
     root.mkdir(parents=True, exist_ok=True)
@@ -220,27 +220,75 @@ def kept_every(root: Path, steps: int | None) -> list[int]:
     return sorted([*known, steps])
 
 
-def read(path: Path) -> Checkpoint:
-    """What the checkpoint in that folder says of itself, and that its files are all there and whole."""
+def _noted(path: Path, read_as: Callable[[Any], T]) -> T | None:
+    """What a small file beside the checkpoints says; None where there is none.
+
+    Raises:
+        Refusal: it is damaged.
+    """
+    if not path.is_file():
+        return None
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        found = Checkpoint(path, int(meta["step"]), meta)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Refusal(f"checkpoint {path} cannot be read ({error}); {_cure(path)}.") from error
-    for name, size in meta.get("files", {}).items():
+        return read_as(json.loads(path.read_text()))
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise Refusal(f"{path} is damaged ({first_line(error)}); restore it, or remove it.") from error
+
+
+def _counting(number: Any) -> int:
+    """A number of steps."""
+    if not isinstance(number, int) or number < 1:
+        raise ValueError(f"{number} is no number of steps")
+    return number
+
+
+def read(path: Path, cure: Callable[[Path], str] | None = None) -> Checkpoint:
+    """What the checkpoint in that folder says of itself, and that its files are all there and whole.
+
+    Args:
+        cure: path → what to do about it where it is no use; None is about a run's own.
+
+    Raises:
+        Refusal: it is no use.
+    """
+    cure = cure or _cure
+    try:
+        found = _described(path)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise Refusal(f"checkpoint {path} cannot be read ({first_line(error)}); {cure(path)}.") from error
+    for name, size in found.meta["files"].items():
         file = path / name
         have = file.stat().st_size if file.is_file() else None
         lack = "is missing" if have is None else f"has {have:,} of its {size:,} bytes"
-        require(have == size, f"checkpoint {path} is damaged ({name} {lack}); {_cure(path)}.")
+        require(have == size, f"checkpoint {path} is damaged ({name} {lack}); {cure(path)}.")
+    named = int(path.name) if path.name.isdecimal() else found.step
+    require(
+        found.step == named,
+        f"checkpoint {path} is that of step {found.step:,} by its own meta.json; give it back its name, or: "
+        f"{cure(path)}.",
+    )
     return found
 
 
+def _described(path: Path) -> Checkpoint:
+    """By its meta.json. Raises all sorts of errors where that is damaged."""
+    meta = json.loads((path / "meta.json").read_text())
+    for key in ("plan", "files", "guard", "versions"):
+        meta.get(key, {}).keys()  # raises where it is no mapping
+    meta |= {"files": {name: int(size) for name, size in meta.get("files", {}).items()}}
+    return Checkpoint(path, int(meta["step"]), meta)
+
+
 def _cure(path: Path) -> str:
-    """What to do about a checkpoint that is no use."""
-    before = [step for step in list_steps(path.parent) if path.name.isdecimal() and step < int(path.name)]
-    if before:
-        return f"resume={max(before)} goes on from the one before it"
+    """What to do about a run's own checkpoint that is no use."""
+    if (before := before_it(path)) is not None:
+        return f"resume={before} goes on from the one before it"
     return "there is none before it, so begin anew with another name=NAME or overwrite=true"
+
+
+def before_it(path: Path) -> int | None:
+    """The step of the checkpoint before this one in its folder."""
+    steps = [step for step in list_steps(path.parent) if path.name.isdecimal() and step < int(path.name)]
+    return max(steps, default=None)
 
 
 def check_meta(checkpoint: Checkpoint, plan: Plan, meta: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Where runs compute, and how much memory is free and taken there."""
 
+import math
 import re
 import resource
 import runpy
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+
+#: The files of a control group: its limit, what it holds, and what of that Linux would give back.
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +49,37 @@ def free_memory(device: str) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return int(min(psutil.virtual_memory().available, left_to_group()))
+
+
+def left_to_group(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Bytes that a container or a Slurm job (`--mem`) leaves this process: the least of its control groups' limits less
+    what they hold, what Linux would give back not counted; infinite where no limit is set.
+
+    Args:
+        groups, own: where Linux has the groups (v2, or v1's below `memory/`), and those of this process.
+    """
+    left = math.inf
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        kinds, path = line.split(":", 2)[1:]
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root, names = (groups / "memory", V1) if kinds else (groups, V2)
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(root):
+                left = min(left, _left(group, *names))
+    return max(0, left)
+
+
+def _left(group: Path, limit: str, used: str, cached: str) -> float:
+    """Bytes that one control group leaves; infinite where it has no limit, or is not to be seen here."""
+    try:
+        most, now = ((group / name).read_text().strip() for name in (limit, used))
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int(most) - int(now) + int(held[cached])
+    except (OSError, ValueError, KeyError):  # ValueError: "max"
+        return math.inf
 
 
 def used_memory(device: str) -> tuple[int, int]:

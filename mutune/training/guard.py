@@ -51,6 +51,7 @@ class Guard:
 
     Attributes:
         skips: the windows of batches that rollbacks left out; the loader needs them.
+        rollbacks: the step from which each rollback left some out.
     """
 
     def __init__(
@@ -66,11 +67,12 @@ class Guard:
         self.config, self.clip_norm, self.beta2 = config, clip_norm, beta2
         self.band, self.band_steps, self.dtypes = band, band_steps, dict(dtypes or {})
         self.skips: tuple[Skip, ...] = ()
+        self.rollbacks: tuple[int, ...] = ()
         self.state: dict[str, Any] = {}
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """As at the first step of a run; `skips` stay."""
+        """As at the first step of a run; `skips` and `rollbacks` stay."""
         self.state = {"stage": None, "tokens": 0, "told": {}, "dtypes": {}, "moment": None, **_fresh()}
 
     def observe(self, record: Mapping[str, Any]) -> list[Alarm]:
@@ -101,7 +103,7 @@ class Guard:
         first = max(0, min(alarm.onset for alarm in alarms if alarm.calls_for != WARN) - 1 - self.config.skip_before)
         if PAUSE in (wanted, allowed):
             return Action(PAUSE, f"{said}\nThe run is paused; what is good is from step {first:,} or before.", first)
-        lately = [skip for skip in self.skips if step - skip.from_step <= AGAIN]
+        lately = [before for before in self.rollbacks if step - before <= AGAIN]
         if len(lately) >= self.config.max_rollbacks:
             again = f"The run went back {len(lately)} times within {AGAIN:,} steps, so other batches do not cure it"
             return Action(PAUSE, f"{said}\n{again}; it is paused.", first)
@@ -115,13 +117,22 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """What it remembers, as plain data for a checkpoint."""
         skips = [[skip.from_step, skip.num_skipped] for skip in self.skips]
-        return {**copy.deepcopy(self.state), "skips": skips}
+        return {**copy.deepcopy(self.state), "skips": skips, "rollbacks": list(self.rollbacks)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint's. After a rollback, set `skips` anew: the checkpoint is from before it."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
+        """Go on from a checkpoint's. After a rollback, set `skips` and `rollbacks` anew: the checkpoint is from before
+        it.
+
+        Returns:
+            What it does not say, as one of another version may not; that begins anew.
+        """
         kept = copy.deepcopy(dict(state))
         self.skips = tuple(Skip(*pair) for pair in kept.pop("skips", ()))
-        self.state = kept
+        self.rollbacks = tuple(kept.pop("rollbacks", [skip.from_step for skip in self.skips]))
+        self.begin_anew()
+        unknown = sorted(self.state.keys() - kept.keys())
+        self.state |= kept
+        return unknown
 
     def _enter_stage(self, record: Mapping[str, Any]) -> None:
         """What was usual at another context or batch says nothing of this one."""

@@ -61,10 +61,12 @@ def begins_at(directory: Path, resume: int | None, num_steps: int, branch: Branc
     """As `begin`, by one process.
 
     Raises:
-        Refusal: no checkpoint is of that step, or a record before it is missing.
+        Refusal: no checkpoint is of that step, it is damaged, or a record before it is missing.
     """
     start, path = checkpoint.choose(directory / CHECKPOINTS, resume), directory / METRICS
-    if branch and not start:
+    if start:
+        checkpoint.read(directory / CHECKPOINTS / str(start))
+    elif branch:
         start, path = branch.step, branch.trunk / METRICS
     return start, _records_until(path, start, finished=start == num_steps)
 
@@ -90,23 +92,24 @@ def state_at(
 def restore(
     directory: Path, start: int, run: Run, meta: dict[str, Any], branch: Branch | None, guard: Guard
 ) -> list[str]:
-    """Load the state of step `start`, where there is one; returns what is to be said of it.
+    """Load the state of step `start`, where there is one; returns what is to be said of it. Every process calls it.
 
     Raises:
-        Refusal: it is damaged, or of another run.
+        Refusal: it is damaged, or of another run, for some process.
     """
     if not start:
         return []
-    kept = state_at(directory, start, run.spec, run.plan, meta, branch)
-    checkpoint.restore(kept, run.model, run.optimizer)
-    if "guard" in kept.meta:
-        guard.load_state_dict(kept.meta["guard"])
+    together, notes = run.world.together, list[str]()
+    kept = together(lambda: state_at(directory, start, run.spec, run.plan, meta, branch))
+    together(lambda: checkpoint.restore(kept, run.model, run.optimizer))
+    if "guard" in kept.meta and (unknown := guard.load_state_dict(kept.meta["guard"])):
+        notes.append(f"note       the checkpoint does not say what the guard knew of {', '.join(unknown)}")
     if branch and kept is branch.checkpoint:
         guard.begin_anew()  # other stages, and maybe other texts, are usual from here on
         guard.skips = tuple(skip for skip in guard.skips if _is_of_the_trunk(skip, run, start))
     written_by = kept.meta.get("versions", versions())
     changed = "; ".join(differences(written_by, versions()))
-    return [f"note       the checkpoint was written by other code ({changed})"] if changed else []
+    return [*notes, f"note       the checkpoint was written by other code ({changed})"] if changed else notes
 
 
 def _is_of_the_trunk(skip: Skip, run: Run, start: int) -> bool:
@@ -136,6 +139,21 @@ def _records_until(path: Path, step: int, finished: bool) -> list[str]:
     return lines
 
 
-def cost_of(records: list[str]) -> float:
-    """What the run had cost by the last of these records."""
-    return float(json.loads(records[-1]).get("cost", 0.0)) if records else 0.0
+def cost_of(directory: Path, records: list[str]) -> float:
+    """What the run has cost so far, with the steps that it is about to make again.
+
+    Args:
+        records: the lines up to the step that it goes on from; of a branch that begins, its trunk's.
+    """
+    path, own = directory / METRICS, list[str]()
+    if path.is_file():
+        own = path.read_text(errors="replace").splitlines()
+    return max((_cost(line) for line in (*records, *own)), default=0.0)
+
+
+def _cost(line: str) -> float:
+    """What a record says; nothing where it was cut by a kill."""
+    try:
+        return float(json.loads(line).get("cost", 0.0))
+    except (ValueError, TypeError, AttributeError):
+        return 0.0

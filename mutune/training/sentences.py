@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from mutune.progress import clock
-from mutune.training.checkpoint import aside_bytes, list_steps
+from mutune.training.checkpoint import GONE_BACK, aside_bytes, list_steps
 from mutune.training.loop import Record
 from mutune.training.price import price
 from mutune.training.result import CHECKPOINTS
@@ -46,6 +46,16 @@ def aside(directory: Path, steps: Sequence[int]) -> list[str]:
     return [
         f"set aside  the newer checkpoints {', '.join(f'{step:,}' for step in steps)}: {root}/<step>.aside, "
         f"{aside_bytes(root, steps) / 2**20:,.0f} MiB; nothing reads or deletes them, so that is yours to do"
+    ]
+
+
+def gone_back_already(directory: Path, resume: int | None, start: int) -> list[str]:
+    """The line about a `resume=` that was done by a start before this one; none where it is done now."""
+    if resume is None or resume == start:
+        return []
+    return [
+        f"note       resume={resume} was done before, and the run goes on from what it has reached since; to go back "
+        f"there once more, remove {directory / CHECKPOINTS / GONE_BACK}"
     ]
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from mutune.data.windows import Skip
 from mutune.errors import Refusal
 from mutune.files import write_text
 from mutune.parametrization.apply import initialise
@@ -61,12 +60,15 @@ class Target:
     throughput: Throughput = field(init=False)
     _saver: Saver = field(init=False)
     _watch: Watch = field(init=False)
+    _told: set[str] = field(init=False)  # lines of alarms
 
     def __post_init__(self) -> None:
         self._saver = Saver(
             self.directory / CHECKPOINTS, self.run.world, self.run.plan, self.kept, background=self.background
         )
         self.run.loader.skips = self.guard.skips
+        path = self.directory / ALARMS
+        self._told = {*path.read_text().splitlines(keepends=True)} if path.is_file() else set()
 
     def records(self, start: int, stop: Callable[[], bool]) -> Iterator[Record]:
         """Train from step `start` to the end, or until some process's `stop` is true, which is saved.
@@ -127,14 +129,16 @@ class Target:
         assert action.before is not None
         self._saver.finish()
         root, skips = self.directory / CHECKPOINTS, (*self.guard.skips, *action.skips)
-        found = self._good(root, action.before)
-        if found is None and checkpoint.list_steps(root):
+        rollbacks = (*self.guard.rollbacks, action.skips[0].from_step)
+        found, only_newer = self._good(root, action.before)
+        if only_newer:
             said = action.sentence.rpartition("\n")[0]  # without what it would have done
             why = f"The run is paused: it cannot go back, as no checkpoint of step {action.before:,} or before is left"
             cure = "more of them stay with keep_every=STEPS, in a run of another name=NAME"
             raise Paused(f"{said}\n{why}; {self._goes_on(saved=False)}, and {cure}.")
         back = found.step if found else 0
-        self._load(found, skips)
+        self._load(found)
+        self.guard.skips, self.guard.rollbacks, self.run.loader.skips = skips, rollbacks, skips
         told = list[str]()
         if self.run.world.is_first:
             told = aside(self.directory, checkpoint.set_aside(root, back))
@@ -145,17 +149,30 @@ class Target:
             self.say(line)
         return back
 
-    def _good(self, root: Path, before: int) -> checkpoint.Checkpoint | None:
-        """The newest whole checkpoint of at most that step; the run's origin where it has none of its own."""
+    def _good(self, root: Path, before: int) -> tuple[checkpoint.Checkpoint | None, bool]:
+        """The newest whole checkpoint of at most that step, as the first process finds it; the run's origin where it
+        has none of its own. And whether none is left although it has others.
+        """
+        mine: tuple[int | None, bool] = None, False
+        world = self.run.world
+        if world.is_first:
+            mine = self._newest_whole(root, before), bool(checkpoint.list_steps(root))
+        step, has_some = world.share(mine)
+        if step is None:
+            return (None if has_some else self.origin), has_some
+        return world.together(lambda: checkpoint.read(root / str(step))), False
+
+    def _newest_whole(self, root: Path, before: int) -> int | None:
+        """The step of the newest whole checkpoint of at most that step."""
         for step in sorted(checkpoint.list_steps(root), reverse=True):
             if step <= before:
                 try:
-                    return checkpoint.read(root / str(step))
+                    return checkpoint.read(root / str(step)).step
                 except Refusal as refusal:
                     self.say(f"note       {refusal}")
-        return None if checkpoint.list_steps(root) else self.origin
+        return None
 
-    def _load(self, found: checkpoint.Checkpoint | None, skips: tuple[Skip, ...]) -> None:
+    def _load(self, found: checkpoint.Checkpoint | None) -> None:
         run = self.run
         run.optimizer.zero_grad()
         if found:
@@ -169,7 +186,6 @@ class Target:
             initialise(run.model, run.plan, run.spec.seed)
             run.optimizer.state.clear()
             self.guard.begin_anew()
-        self.guard.skips = run.loader.skips = skips
 
     def _pause(self, action: Action, saved: bool) -> str:
         steps = checkpoint.list_steps(self.directory / CHECKPOINTS)
@@ -186,9 +202,10 @@ class Target:
     def _tell(self, alarms: list[Alarm], action: Action) -> None:
         if not alarms or not self.run.world.is_first:
             return
+        told = [json.dumps({**alarm.as_dict(), "action": action.do}) + "\n" for alarm in alarms]
         with self._written(ALARMS) as lines:
-            for alarm in alarms:
-                lines.write(json.dumps({**alarm.as_dict(), "action": action.do}) + "\n")
+            lines.writelines(line for line in told if line not in self._told)  # of steps made again after a kill
+        self._told.update(told)
         for alarm in alarms:
             self.say(f"alarm      {alarm}")
 
@@ -198,12 +215,19 @@ class Target:
         return path.open("a", buffering=1) if self.run.world.is_first else Path(os.devnull).open("a")
 
 
+def _what(line: str) -> tuple[Any, ...]:
+    """What a record is of, whenever it was made."""
+    record = json.loads(line)
+    return tuple(record.get(key) for key in ("step", "tokens", "loss", "grad_norm"))
+
+
 def _move_records(directory: Path, step: int) -> None:
     """Keep the records of steps 1 to `step`; the rest goes to `rolled_back.jsonl`."""
-    path = directory / METRICS
+    path, old = directory / METRICS, directory / LEFT_OUT
     lines = path.read_text().splitlines(keepends=True)
-    with (directory / LEFT_OUT).open("a") as left_out:
-        left_out.writelines(lines[step:])
+    known = {*map(_what, old.read_text().splitlines())} if old.is_file() else set()
+    with old.open("a") as left_out:
+        left_out.writelines(line for line in lines[step:] if _what(line) not in known)  # a kill lets some come twice
         left_out.flush()
         os.fsync(left_out.fileno())
     write_text(path, "".join(lines[:step]))

@@ -12,6 +12,8 @@ from mutune.training.guard import Guard
 from mutune.training.loop import Record
 from mutune.training.probes import Probe
 
+OWN = ("dtype.", "dead_heads")  # of what a probe says, what each process has for itself
+
 
 class Watch:
     """Judges each record of a run, with probes in between. In a distributed run every process has one.
@@ -46,16 +48,23 @@ class Watch:
         every, step = self.guard.config.every, record["step"]
         if every and step % every == 0 and not record["diverged"]:
             self._audit(step)
-            record |= self.probe.measure(self._forward)
-            record["data_fingerprint"] = agreed(" ".join(map(fingerprint, self._tokens())))
+            measured = self.probe.measure(self._forward)
+            words = {key: str(value) for key, value in measured.items() if key.startswith(OWN)}
+            words["data_fingerprint"] = " ".join(map(fingerprint, self._tokens()))
+            record |= measured | agreed(words)
         return self.guard.observe(record)
 
 
-def agreed(mark: str) -> str:
-    """A word that every process should have; where some have another than the first one, theirs."""
+def agreed(words: dict[str, str]) -> dict[str, str]:
+    """What every process should say alike; where some say something else than the first one, what they say."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return mark
-    marks = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(marks, mark)
-    others = [f"{other} at rank {rank}" for rank, other in enumerate(marks) if other != marks[0]]
-    return ", ".join(others) or mark
+        return words
+    of_all = [dict[str, str]()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_all, words)
+    first, found = of_all[0], dict(of_all[0])
+    for key in sorted({key for each in of_all for key in each}):
+        said = [each.get(key, "nothing") for each in of_all]
+        others = [f"{other} at rank {rank}" for rank, other in enumerate(said) if other != first.get(key, "nothing")]
+        if others:
+            found[key] = ", ".join(others)
+    return found

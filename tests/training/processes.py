@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mutune.config import SweepConfig
+from mutune.errors import Refusal
 from mutune.model import decoder
 from mutune.model.shape import BaseConfig, ModelConfig
 from mutune.parametrization.finding import AuditError
@@ -23,9 +24,11 @@ from mutune.training import checkpoint
 from mutune.training.config import LoopConfig, ParallelConfig, RunSpec, StageConfig
 from mutune.training.distribution import joined
 from mutune.training.loop import Record
+from mutune.training.resume import restore
 from mutune.training.run import Run
 from mutune.training.saving import Saver
 from mutune.training.world import World, whole
+from tests.training.guarded import guard_of
 from tests.training.test_rollback import trained as trained_under_guard
 
 STEPS, SAVED = 30, 15
@@ -119,6 +122,20 @@ def in_parts(world: World) -> list[float]:
     return losses(Run(spec, world.device, world), until=5)
 
 
+def unreadable(world: World, folder: Path) -> str:
+    """What each process says where the second does not see the folder of checkpoints."""
+    run = Run(SPEC, world.device, world)
+    if world.is_first:
+        (folder / "seen").mkdir()
+        (folder / "seen/checkpoints").symlink_to(folder / "of_2")
+    world.wait()
+    try:
+        restore(folder / ("seen" if world.is_first else "hidden"), SAVED, run, {}, None, guard_of(SPEC))
+    except Refusal as refusal:
+        return str(refusal)
+    return "nothing"
+
+
 def audited(world: World) -> str:
     """What the first process says where the second has an optimizer of its own."""
     run = Run(SPEC, world.device, world)
@@ -141,6 +158,7 @@ def main(folder: Path) -> None:
         if world.size == 2:
             told = trained_under_guard(folder / "rolled_back", "rollback", damage=True, world=world)
             found["rolled_back"] = {"skips": [[skip.from_step, skip.num_skipped] for skip in told.skips]}
+            found["unreadable"] = {"said": world.share(unreadable(world, folder))}
             found["audited"] = {"said": audited(world)}
             for background in (False, True):
                 found[f"full_{background}"] = on_a_full_disk(world, folder / "of_2", background)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,57 @@ def test_the_next_checkpoint_clears_what_a_killed_one_left(tmp_path: Path) -> No
     (tmp_path / ".7.partial" / "state.safetensors").write_bytes(b"half")
     saved(tmp_path, 9)
     assert [file.name for file in tmp_path.iterdir()] == ["9"]
+
+
+def test_a_file_that_a_killed_process_was_writing_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / ".gone_back.json.42.partial").write_text("{")
+    saved(tmp_path, 9)
+    assert [file.name for file in tmp_path.iterdir()] == ["9"]
+
+
+def test_a_checkpoint_that_was_moved_to_another_disk_is_rotated_and_set_aside_as_a_link(tmp_path: Path) -> None:
+    root, archive = tmp_path / "checkpoints", tmp_path / "archive"
+    archive.mkdir()
+    for step in (5, 9):
+        saved(root, step)
+        (root / str(step)).rename(archive / str(step))
+        (root / str(step)).symlink_to(archive / str(step))
+    assert newest(root).step == 9
+    for _ in "ab":
+        assert checkpoint.set_aside(root, 5) == [9]
+        (root / "9").symlink_to(archive / "9")
+    saved(root, 11, keep=1)
+    assert sorted(file.name for file in root.iterdir()) == ["11", "9.aside"]
+    assert sorted(file.name for file in archive.iterdir()) == ["5", "9"]
+    assert checkpoint.read(archive / "9").step == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "ask"),
+    [
+        ("gone_back.json", "{", lambda root: checkpoint.choose(root, 5)),
+        ("gone_back.json", "[1]", lambda root: checkpoint.choose(root, 5)),
+        ("kept_every.json", '{"steps": null}', lambda root: checkpoint.kept_every(root, None)),
+        ("kept_every.json", '{"steps": [0]}', lambda root: checkpoint.kept_every(root, 3)),
+    ],
+)
+def test_a_damaged_note_beside_checkpoints_is_refused(
+    name: str, text: str, ask: Callable[[Path], object], tmp_path: Path
+) -> None:
+    saved(tmp_path, 5)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(Refusal, match=f"{name} is damaged .*; restore it, or remove it"):
+        ask(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"guard": []}, {"files": ["a"]}, {"files": {"a": "b"}}, {"step": 1e400}, {"plan": 1}, {"versions": "x"}]
+)
+def test_a_description_of_the_wrong_kind_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = saved(tmp_path, 5) / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(Refusal, match=r"^checkpoint .*5 cannot be read \(.*\); there is none before it"):
+        checkpoint.newest(tmp_path)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(

@@ -120,6 +120,12 @@ def test_what_the_audit_of_one_process_finds_all_say(found: dict[int, dict[str, 
     assert "Adam's eps" in said
 
 
+def test_a_checkpoint_that_one_process_does_not_see_is_refused_by_all(found: dict[int, dict[str, Any]]) -> None:
+    said = found[2]["unreadable"]["said"]
+    assert said.startswith("process 1 of 2: checkpoint ")
+    assert f"hidden/checkpoints/{SAVED} cannot be read" in said
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_where_one_process_cannot_write_the_save_fails_for_all_and_leaves_what_was_there(
     background: bool, found: dict[int, dict[str, Any]]

@@ -311,13 +311,32 @@ def test_a_rollback_skips_the_batches_from_before_the_onset_to_the_alarm() -> No
 
 def test_rollbacks_that_do_not_help_end_in_a_pause() -> None:
     guard = guard_with(replace(CONFIG, policy="rollback", max_rollbacks=2))
-    guard.skips = (Skip(100, 5), Skip(1400, 5))
+    guard.rollbacks = 100, 1400
     again = guard.decide([alarm("loss_level", 1500, 1495)])
     assert again.skips == (Skip(1492, 16),)  # the first is long ago, and the second doubles what is skipped
-    guard.skips = (*guard.skips, Skip(1490, 5))
+    guard.rollbacks = 100, 1400, 1490
     action = guard.decide([alarm("loss_level", 1500, 1495)])
     assert action.do == "pause"
     assert "other batches do not cure it" in action.sentence
+
+
+def test_a_rollback_over_the_end_of_a_stage_counts_once() -> None:
+    guard = guard_with(replace(CONFIG, policy="rollback", max_rollbacks=2))
+    action = guard.decide([alarm("loss_level", 101, 99)], stage_start=100)
+    assert action.skips == (Skip(96, 4), Skip(100, 1))
+    guard.skips, guard.rollbacks = action.skips, (action.skips[0].from_step,)
+    assert guard.decide([alarm("loss_level", 101, 99)], stage_start=100).skips == (Skip(96, 8), Skip(100, 2))
+
+
+def test_what_a_checkpoint_does_not_say_begins_anew() -> None:
+    guard, other = guard_with(CONFIG), guard_with(CONFIG)
+    guard.skips, guard.rollbacks = (Skip(3, 4),), (3,)
+    said = guard.state_dict()
+    assert other.load_state_dict(said) == []
+    assert (other.skips, other.rollbacks, other.state) == (guard.skips, guard.rollbacks, guard.state)
+    del said["loss"], said["rollbacks"]
+    assert other.load_state_dict(said) == ["loss"]
+    assert (other.rollbacks, other.state) == ((3,), guard.state)
 
 
 # ------------------------------------------------------------------------------------------------------------ the table

@@ -55,7 +55,10 @@ def _joined(rank: int, folder: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found: dict[str, Any] = {key: measured(mesh) for key, mesh in MESHES.items()}
-    found["agreed"] = [agreed("ab"), agreed("ab" if rank == 0 else "cd")]
+    found["agreed"] = [
+        agreed({"file": "ab"}),
+        agreed({"file": "ab" if rank == 0 else "cd", "dtype": "float32", **({"dead_heads": "h.0"} if rank else {})}),
+    ]
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -84,5 +87,6 @@ def test_every_process_has_the_fields_of_the_whole_model(found: list[dict[str, A
                 assert probe[key] == wanted, key
 
 
-def test_a_process_that_reads_another_file_is_named_to_all(found: list[dict[str, Any]]) -> None:
-    assert [process["agreed"] for process in found] == [["ab", "cd at rank 1"]] * 2
+def test_a_process_that_says_something_else_is_named_to_all(found: list[dict[str, Any]]) -> None:
+    differing = {"file": "cd at rank 1", "dtype": "float32", "dead_heads": "h.0 at rank 1"}
+    assert [process["agreed"] for process in found] == [[{"file": "ab"}, differing]] * 2

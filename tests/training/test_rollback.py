@@ -233,6 +233,16 @@ def test_a_kill_in_the_middle_of_going_back_leaves_a_run_that_goes_on(
             steps_of(target.records(0, lambda: False))
     assert max(checkpoint.list_steps(tmp_path / "checkpoints")) == 20
     assert len(_records_until(tmp_path / "metrics.jsonl", 20, finished=False)) == 20
+    (tmp_path / "metrics.jsonl").write_text("".join(_records_until(tmp_path / "metrics.jsonl", 20, finished=False)))
+    found = checkpoint.read(tmp_path / "checkpoints/20")
+    checkpoint.restore(found, target.run.model, target.run.optimizer)
+    target.guard.load_state_dict(found.meta["guard"])
+    again = target_of(target.run, tmp_path, target.guard)
+    assert steps_of(again.records(20, lambda: False))[-1] == 60
+    told = (tmp_path / "alarms.jsonl").read_text().splitlines()
+    assert len(told) == len(set(told)) >= 1  # of steps that were made again
+    left_out = [json.loads(line)["step"] for line in (tmp_path / "rolled_back.jsonl").read_text().splitlines()]
+    assert len(left_out) == len(set(left_out)) >= 1
 
 
 def test_a_pause_drops_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
