@@ -8,8 +8,8 @@ from mutune.certificate.config import TransferFile
 from mutune.config import TrainConfig
 from mutune.door import CACHED
 from mutune.errors import require
-from mutune.files import require_writable
-from mutune.folders import check_claim, check_free, claim, locked
+from mutune.files import read_yaml, require_writable
+from mutune.folders import CONFIG, check_claim, check_free, claim, locked
 from mutune.training.config import RunSpec
 from mutune.training.launched import processes
 from mutune.training.result import CHECKPOINTS
@@ -65,6 +65,8 @@ def _check_folder(config: TrainConfig, directory: Path, inputs: dict[str, Any], 
         kept_every(root, None)  # refuses what is damaged
     require_writable(Path(config.out))
     require_writable(directory.parent)
+    if branch is None and not config.overwrite:
+        _check_is_no_branch(directory)
     replaced = check_claim(directory, inputs, "name", config.overwrite)
     lost = (
         f"the run in {directory}, which overwrite=true replaces; leave out overwrite=true, or choose another name=NAME"
@@ -75,6 +77,17 @@ def _check_folder(config: TrainConfig, directory: Path, inputs: dict[str, Any], 
         f"branch_from={config.branch_from} is gone, and known only to {lost}.",
     )
     return replaced
+
+
+def _check_is_no_branch(directory: Path) -> None:
+    """Refuse to go on with a run that left another one without being told so."""
+    path = directory / CONFIG
+    stored = read_yaml(path, "config").get("inputs") if path.is_file() else None
+    require(
+        not isinstance(stored, dict) or "branch" not in stored,
+        f"{directory} is of a run that began with branch_from=, which has to be given again; for example "
+        "branch_from=runs/train/NAME/checkpoints/STEP as it was, or choose another name=NAME.",
+    )
 
 
 def claimed(
@@ -103,10 +116,10 @@ def claimed(
 
 def rehearse(
     config: TrainConfig, transfer: TransferFile, spec: RunSpec, directory: Path, branch: "Branch | None"
-) -> tuple[str, int]:
+) -> tuple[str, int, bool]:
     """Refuse, without writing anything, what the run would refuse at its start.
 
-    Returns what was written all the same, and the steps that are done.
+    Returns what was written all the same, the steps that the run has done, and whether results of others would go.
 
     Text is looked at only where there is a run that must have read the same.
     """
@@ -116,7 +129,7 @@ def rehearse(
         require_even([stage.batch_sequences for stage in spec.stages], processes()[0], config.parallel)
     if not directory.exists() and branch is None:
         _check_folder(config, directory, {}, None)
-        return "", 0
+        return "", 0, False
     from mutune.training.resume import begins_at, identity, state_at
 
     corpora = _check_data(transfer, spec)
@@ -128,4 +141,4 @@ def rehearse(
     if start:
         meta = identity(spec, corpora, transfer.verdict, transfer.seal, branch)
         state_at(directory, start, spec, spec.plan(corpora.main.vocab_size), meta, branch)
-    return CACHED, start
+    return CACHED, start if (directory / CHECKPOINTS / str(start)).is_dir() else 0, replaced

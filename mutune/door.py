@@ -8,9 +8,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, TypeVar
 
 from mutune.compose import compose
@@ -26,18 +26,19 @@ SILENCE = 3.0  # seconds in which the first process speaks for all
 OK, FAILED, REFUSED, NOT_GO, INTERRUPTED, UNREAD, TERMINATED = 0, 1, 2, 3, 130, 141, 143
 
 
-def rehearsed(but: str = "", lack: Refusal | None = None) -> int:
+def rehearsed(but: str = "", lack: Refusal | None = None, to_do: str = "start") -> int:
     """Print the last line of a dry run; returns its exit code.
 
     Args:
         but: what was written all the same, or nothing.
         lack: why the work would be refused.
+        to_do: what the work would do.
 
     Raises:
         Refusal: the lack, where there is one, so that a script does not start what would be refused.
     """
     written = f"dry run: nothing was written{f' but {but}' if but else ''}"
-    print(f"{written}." if lack else f"{written}; leave out dry_run=true to start.", flush=True)
+    print(f"{written}." if lack else f"{written}; leave out dry_run=true to {to_do}.", flush=True)
     if lack:
         raise lack
     return OK
@@ -109,7 +110,14 @@ class StopRequest:
         self._signum = signum
 
 
-def enter(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence[str], argv: Sequence[str]) -> int:
+def enter(
+    door: str,
+    schema: type[T],
+    work: Callable[[T], int],
+    groups: Sequence[str],
+    argv: Sequence[str],
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+) -> int:
     """Run one command and return its exit code.
 
     Args:
@@ -118,9 +126,12 @@ def enter(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence
         work: takes the validated configuration, returns an exit code.
         groups: the config groups it has, for `--help`.
         argv: the command line after the command.
+        elsewhere: keys of other doors that are often given to this one, and those doors.
     """
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
+        for word in argv:
+            _check_word(word, elsewhere)
         code = _opened(door, schema, work, groups, argv)
         sys.stdout.flush()
         return code
@@ -132,9 +143,25 @@ def enter(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence
     except (WorkFailed, OSError) as failure:  # OSError: a full disk, a folder where a file goes
         return _end(door, failure, FAILED)
     except KeyboardInterrupt:
-        return _end(door, "interrupted; the same command continues.", INTERRUPTED)
+        return _end(door, f"interrupted; {_after(argv)}.", INTERRUPTED)
     except Terminated:
-        return _end(door, "terminated; the same command continues.", TERMINATED)
+        return _end(door, f"terminated; {_after(argv)}.", TERMINATED)
+
+
+def _after(argv: Sequence[str]) -> str:
+    """What follows an interruption."""
+    return "nothing was written" if {"dry_run=true", "fit=true"} & set(argv) else "the same command continues"
+
+
+def _check_word(word: str, elsewhere: Mapping[str, str]) -> None:
+    """Refuse what is no `key=value`, and what belongs to another door."""
+    if word.startswith("-") and word not in ("-h", "--help"):
+        name, _, value = word.lstrip("-").partition("=")
+        works = f"{name.replace('-', '_')}={value or 'true'}" if name else "dry_run=true"
+        raise Refusal(f"{word} is no key=value, which all settings are, without dashes; for example {works}.")
+    key = word.lstrip("+~").partition("=")[0]
+    if other := elsewhere.get(key.partition(".")[0]):
+        raise Refusal(f"{key} is a key of python -m mutune.{other}; for example python -m mutune.{other} {word}.")
 
 
 def _opened(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence[str], argv: Sequence[str]) -> int:

@@ -60,6 +60,10 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         Refusal: the file is missing, is not YAML, or holds no mapping.
     """
     text = ""
+    if path.is_dir():
+        inside = sorted(each.name for each in path.iterdir() if each.suffix in (".yaml", ".yml"))
+        works = f"for example {path / inside[-1]}" if inside else "check the path"
+        raise Refusal(f"the {what} {path} is a folder; {works}.")
     try:
         text = path.read_text()
         data = yaml.load(text, LOADER)

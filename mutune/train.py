@@ -30,11 +30,15 @@ from mutune.search.workers import default_workers
 from mutune.training.config import RunSpec, micro_sequences
 from mutune.training.device import device_name, kind_of
 from mutune.training.launched import OMP, asked_threads, is_launched, processes, rank, share
+from mutune.training.passes import readings, text_lines
 from mutune.training.price import price_table
 from mutune.training.quote import Machine, lacking, largest_table, machine, quote_table
 from mutune.training.result import CHECKPOINTS, METRICS, PREDICTION, smoothing
 from mutune.training.writers import require_writers
 from mutune.underway import run_to_end
+
+#: Keys that are given to the transfer, whose file has what they decide.
+OF_THE_TRANSFER = dict.fromkeys(("study", "target", "hyperparameters", "ladder", "compare"), "transfer")
 
 if TYPE_CHECKING:
     from mutune.training.branch import Branch
@@ -44,7 +48,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return enter("train", TrainConfig, work, (), sys.argv[1:] if argv is None else argv)
+    return enter("train", TrainConfig, work, (), sys.argv[1:] if argv is None else argv, OF_THE_TRANSFER)
 
 
 def work(config: TrainConfig) -> int:
@@ -68,15 +72,11 @@ def work(config: TrainConfig) -> int:
     if (config.fit or config.dry_run) and rank():
         return OK  # the first process speaks, and measures, for all
     if config.fit:
-        print(price_table(name, spec, _kind(config)), _fit(config, spec), sep="\n")
+        print(price_table(name, spec, _kind(config)), flush=True)
+        print(_fit(config, spec))
         return OK
     if config.dry_run:
-        but, done = rehearse(config, transfer, spec, directory, origin)
-        told, lack = [*_branching(origin), *_stands(directory, done, spec.num_steps)], _lack(config, spec)
-        if config.hardware:
-            told.append(quote_table(spec, config.parallel, _machine(config, spec)))
-        print(price_table(name, spec, _kind(config)), *told, sep="\n")
-        return rehearsed(but, lack)
+        return _rehearse(config, transfer, spec, directory, origin)
     if lack := _memory(config, spec):
         raise lack
     require_writers(config.writers)
@@ -92,6 +92,21 @@ def work(config: TrainConfig) -> int:
                 raise
             raise ProcessLost(lost(directory, error)) from error
     return OK
+
+
+def _rehearse(
+    config: TrainConfig, transfer: TransferFile, spec: RunSpec, directory: Path, branch: "Branch | None"
+) -> int:
+    """The dry run: say what the run would do, and what that costs; returns the exit code."""
+    but, done, replaced = rehearse(config, transfer, spec, directory, branch)
+    told = [price_table(directory.name, spec, _kind(config)), *text_lines(readings(spec)), *_branching(branch)]
+    told += _stands(directory, done, spec.num_steps)
+    if replaced:
+        told.append(f"replaces   {directory}/ has results of other inputs, which overwrite=true removes")
+    if config.hardware:
+        told.append(quote_table(spec, config.parallel, _machine(config, spec)))
+    print(*told, sep="\n")
+    return rehearsed(but, _lack(config, spec), "go on" if done else "start")
 
 
 def _stands(directory: Path, done: int, total: int) -> list[str]:
@@ -177,14 +192,14 @@ def _train(
     import torch
 
     from mutune.training.checkpoint import note_going_back, set_aside
-    from mutune.training.resume import begin, cost_of, identity, restore
+    from mutune.training.resume import begin, identity, restore, spent
     from mutune.training.run import Run, describe
     from mutune.training.sentences import aside, gone_back_already, opening, read_again
 
     threads, why = _threads(config, spec)
     torch.set_num_threads(threads)
     start, records = world.together(lambda: begin(directory, config.resume, spec.num_steps, world, branch))
-    cost = cost_of(directory, records) if world.is_first else 0.0
+    so_far = spent(directory, records) if world.is_first else (0.0, 0.0)
     run = Run(spec, world.device, world if is_launched() else None, config.parallel)
     meta = identity(spec, run.corpora, transfer.verdict, transfer.seal, branch)
     guard = _guard(config, spec, transfer)
@@ -198,11 +213,12 @@ def _train(
         if transfer.prediction is not None:
             write_json(directory / PREDICTION, {"prediction": plain(transfer.prediction)})  # for the figures on the way
         write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
-        words = [opening(directory, run, start, why), *_branching(branch), *read_again(run), *notes]
+        texts = text_lines(readings(spec, run.corpora))
+        words = [opening(directory, run, start, why), *texts, *_branching(branch), *read_again(run), *notes]
         print(*words, sep="\n", file=sys.stderr)
     try:
         if start < spec.num_steps:
-            run_to_end(config, run, directory, start, meta, guard, cost, branch)
+            run_to_end(config, run, directory, start, meta, guard, so_far, branch)
     except AuditError as error:
         raise WorkFailed(str(error)) from error
     if world.is_first:
@@ -246,7 +262,7 @@ def _close(config: TrainConfig, directory: Path, transfer: TransferFile) -> None
     print(f"finished   step {last['step']:,}, {last['tokens']:,} tokens")
     print(f"held-out   {loss:.4f} nats per token, {bits:.4f} bits per byte")
     names += _compare(config, transfer, directory, loss)
-    next_step = "open analysis/transfer.ipynb to look at it"
+    next_step = f"open {directory / 'report.html'}, or analysis/transfer.ipynb, to look at it"
     names += [path.name for path in drawn(lambda: [train_page(directory, next_step)], "report")]
     print(f"written    {directory}/: {', '.join(names)}")
     print(f"next       {next_step}")

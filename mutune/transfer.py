@@ -28,6 +28,7 @@ from mutune.model.shape import BaseConfig, base_config
 from mutune.parametrization.hyperparameters import BaseHyperparameters
 from mutune.parametrization.rules import ParametrizationConfig
 from mutune.training.config import RunSpec
+from mutune.training.passes import readings, text_lines
 from mutune.training.price import price, price_table
 from mutune.training.schedule import ScheduleConfig
 from mutune.versions import versions
@@ -324,7 +325,7 @@ def _transfer_file(
 
 
 def _advice(config: TransferConfig, proxy: RunSpec | None, target: RunSpec, ladder: "Ladder | None") -> list["Advice"]:
-    from mutune.certificate.adviser import advise, without_shares
+    from mutune.certificate.adviser import advise, by_severity, repeating, without_shares
     from mutune.certificate.rungs import places
 
     if ladder is None:
@@ -333,7 +334,8 @@ def _advice(config: TransferConfig, proxy: RunSpec | None, target: RunSpec, ladd
         furthest = places(ladder.rungs).max()
         measured = {axis: float(furthest[axis]) for axis in ladder.config.chosen_axes}
         found = advise(proxy, target, measured, [rung.model.width for rung in ladder.rungs])
-    return found if config.target.tokens is None else without_shares(found)
+    found = found if config.target.tokens is None else without_shares(found)
+    return by_severity([*found, *repeating(readings(target))])
 
 
 def _tuning(source: Source, target: RunSpec) -> list[str]:
@@ -370,7 +372,7 @@ def _dry_run(config: TransferConfig, ladders: dict[str, "Ladder"], target: RunSp
     from mutune.certificate.adviser import advice_lines
     from mutune.certificate.planned import words
 
-    lines = [price_table(config.target.name, target)]
+    lines = [price_table(config.target.name, target), *text_lines(readings(target))]
     for table, ladder in ladders.items():
         lines += words(ladder, f"ladder {table}" if len(ladders) > 1 else "ladder")
     lines += advice_lines(advice)
@@ -410,11 +412,18 @@ def _certify(
     print("\n".join(spoken(data)))
     names = ["transfer.yaml", "certificate.md", "certificate.json", "parametrization.csv", "multipliers.csv"]
     names += _names(figures + drawn(lambda: draw_certificate(directory)))
-    next_step = f"python -m mutune.train transfer={directory / 'transfer.yaml'} dry_run=true"
+    next_step = f"python -m mutune.train transfer={directory / 'transfer.yaml'} dry_run=true{_hardware(target)}"
     names += [path.name for path in drawn(lambda: [transfer_page(directory, next_step)], "report")]
     print(f"written    {directory}/: {', '.join(names)}")
     print(f"next       {next_step}")
     return judged.verdict.verdict
+
+
+def _hardware(target: RunSpec) -> str:
+    """The hardware to price a target on that is too large for this machine's memory; nothing where it is not."""
+    from mutune.training.device import device_name, free_memory
+
+    return "" if price(target).bytes <= free_memory(device_name("auto")) else " hardware=h100-sxm gpus=8"
 
 
 def _judge_ladders(config: TransferConfig, ladders: dict[str, "Ladder"], target: RunSpec, directory: Path) -> "Judged":

@@ -76,14 +76,14 @@ def run_to_end(
     start: int,
     meta: dict[str, Any],
     guard: "Guard",
-    cost: float,
+    so_far: tuple[float, float],
     branch: "Branch | None",
 ) -> None:
     """Train from step `start` to the last one, or until the run is asked to stop, which is saved.
 
     Args:
         meta: what travels with each checkpoint.
-        cost: of the run so far, where a price is known.
+        so_far: seconds and cost of the run, over all starts before this one.
 
     Raises:
         WorkFailed: it diverged, or the guard paused it.
@@ -95,7 +95,7 @@ def run_to_end(
     total = run.spec.num_steps
     every = config.checkpoint_every or max(1, total // 20)
     with StopRequest(patient=is_launched()) as stop, _audience(config, run, directory, start, every) as audience:
-        target = _target(config, run, directory, meta, guard, cost, branch, every, audience.say)
+        target = _target(config, run, directory, meta, guard, so_far, branch, every, audience.say)
         record: Record | None = None
         try:
             for record in target.records(start, lambda: stop.requested or _is_late(config)):
@@ -129,7 +129,7 @@ def _target(
     directory: Path,
     meta: dict[str, Any],
     guard: "Guard",
-    cost: float,
+    so_far: tuple[float, float],
     branch: "Branch | None",
     every: int,
     say: Callable[[str], None],
@@ -150,7 +150,8 @@ def _target(
         background=_in_background(config, run),
         say=say,
         measure=_throughput(config, run),
-        cost=cost,
+        seconds=so_far[0],
+        cost=so_far[1],
         origin=branch.checkpoint if branch else None,
     )
 
@@ -166,12 +167,18 @@ def _why(stop: StopRequest, config: TrainConfig) -> str:
 
 
 def _kept(config: TrainConfig, ends: list[int], kept_every: list[int]) -> Callable[[list[int]], list[int]]:
-    """Which checkpoints stay: the newest, the ends of stages, and what any `keep_every=` of this run asked for."""
+    """Which checkpoints stay: the newest, the ends of stages, what any `keep_every=` of this run asked for, and for the
+    guard to go back to the newest that is older than two windows, with those that will be it in time.
+    """
+    window = config.guard.window
 
     def kept(steps: list[int]) -> list[int]:
         marked = [s for s in steps if s in ends or any(s % every == 0 for every in kept_every)]
-        old = [s for s in steps if s <= steps[-1] - 2 * config.guard.window]  # to which the guard may have to go back
-        return [*steps[-config.keep_checkpoints :], *marked, *old[-1:]]
+        old = [s for s in steps if s <= steps[-1] - 2 * window][-1:] or steps[:1]
+        for step in steps:
+            if step >= old[-1] + window:
+                old.append(step)
+        return [*steps[-config.keep_checkpoints :], *marked, *old]
 
     return kept
 

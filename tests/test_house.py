@@ -58,6 +58,7 @@ WITHOUT_TORCH = [
     "training/price.py",
     "training/usual.py",
     "training/quote.py",
+    "training/passes.py",
     "search/config.py",
     "certificate/config.py",
     "certificate/stages.py",

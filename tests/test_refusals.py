@@ -22,6 +22,33 @@ def refuse(door: str, arguments: list[str], out: Path, capsys: pytest.CaptureFix
     return captured.err
 
 
+WORDS = [
+    (
+        "train",
+        ["--dry-run"],
+        "--dry-run is no key=value, which all settings are, without dashes; for example dry_run=",
+    ),
+    ("sweep", ["--seed=3"], "--seed=3 is no key=value, which all settings are, without dashes; for example seed=3."),
+    (
+        "train",
+        ["target.loop.dtype=float32"],
+        "target.loop.dtype is a key of python -m mutune.transfer; for example python -m mutune.transfer target.loop",
+    ),
+    ("train", ["transfer={folder}"], "the transfer file {folder} is a folder; for example {folder}/transfer.yaml."),
+]
+
+
+@pytest.mark.parametrize(("door", "words", "sentence"), WORDS)
+def test_words_that_belong_elsewhere_are_told_where(
+    door: str, words: list[str], sentence: str, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "transfer.yaml").write_text("{}")
+    said = refuse(door, [word.format(folder=folder) for word in words], out, capsys)
+    assert sentence.format(folder=folder) in said
+
+
 HORIZON = ["+sweep=smoke", "parametrization.decay=horizon", "hyperparameters.decay_timescale=0.1"]
 SWEEP = [
     (["+sweep=smoke", "model.widht=3"], "unknown key model.widht; did you mean model.width?"),

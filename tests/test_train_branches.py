@@ -132,6 +132,13 @@ def test_a_branch_goes_on_where_its_trunk_s_checkpoint_was_damaged_since_and_a_n
     assert f"; branch_from={path.parents[1]}/{before} is one before it." in said
 
 
+def test_a_branch_that_is_started_again_without_its_trunk_is_told_so(out: Path, trunk: str) -> None:
+    stages = f"{{{STAGE}, num_steps: 30}}"
+    trained(out, "again", DECAYING, stages, trunk)
+    said = trained(out, "again", DECAYING, stages, expect=2)
+    assert f"{out}/train/again is of a run that began with branch_from=, which has to be given again; for exam" in said
+
+
 def test_a_checkpoint_that_was_set_aside_is_no_trunk(out: Path, trunk: str) -> None:
     root = out / "train/trunk/checkpoints"
     shutil.copytree(root / "20", root / "20.aside")

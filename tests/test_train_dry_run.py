@@ -152,6 +152,7 @@ def test_a_dry_run_of_a_branch_looks_into_its_trunk(house: Path, tmp_path: Path)
     said = doors.run("train", transfer(tmp_path), f"out={tmp_path}", *DRY, *words).stdout
     assert f"branch     from step 20 of {tmp_path}/train/tiny/, 10 steps are left" in said
     assert not (tmp_path / "train/longer").exists()
+    assert "stands " not in said  # of its own it has done nothing yet
     without_records(tmp_path / "train/tiny")
     said = doors.run("train", transfer(tmp_path), f"out={tmp_path}", *DRY, *words, expect=2).stderr
     assert "metrics.jsonl lacks the whole record of step 1" in said
@@ -168,7 +169,9 @@ def test_a_dry_run_of_a_run_that_may_go_on_leaves_everything_as_it_was(house: Pa
         (["device=cpu"], over),
     ):
         said = doors.run("train", transfer(house), f"out={house}", *DRY, *words).stdout
-        assert said.endswith("leave out dry_run=true to start.\n")
+        assert said.endswith(f"leave out dry_run=true to {'go on' if stands else 'start'}.\n")
+        assert ("replaces   " in said) == ("overwrite=true" in words)
+        assert "\ntext       sotu has " in said
         assert (f"stands     tiny {stands}" in said) if stands else ("stands " not in said)
     assert files(house) == before
 

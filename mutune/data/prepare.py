@@ -83,6 +83,12 @@ def prepare_with(data: DataConfig, tokenizer: Tokenizer, cache_dir: Path | None 
     return _prepare(data, f"{tokenizer.name} {tokenizer.content_hash}", lambda documents: tokenizer, cache_dir)
 
 
+def cached_tokens(data: DataConfig, tokenizer: TokenizerConfig) -> int | None:
+    """Training tokens of a corpus that was prepared before; None where it was not. Hashes the text, builds nothing."""
+    manifest = _read_manifest(cache_folder() / _key(corpus_hash(data), tokenizer_name(tokenizer)))
+    return None if manifest is None else int(manifest["files"]["train.bin"]["bytes"]) // TOKEN.itemsize
+
+
 def _prepare(data: DataConfig, tokenizer: str, build: BuildTokenizer, cache_dir: Path | None) -> TokenizedCorpus:
     name, content_hash = corpus_name(data), corpus_hash(data)
     folder = (cache_dir or cache_folder()) / _key(content_hash, tokenizer)

@@ -168,6 +168,7 @@ def train_figure(curves: pd.DataFrame, band: pd.DataFrame | None = None) -> Figu
     if band is not None and len(band):
         plots.plot_band(band, frames.outside(curves, band), above)
     plots.plot_loss_curves(curves, above)
+    plots.look_past_the_start(curves, above)
     plots.plot_learning_rate(curves, below)
     plots.plot_context_switches(frames.context_switches(curves), [above, below])
     above.label_outer()

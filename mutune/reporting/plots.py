@@ -27,6 +27,8 @@ LEGEND_COLUMNS = 4
 MOST_TICKS = 9
 BEST = "lowest loss"
 WITHIN, OUTSIDE = "within its bounds", "out of bounds, with its exponent"
+START = 0.05  # of a run's tokens, whose losses may leave the axes
+FLAT = 3.0  # times the rest's range that the losses of the start are above its lowest, from which on they do
 _BELOW = 0.45  # inches from an axis down to its legend: tick labels and the axis's own label lie between
 _EDGE_MARKERS = {"low": "<", "high": ">"}
 _DODGE = 0.11  # octaves between the marks of neighbouring widths at the top of a valley plot
@@ -228,6 +230,21 @@ def plot_loss_curves(curves: pd.DataFrame, axes: Axes, *, by: str = "width", log
     axes.set_ylabel("loss (nats per token)" if single else f"{smoothing}\n(nats per token)")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=LEGEND_COLUMNS, frameon=False)
     _tidy(axes)
+
+
+def look_past_the_start(curves: pd.DataFrame, axes: Axes) -> None:
+    """Let the first losses of a run leave the axes at the top, where the rest would be flat at the bottom.
+
+    Args:
+        curves: rows of `frames.curves`, of one run.
+    """
+    later = curves[curves.tokens > START * curves.tokens.max()]
+    shown = pd.concat([later.smooth_loss, later.heldout_loss]).dropna()
+    low, high = float(shown.min()), float(shown.max())
+    if not math.isfinite(high - low):  # also where there is none
+        return
+    if curves.smooth_loss.max() - low > FLAT * (high - low) > 0:
+        axes.set_ylim(low - 0.1 * (high - low), high + 0.4 * (high - low))
 
 
 def plot_band(band: pd.DataFrame, outside: pd.DataFrame, axes: Axes) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mutune.errors import require, require_number
 
+GROWTH = "growth"  # where an alarm is of what is below its bound, and on the way there
 POLICIES = ("warn", "pause", "rollback")
 WARN, PAUSE, ROLLBACK = POLICIES
 
@@ -247,9 +248,11 @@ class Alarm:
         return KINDS[self.name].calls_for
 
     def __str__(self) -> str:
-        about = f" of {self.where}" if self.where else ""
+        growing = self.where == GROWTH
+        about = f" of {self.where}" if self.where and not growing else ""
+        expected = "more than growth within guard.window allows:" if growing else self._expected
         return (
-            f"step {self.step:,}: {self.name}{about} is {_shown(self.value)}, {self._expected} {_shown(self.bound)}; "
+            f"step {self.step:,}: {self.name}{about} is {_shown(self.value)}, {expected} {_shown(self.bound)}; "
             f"{self.means}. Advice: {self.advice}."
         )
 

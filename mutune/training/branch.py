@@ -45,10 +45,12 @@ class Branch:
         return self.checkpoint.path.parents[1]
 
 
-def _another(path: Path) -> Path:
-    """The newest checkpoint beside what is none; where there is none, what one would be called."""
-    steps = sorted(list_steps(path.parent))
-    return path.parent / str(steps[-1]) if steps else Path("runs/train/trunk/checkpoints/1000")
+def _another(path: Path, before: int) -> Path:
+    """The newest checkpoint beside one that does not serve, of a step before the run's end; where there is none, what
+    one would be called.
+    """
+    steps = [step for step in list_steps(path.parent) if step < before]
+    return path.parent / str(max(steps)) if steps else Path("runs/train/NAME/checkpoints/STEP")
 
 
 def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
@@ -66,12 +68,12 @@ def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
         return Branch(replace(spec, extends=before.extends, left_out=before.left_out), kept.meta["branch"])
     require(
         (path / "meta.json").is_file(),
-        f"branch_from={path} is no checkpoint; for example branch_from={_another(path)}.",
+        f"branch_from={path} is no checkpoint; for example branch_from={_another(path, spec.num_steps)}.",
     )
     require(
         path.resolve().name.isdecimal(),
         f"branch_from={path} does not have the number of its step as its name, so that the records beside it need not "
-        f"be those that led to it; for example branch_from={_another(path)}.",
+        f"be those that led to it; for example branch_from={_another(path, spec.num_steps)}.",
     )
     found = read(path.resolve(), _one_before)
     trunk = build(RunSpec, found.meta["run"])
@@ -91,7 +93,7 @@ def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
     require(
         found.step < spec.num_steps,
         f"branch_from={path} has done {found.step:,} steps, and this run has {spec.num_steps:,}; for example "
-        "a longer last stage of target.stages.",
+        f"branch_from={_another(path, spec.num_steps)}, or a longer last stage of target.stages.",
     )
     told = hashlib.sha256((path / "meta.json").read_bytes()).hexdigest()[:16]
     old, new = (multiplier(s.schedule, s.num_steps, stage_ends(s.stages)) for s in (trunk, spec))

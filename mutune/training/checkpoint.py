@@ -27,6 +27,7 @@ from mutune.parametrization.plan import Plan
 from mutune.training.world import is_sharded
 
 GONE_BACK, KEPT_EVERY = "gone_back.json", "kept_every.json"
+MOST_NAMED = 8
 T = TypeVar("T")
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -154,7 +155,7 @@ def choose(root: Path, step: int | None) -> int:
     steps = sorted(list_steps(root))
     if step is None or step == gone_back(root):
         return steps[-1] if steps else 0
-    works = f"for example resume={steps[-1]}" if steps else "leave it out to begin anew"
+    works = f"there are {', '.join(map(str, steps[-MOST_NAMED:]))}" if steps else "leave it out to begin anew"
     require(step in steps, f"resume={step} has no checkpoint under {root}; {works}.")
     return step
 

@@ -12,9 +12,7 @@ from mutune.training.quote import balanced, largest, setting
 
 MOST_TRIALS = 6
 WORTH = 1.1  # times as many sequences, for which one more trial is made
-FAR = (
-    3.0  # times what is free, that one sequence needs by estimate, and is not tried: where memory swaps that takes long
-)
+FAR = 1.25  # times what is free, that one sequence needs by estimate, and is not tried: memory would swap
 WORSE = 1.5  # times its estimate, that what ran out of memory is taken to need
 
 

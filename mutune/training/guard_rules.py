@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from mutune.training.alarms import Alarm
+from mutune.training.alarms import GROWTH, Alarm
 from mutune.training.usual import cusum, deviation, level
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _logits(guard: "Guard", record: Mapping[str, Any]) -> Iterator[Alarm]:
         if value > bound:
             yield Alarm(f"{name}s", step, value, bound, step)
         elif value > max(bound / 4, config.logit_growth * lowest):
-            yield Alarm(f"{name}s", step, value, max(bound / 4, config.logit_growth * lowest), step, "growth")
+            yield Alarm(f"{name}s", step, value, max(bound / 4, config.logit_growth * lowest), step, GROWTH)
         past[:] = [pair for pair in past if step - pair[0] <= config.window] + [[step, value]]
 
 

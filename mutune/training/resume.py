@@ -139,8 +139,8 @@ def _records_until(path: Path, step: int, finished: bool) -> list[str]:
     return lines
 
 
-def cost_of(directory: Path, records: list[str]) -> float:
-    """What the run has cost so far, with the steps that it is about to make again.
+def spent(directory: Path, records: list[str]) -> tuple[float, float]:
+    """Seconds and cost of the run so far, with the steps that it is about to make again.
 
     Args:
         records: the lines up to the step that it goes on from; of a branch that begins, its trunk's.
@@ -148,12 +148,14 @@ def cost_of(directory: Path, records: list[str]) -> float:
     path, own = directory / METRICS, list[str]()
     if path.is_file():
         own = path.read_text(errors="replace").splitlines()
-    return max((_cost(line) for line in (*records, *own)), default=0.0)
+    found = [_spent(line) for line in (*records, *own)]
+    return max((seconds for seconds, _ in found), default=0.0), max((cost for _, cost in found), default=0.0)
 
 
-def _cost(line: str) -> float:
+def _spent(line: str) -> tuple[float, float]:
     """What a record says; nothing where it was cut by a kill."""
     try:
-        return float(json.loads(line).get("cost", 0.0))
-    except (ValueError, TypeError, AttributeError):
-        return 0.0
+        record = json.loads(line)
+        return float(record["seconds"]), float(record.get("cost", 0.0))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return 0.0, 0.0

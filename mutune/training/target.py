@@ -42,7 +42,7 @@ class Target:
         background: whether training goes on while a checkpoint is written.
         say: prints a line that stays.
         measure: (step, cost so far) → what adds speed, memory and cost to the records from there on.
-        cost: of the run so far, where a price is known.
+        seconds, cost: of the run so far, over all starts; the latter where a price is known.
         origin: of a branch, the checkpoint that it began with.
     """
 
@@ -55,6 +55,7 @@ class Target:
     background: bool
     say: Callable[[str], None]
     measure: Callable[[int, float], Throughput]
+    seconds: float = 0.0
     cost: float = 0.0
     origin: checkpoint.Checkpoint | None = None
     throughput: Throughput = field(init=False)
@@ -86,7 +87,7 @@ class Target:
     def _stretch(self, start: int, stop: Callable[[], bool]) -> Generator[Record, None, int | None]:
         """From there on; returns the step to go back to, or None where the run is over or stopped."""
         ends = [end for end, _ in stage_ends(self.run.spec.stages)]
-        self._watch, self.throughput = self.run.watch(self.guard), self.measure(start, self.cost)
+        self._watch, self.throughput, before = self.run.watch(self.guard), self.measure(start, self.cost), self.seconds
         with self._written(METRICS) as lines:
             for record in self.run.records(start):
                 alarms = self._watch.observe(record)
@@ -94,6 +95,7 @@ class Target:
                 step, stopped = record["step"], self.run.world.any(stop())
                 record |= self.throughput.of(record)
                 self.cost = record.get("cost", 0.0)
+                self.seconds = record["seconds"] = round(before + record["seconds"], 4)
                 lines.write(json.dumps(record) + "\n")
                 self._tell(alarms, action)
                 self._saver.poll()

@@ -44,13 +44,13 @@ def test_a_share_that_fits_whole_is_tried_once() -> None:
 
 def test_where_the_estimate_allows_none_one_is_tried_all_the_same() -> None:
     asked: list[int] = []
-    assert search(16, 105, lambda n: 300 * n, device(5, asked, 105)) == (1, 105)
+    assert search(16, 105, lambda n: 130 * n, device(5, asked, 105)) == (1, 105)
     assert search(16, 90, lambda n: 10 * n, device(5, asked, 90)) == (0, 0)
 
 
-def test_what_needs_several_times_what_is_free_is_not_tried() -> None:
+def test_what_needs_far_more_than_is_free_is_not_tried() -> None:
     asked: list[int] = []
-    assert search(16, 105, lambda n: 1000 * n, device(5, asked, 105)) == (0, 0)
+    assert search(16, 105, lambda n: 140 * n, device(5, asked, 105)) == (0, 0)
     assert not asked
 
 
