@@ -1,5 +1,6 @@
 """A study survives: kill -9 of everything, SIGTERM, a rerun, a larger total; and equals an undisturbed one."""
 
+import gc
 import os
 import re
 import signal
@@ -160,6 +161,7 @@ def test_a_finished_study_returns_at_once_and_a_larger_total_continues_it(tmp_pa
 def test_a_changed_search_space_is_refused_with_the_difference(tmp_path: Path) -> None:
     arguments = [*QUICK, "run.num_steps=5", "search.n_trials=2", f"out={tmp_path}"]
     doors.run("sweep", *arguments)
+    gc.collect()  # closes SQLite's connections, whose log then goes into the file
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     refused = doors.run("sweep", *arguments, "search.space.learning_rate.high=0.5", expect=2)
     assert "config.search.space.learning_rate.high: 0.25 → 0.5" in refused.stderr
