@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 from mutune.certificate.config import TransferFile
 from mutune.config import TrainConfig
 from mutune.door import CACHED
-from mutune.errors import require
+from mutune.errors import Refusal, require
 from mutune.files import read_yaml, require_writable
 from mutune.folders import CONFIG, check_claim, check_free, claim, locked
 from mutune.training.config import RunSpec
 from mutune.training.launched import processes
 from mutune.training.result import CHECKPOINTS
+
+SHOWN = 12  # letters of a hash
 
 if TYPE_CHECKING:
     from mutune.data.corpora import Corpora
@@ -30,7 +32,7 @@ def check_paths(spec: RunSpec) -> None:
     ]
     for key, data in texts:
         require(
-            data.path is None or Path(data.path).exists(),
+            data.path is None or Path(data.path).expanduser().exists(),
             f"{key}.path={data.path} of the transfer file does not exist here; for example a file or folder that does, "
             "in a transfer with another target.name.",
         )
@@ -81,8 +83,10 @@ def _check_folder(config: TrainConfig, directory: Path, inputs: dict[str, Any], 
 
 def _check_is_no_branch(directory: Path) -> None:
     """Refuse to go on with a run that left another one without being told so."""
-    path = directory / CONFIG
-    stored = read_yaml(path, "config").get("inputs") if path.is_file() else None
+    try:
+        stored = read_yaml(directory / CONFIG, "config").get("inputs")
+    except Refusal:  # which `check_claim` is about
+        return
     require(
         not isinstance(stored, dict) or "branch" not in stored,
         f"{directory} is of a run that began with branch_from=, which has to be given again; for example "
@@ -101,16 +105,26 @@ def claimed(
 ) -> dict[str, Any]:
     """Check everything, then make the folder this run's and hold it; returns what its description begins with.
 
-    The first process does what only one can do.
+    Every process calls it; the first does what only one can do.
     """
     from mutune.training.distribution import require_even
 
-    require_even([stage.batch_sequences for stage in spec.stages], world.size, config.parallel)
-    inputs = _inputs(transfer, spec, _check_data(transfer, spec).content_hash, branch)
-    if world.is_first:
-        _check_folder(config, directory, inputs, branch)
-        held.enter_context(locked(directory, "name"))
-        claim(directory, inputs, "name", config.overwrite)
+    def checked() -> "Corpora":
+        require_even([stage.batch_sequences for stage in spec.stages], world.size, config.parallel)
+        return _check_data(transfer, spec)
+
+    corpora = world.together(checked)
+    hashes = f"{corpora.content_hash[:SHOWN]} in tokens of {corpora.main.tokenizer.content_hash[:SHOWN]}"
+    world.agree("text", hashes, "every host has to see the same files, for example in a folder that they share")
+    inputs = _inputs(transfer, spec, corpora.content_hash, branch)
+
+    def mine() -> None:
+        if world.is_first:
+            _check_folder(config, directory, inputs, branch)
+            held.enter_context(locked(directory, "name"))
+            claim(directory, inputs, "name", config.overwrite)
+
+    world.together(mine)
     return {"inputs": inputs}
 
 

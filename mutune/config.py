@@ -301,7 +301,8 @@ class TrainConfig(DoorConfig):
         name: names the run's folder; null takes the target's name.
         checkpoint_every: steps between checkpoints; null makes it a twentieth of the run. There is one at the end of
             each stage too.
-        keep_checkpoints: how many of the newest checkpoints stay, besides those at the ends of stages.
+        keep_checkpoints: how many of the newest checkpoints stay, besides those at the ends of stages and the few that
+            the guard may have to go back to.
         keep_every: also those stay whose step is a multiple of this, for example to branch from.
         background_checkpoints: whether several processes train on while a checkpoint is written; null does so on GPUs.
         branch_from: a checkpoint of another run, `<run>/checkpoints/<step>`, from which this one goes on: a decay that

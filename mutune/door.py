@@ -22,6 +22,7 @@ from mutune.training.launched import rank, speaks
 T = TypeVar("T", bound="DoorConfig")
 
 CACHED = "tokenized text in the cache"
+SWITCHES = ("dry_run", "fit", "overwrite", "require_go")  # keys that are true or false
 SILENCE = 3.0  # seconds in which the first process speaks for all
 OK, FAILED, REFUSED, NOT_GO, INTERRUPTED, UNREAD, TERMINATED = 0, 1, 2, 3, 130, 141, 143
 
@@ -126,12 +127,12 @@ def enter(
         work: takes the validated configuration, returns an exit code.
         groups: the config groups it has, for `--help`.
         argv: the command line after the command.
-        elsewhere: keys of other doors that are often given to this one, and those doors.
+        elsewhere: keys of other doors that are often given to this one, and what to write before them there.
     """
     signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        for word in argv:
-            _check_word(word, elsewhere)
+        for word, following in zip(argv, [*argv[1:], ""], strict=True):
+            _check_word(word, following, elsewhere)
         code = _opened(door, schema, work, groups, argv)
         sys.stdout.flush()
         return code
@@ -153,15 +154,20 @@ def _after(argv: Sequence[str]) -> str:
     return "nothing was written" if {"dry_run=true", "fit=true"} & set(argv) else "the same command continues"
 
 
-def _check_word(word: str, elsewhere: Mapping[str, str]) -> None:
-    """Refuse what is no `key=value`, and what belongs to another door."""
+def _check_word(word: str, following: str, elsewhere: Mapping[str, str]) -> None:
+    """Refuse what is no `key=value`, and what belongs to another door.
+
+    Args:
+        following: the next word, which may have been meant as the value.
+    """
     if word.startswith("-") and word not in ("-h", "--help"):
-        name, _, value = word.lstrip("-").partition("=")
-        works = f"{name.replace('-', '_')}={value or 'true'}" if name else "dry_run=true"
+        name, _, value = word.lstrip("-").replace("-", "_").partition("=")
+        value = value or ("true" if name in SWITCHES or not following or "=" in following else following)
+        works = f"{name}={value}" if len(name) > 1 and (value != "true" or name in SWITCHES) else "dry_run=true"
         raise Refusal(f"{word} is no key=value, which all settings are, without dashes; for example {works}.")
     key = word.lstrip("+~").partition("=")[0]
     if other := elsewhere.get(key.partition(".")[0]):
-        raise Refusal(f"{key} is a key of python -m mutune.{other}; for example python -m mutune.{other} {word}.")
+        raise Refusal(f"{key} is decided elsewhere; for example python -m {other}{word}.")
 
 
 def _opened(door: str, schema: type[T], work: Callable[[T], int], groups: Sequence[str], argv: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -30,6 +30,19 @@ def write_text(path: Path, text: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
     fsync_directory(path.parent)
+
+
+def appended(path: Path) -> TextIO:
+    """A file of lines to write more of them to, each at once; one that a kill cut is ended first."""
+    cut = False
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            cut = file.read() != b"\n"
+    opened = path.open("a", buffering=1)
+    if cut:
+        opened.write("\n")
+    return opened
 
 
 def csv_text(rows: Iterable[Mapping[str, object]]) -> str:

@@ -8,7 +8,7 @@ examples:
   python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml dry_run=true
   python -m mutune.train transfer=runs/transfer/proxy--small/transfer.yaml name=second seed=1
   python -m mutune.train transfer=runs/transfer/published--btlm_3b/transfer.yaml dry_run=true hardware=h100-sxm gpus=8
-  torchrun --nproc-per-node=8 -m mutune.train transfer=runs/transfer/published--btlm_3b/transfer.yaml
+  torchrun --standalone --nproc-per-node=8 -m mutune.train transfer=runs/transfer/published--btlm_3b/transfer.yaml
 """
 
 import json
@@ -37,8 +37,11 @@ from mutune.training.result import CHECKPOINTS, METRICS, PREDICTION, smoothing
 from mutune.training.writers import require_writers
 from mutune.underway import run_to_end
 
-#: Keys that are given to the transfer, whose file has what they decide.
-OF_THE_TRANSFER = dict.fromkeys(("study", "target", "hyperparameters", "ladder", "compare"), "transfer")
+#: Keys of the transfer, whose file has what they decide, and what to write before them there.
+OF_THE_TRANSFER = {
+    **dict.fromkeys(("study", "target", "hyperparameters", "ladder", "compare"), "mutune.transfer "),
+    **dict.fromkeys(("model", "data", "tokenizer", "schedule", "stages", "loop"), "mutune.transfer target."),
+}
 
 if TYPE_CHECKING:
     from mutune.training.branch import Branch
@@ -79,13 +82,12 @@ def work(config: TrainConfig) -> int:
         return _rehearse(config, transfer, spec, directory, origin)
     if lack := _memory(config, spec):
         raise lack
-    require_writers(config.writers)
     from mutune.training.distribution import is_loss_of_a_process, joined
     from mutune.training.sentences import lost
 
     with joined(config.device) as world, ExitStack() as held:
         try:
-            note = world.together(lambda: claimed(config, transfer, spec, directory, world, held, origin))
+            note = claimed(config, transfer, spec, directory, world, held, origin)
             _train(config, spec, directory, note, transfer, world, origin)
         except RuntimeError as error:
             if world.size == 1 or not is_loss_of_a_process(error):
@@ -192,7 +194,7 @@ def _train(
     import torch
 
     from mutune.training.checkpoint import note_going_back, set_aside
-    from mutune.training.resume import begin, identity, restore, spent
+    from mutune.training.resume import begin, identity, remember_spent, restore, spent
     from mutune.training.run import Run, describe
     from mutune.training.sentences import aside, gone_back_already, opening, read_again
 
@@ -212,6 +214,7 @@ def _train(
             note_going_back(directory / CHECKPOINTS, config.resume)
         if transfer.prediction is not None:
             write_json(directory / PREDICTION, {"prediction": plain(transfer.prediction)})  # for the figures on the way
+        remember_spent(directory, *so_far)
         write_text(directory / METRICS, "".join(records))  # those after the checkpoint are about to be made again
         texts = text_lines(readings(spec, run.corpora))
         words = [opening(directory, run, start, why), *texts, *_branching(branch), *read_again(run), *notes]

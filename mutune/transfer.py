@@ -423,7 +423,10 @@ def _hardware(target: RunSpec) -> str:
     """The hardware to price a target on that is too large for this machine's memory; nothing where it is not."""
     from mutune.training.device import device_name, free_memory
 
-    return "" if price(target).bytes <= free_memory(device_name("auto")) else " hardware=h100-sxm gpus=8"
+    if price(target).bytes <= free_memory(device_name("auto")):
+        return ""
+    gpus = next(n for n in (8, 4, 2, 1) if all(stage.batch_sequences % n == 0 for stage in target.stages))
+    return f" hardware=h100-sxm gpus={gpus}"
 
 
 def _judge_ladders(config: TransferConfig, ladders: dict[str, "Ladder"], target: RunSpec, directory: Path) -> "Judged":

@@ -139,7 +139,7 @@ def _target(
     from mutune.training.target import Target
 
     root, world = directory / CHECKPOINTS, run.world
-    asked_for = world.together(lambda: kept_every(root, config.keep_every) if world.is_first else [])
+    asked_for = world.share(world.together(lambda: kept_every(root, config.keep_every) if world.is_first else []))
     return Target(
         run,
         directory,

@@ -28,11 +28,19 @@ WORDS = [
         ["--dry-run"],
         "--dry-run is no key=value, which all settings are, without dashes; for example dry_run=",
     ),
+    (
+        "train",
+        ["--transfer", "a.yaml"],
+        "without dashes; for example transfer=a.yaml.",
+    ),
+    ("train", ["-m"], "-m is no key=value, which all settings are, without dashes; for example dry_run=true."),
+    ("train", ["--overwrite"], "for example overwrite=true."),
+    ("train", ["data=text"], "data is decided elsewhere; for example python -m mutune.transfer target.data=text."),
     ("sweep", ["--seed=3"], "--seed=3 is no key=value, which all settings are, without dashes; for example seed=3."),
     (
         "train",
         ["target.loop.dtype=float32"],
-        "target.loop.dtype is a key of python -m mutune.transfer; for example python -m mutune.transfer target.loop",
+        "target.loop.dtype is decided elsewhere; for example python -m mutune.transfer target.loop.dtype=float32.",
     ),
     ("train", ["transfer={folder}"], "the transfer file {folder} is a folder; for example {folder}/transfer.yaml."),
 ]

@@ -128,6 +128,11 @@ def test_a_branch_goes_on_where_its_trunk_s_checkpoint_was_damaged_since_and_a_n
         said = trained(out, "fresh", DECAYING, stages, trunk, expect=2)
     finally:
         shutil.copy(tmp_path / "kept", path)
+    meta = path.with_name("meta.json")
+    kept = meta.read_text()
+    meta.write_text(json.dumps({key: value for key, value in json.loads(kept).items() if key != "run"}))
+    assert "its meta.json does not say of which run it is" in trained(out, "fresh", DECAYING, stages, trunk, expect=2)
+    meta.write_text(kept)
     before = max(int(each.name) for each in path.parents[1].iterdir() if each.name.isdecimal() and int(each.name) < 20)
     assert f"; branch_from={path.parents[1]}/{before} is one before it." in said
 

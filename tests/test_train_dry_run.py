@@ -75,6 +75,10 @@ def of_a_damaged_guard(run: Path) -> None:
     path.write_text(json.dumps(meta))
 
 
+def without_its_config(run: Path) -> None:
+    (run / "config.yaml").write_text("")
+
+
 def swapped(run: Path) -> None:
     root = run / "checkpoints"
     for old, new in (("15", "kept"), ("20", "15"), ("kept", "20")):
@@ -115,7 +119,12 @@ def as_it_is(run: Path) -> None:
         (
             of_a_damaged_guard,
             [],
-            "checkpoints/20/meta.json is damaged where it says which batches were left out",
+            "checkpoints/20/meta.json is damaged where it says what the guard knew (guard.skips has [5])",
+        ),
+        (
+            without_its_config,
+            [],
+            "config.yaml does not say which inputs made the results beside it; choose another",
         ),
         (swapped, [], "checkpoints/20 is that of step 15 by its own meta.json; give it back its name, or: resume=15 "),
         (empty, [], "checkpoints/99 cannot be read ([Errno 2] No such file or directory: "),

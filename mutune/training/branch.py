@@ -76,6 +76,8 @@ def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
         f"be those that led to it; for example branch_from={_another(path, spec.num_steps)}.",
     )
     found = read(path.resolve(), _one_before)
+    of_none = f"branch_from={path}: its meta.json does not say of which run it is; {_one_before(path)}."
+    require("run" in found.meta, of_none)
     trunk = build(RunSpec, found.meta["run"])
     ours, theirs = (_without(each.as_dict()) for each in (spec, trunk))
     changed = differences(theirs, ours)

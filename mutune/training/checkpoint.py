@@ -24,6 +24,7 @@ from mutune.errors import Refusal, first_line, require
 from mutune.files import fsync_directory, fsync_file, remove, write_json
 from mutune.parametrization.forward_pass import reshard
 from mutune.parametrization.plan import Plan
+from mutune.training.guard import require_state
 from mutune.training.world import is_sharded
 
 GONE_BACK, KEPT_EVERY = "gone_back.json", "kept_every.json"
@@ -164,15 +165,16 @@ def skips_of(found: Checkpoint) -> tuple[Skip, ...]:
     """The batches that rollbacks had left out of a run by then.
 
     Raises:
-        Refusal: what it says of them is damaged.
+        Refusal: what the guard knew is damaged.
     """
     try:
-        return tuple(Skip(*pair) for pair in found.meta.get("guard", {}).get("skips", ()))
-    except (TypeError, AttributeError, ValueError) as error:
+        require_state(found.meta.get("guard", {}))
+    except Refusal as error:
         raise Refusal(
-            f"{found.path}/meta.json is damaged where it says which batches were left out (guard.skips: "
-            f"{first_line(error)}); restore it, or go on from an earlier checkpoint with resume=STEP."
+            f"{found.path}/meta.json is damaged where it says what the guard knew ({error}); restore it, or go on from "
+            "an earlier checkpoint with resume=STEP."
         ) from error
+    return tuple(Skip(*pair) for pair in found.meta.get("guard", {}).get("skips", ()))
 
 
 def set_aside(root: Path, step: int) -> list[int]:
@@ -191,7 +193,8 @@ def set_aside(root: Path, step: int) -> list[int]:
 
 def aside_bytes(root: Path, steps: Sequence[int]) -> int:
     """What the checkpoints of these steps that were set aside take on the disk."""
-    return sum(file.stat().st_size for step in steps for file in _aside(root, step).iterdir())
+    files = (file for step in steps for file in _aside(root, step).iterdir())
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _aside(root: Path, step: int) -> Path:

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from mutune.data.windows import Skip
+from mutune.errors import require, shown
 from mutune.training.alarms import PAUSE, ROLLBACK, WARN, Alarm, GuardConfig
 from mutune.training.guard_rules import RULES
 
@@ -73,7 +74,7 @@ class Guard:
 
     def begin_anew(self) -> None:
         """As at the first step of a run; `skips` and `rollbacks` stay."""
-        self.state = {"stage": None, "tokens": 0, "told": {}, "dtypes": {}, "moment": None, **_fresh()}
+        self.state = _unborn()
 
     def observe(self, record: Mapping[str, Any]) -> list[Alarm]:
         """What is wrong after this step; the same thing is said once in `window` steps.
@@ -126,6 +127,7 @@ class Guard:
         Returns:
             What it does not say, as one of another version may not; that begins anew.
         """
+        require_state(state)
         kept = copy.deepcopy(dict(state))
         self.skips = tuple(Skip(*pair) for pair in kept.pop("skips", ()))
         self.rollbacks = tuple(kept.pop("rollbacks", [skip.from_step for skip in self.skips]))
@@ -163,6 +165,29 @@ def rank_fields(losses: Sequence[float]) -> dict[str, float]:
     middle = median(losses)
     rank = max(range(len(losses)), key=lambda r: (abs(losses[r] - middle), losses[r]))
     return {"ranks": len(losses), "rank": rank, "rank_deviation": losses[rank] - middle}
+
+
+def require_state(state: Mapping[str, Any]) -> None:
+    """Refuse what cannot be a guard's memory.
+
+    Raises:
+        Refusal: a part of it is of another kind than the guard's own.
+    """
+    for key, own in {**_unborn(), "skips": [], "rollbacks": []}.items():
+        value = state.get(key, own)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = number if isinstance(own, int | float) else isinstance(value, type(own))
+        fits = fits or (own is None and (number or isinstance(value, list)))
+        require(fits, f"guard.{key} is {shown(value)}, which is no such thing")
+    for pair in state.get("skips", ()):
+        require(isinstance(pair, list) and len(pair) == 2, f"guard.skips has {shown(pair)}")
+        Skip(*pair)
+    require(all(isinstance(step, int) for step in state.get("rollbacks", ())), "guard.rollbacks has what is no step")
+
+
+def _unborn() -> dict[str, Any]:
+    """What a guard remembers before the first step."""
+    return {"stage": None, "tokens": 0, "told": {}, "dtypes": {}, "moment": None, **_fresh()}
 
 
 def _fresh() -> dict[str, Any]:

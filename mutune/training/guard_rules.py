@@ -11,6 +11,7 @@ from mutune.training.usual import cusum, deviation, level
 if TYPE_CHECKING:
     from mutune.training.guard import Guard
 
+DIFFERS = "differs."  # before what processes should say alike, and do not
 PROBES = 8  # probes that say what an update-to-weight ratio usually is
 FEW_PROBES = 4
 SMOOTH = 16  # steps of a gradient norm's median that may grow
@@ -173,6 +174,14 @@ def _data(guard: "Guard", record: Mapping[str, Any]) -> Iterator[Alarm]:
             yield Alarm("data_changed", record["step"], record["data_fingerprint"], expected, onset)
 
 
+def _differs(guard: "Guard", record: Mapping[str, Any]) -> Iterator[Alarm]:
+    """What processes should say alike and do not, from the first probe on."""
+    onset = record["step"] - guard.config.every + 1
+    for what, said in _by_place(record, DIFFERS):
+        name = "data_changed" if what == "data_fingerprint" else "dtype"
+        yield Alarm(name, record["step"], said, str(record.get(what, "nothing")), onset, f"{what} of ranks")
+
+
 def _ranks(guard: "Guard", record: Mapping[str, Any]) -> Iterator[Alarm]:
     """One rank once far from the others, or many times in a row the farthest."""
     if not math.isfinite(record.get("rank_deviation", math.nan)):
@@ -219,5 +228,6 @@ RULES: dict[str, Callable[["Guard", Mapping[str, Any]], Iterator[Alarm]]] = {
     "frozen": _frozen,
     "dtype": _dtype,
     "data": _data,
+    "differs": _differs,
     "ranks": _ranks,
 }

@@ -1,17 +1,19 @@
 """How often a run reads its texts. No torch."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from mutune.data.config import DataConfig
+from mutune.data.config import DataConfig, TokenizerConfig
 from mutune.data.corpora import Corpora
 from mutune.data.corpus import corpus_name, text_bytes
-from mutune.data.prepare import cached_tokens
+from mutune.data.prepare import TokenizedCorpus, cached_tokens
 from mutune.training.config import RunSpec
 
 MOST_PASSES = 4  # up to which read again is almost as good as new (arXiv:2305.16264, reported)
-BYTES_PER_TOKEN = 4  # about, of English in GPT-2's tokens
-LARGE = 2**30  # bytes of text, up to which it is hashed to see whether its tokens are in the cache
+LARGE = 2**28  # bytes of text, up to which it is hashed to see whether its tokens are in the cache
+TRAINED = 0.95  # of a text, about
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,26 @@ def readings(spec: RunSpec, corpora: Corpora | None = None) -> list[Reading]:
     Args:
         corpora: the run's, where they are open; None looks into the cache, or goes by the size of the files.
     """
-    texts = list[DataConfig]()
-    needed = list[float]()
+    texts, needed = dict[Any, DataConfig](), dict[Any, float]()
     for stage in spec.stages:
         parts = [(each.corpus, each.weight) for each in stage.data or ()] or [(spec.data, 1.0)]
         for data, weight in parts:
-            if data not in texts:
-                texts, needed = [*texts, data], [*needed, 0.0]
-            needed[texts.index(data)] += stage.tokens * weight / sum(weight for _, weight in parts)
+            key = _open(data, spec, corpora).content_hash if corpora else (data.source, data.path)
+            texts.setdefault(key, data)
+            needed[key] = needed.get(key, 0.0) + stage.tokens * weight / sum(weight for _, weight in parts)
     found = []
-    for data, tokens in zip(texts, needed, strict=True):
+    for key, data in texts.items():
         exact = _counted(data, spec, corpora)
-        if has := exact or text_bytes(data) // BYTES_PER_TOKEN:
-            found.append(Reading(corpus_name(data), round(tokens), has, exact is not None))
+        if has := exact or round(TRAINED * text_bytes(data) / bytes_per_token(spec.tokenizer)):
+            found.append(Reading(corpus_name(data), round(needed[key]), has, exact is not None))
     return found
+
+
+def bytes_per_token(tokenizer: TokenizerConfig) -> float:
+    """About, of English: in a BPE trained on the text, by its vocabulary, and in GPT-2's tokens."""
+    if tokenizer.kind == "bytes":
+        return 1.0
+    return 5.1 if tokenizer.kind == "gpt2" else max(1.0, 2.93 + 0.62 * math.log2(tokenizer.num_ids / 1024))
 
 
 def text_lines(found: Sequence[Reading]) -> list[str]:
@@ -71,5 +79,10 @@ def text_lines(found: Sequence[Reading]) -> list[str]:
 
 def _counted(data: DataConfig, spec: RunSpec, corpora: Corpora | None) -> int | None:
     if corpora is not None:
-        return (corpora.main if data == spec.data else corpora.others[data.source, data.path]).train_tokens
-    return cached_tokens(data, spec.tokenizer) if 0 < text_bytes(data) <= LARGE else None
+        return _open(data, spec, corpora).train_tokens
+    own_tokens = data == spec.data or spec.tokenizer.kind != "bpe"  # else in those of the main text
+    return cached_tokens(data, spec.tokenizer) if own_tokens and 0 < text_bytes(data) <= LARGE else None
+
+
+def _open(data: DataConfig, spec: RunSpec, corpora: Corpora) -> TokenizedCorpus:
+    return corpora.main if data == spec.data else corpora.others[data.source, data.path]

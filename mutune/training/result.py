@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 METRICS, CHECKPOINTS, PREDICTION = "metrics.jsonl", "checkpoints", "prediction.json"
+LEFT_OUT = "rolled_back.jsonl"  # records of steps that were made again
 SMOOTHED = 0.05  # of a run: over how many steps a training loss is averaged
 
 

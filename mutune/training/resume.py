@@ -7,6 +7,7 @@ from typing import Any
 from mutune.data.corpora import Corpora
 from mutune.data.windows import Skip
 from mutune.errors import Refusal, require
+from mutune.files import write_text
 from mutune.folders import differences
 from mutune.parametrization.plan import Plan
 from mutune.training import checkpoint
@@ -14,13 +15,14 @@ from mutune.training.branch import Branch
 from mutune.training.checkpoint import Checkpoint
 from mutune.training.config import RunSpec
 from mutune.training.guard import Guard
-from mutune.training.result import CHECKPOINTS, METRICS
+from mutune.training.result import CHECKPOINTS, LEFT_OUT, METRICS
 from mutune.training.run import Run
 from mutune.training.world import World
 from mutune.versions import versions
 
+SPENT = "spent.json"
 INFORMATION = {"versions"}  # what a checkpoint tells, and a run need not agree in
-#: And what a branch has of its own: `leave` compared the run.
+#: And what a branch has of its own: `branch` compared the run.
 OF_A_BRANCH = {"run", "certificate", "branch"}
 
 
@@ -123,7 +125,7 @@ def _records_until(path: Path, step: int, finished: bool) -> list[str]:
     Raises:
         Refusal: one of them is missing or damaged, or the last has no held-out loss though the run is finished.
     """
-    lines = path.read_text(errors="replace").splitlines(keepends=True)[:step] if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines()[:step] if path.is_file() else []
     last = {}
     for number in range(1, step + 1):
         try:
@@ -136,7 +138,7 @@ def _records_until(path: Path, step: int, finished: bool) -> list[str]:
             f"{path} lacks the whole record of step {number:,}, though there is a checkpoint of step {step:,}; restore "
             f"that file, or train again under another name=NAME.",
         )
-    return lines
+    return [f"{line}\n" for line in lines]
 
 
 def spent(directory: Path, records: list[str]) -> tuple[float, float]:
@@ -145,11 +147,18 @@ def spent(directory: Path, records: list[str]) -> tuple[float, float]:
     Args:
         records: the lines up to the step that it goes on from; of a branch that begins, its trunk's.
     """
-    path, own = directory / METRICS, list[str]()
-    if path.is_file():
-        own = path.read_text(errors="replace").splitlines()
-    found = [_spent(line) for line in (*records, *own)]
-    return max((seconds for seconds, _ in found), default=0.0), max((cost for _, cost in found), default=0.0)
+    lines = list(records)
+    for name in (METRICS, LEFT_OUT, SPENT):
+        if (directory / name).is_file():
+            lines += (directory / name).read_text(errors="replace").splitlines()
+    found = [_spent(line) for line in lines]
+    seconds, cost = (max(each, default=0.0) for each in zip(*found, strict=True)) if found else (0.0, 0.0)
+    return seconds, cost
+
+
+def remember_spent(directory: Path, seconds: float, cost: float) -> None:
+    """Keep beside the records what they are about to forget, as those go that are made again."""
+    write_text(directory / SPENT, json.dumps({"seconds": seconds, "cost": cost}) + "\n")
 
 
 def _spent(line: str) -> tuple[float, float]:

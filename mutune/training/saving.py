@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from mutune.parametrization.plan import Plan
 from mutune.training import checkpoint
-from mutune.training.world import World, is_sharded
+from mutune.training.world import World, is_sharded, shared
 
 
 class Saver:
@@ -97,7 +97,7 @@ class Saver:
             if self.world.is_first:
                 shutil.rmtree(self.root / f".{step}.partial", ignore_errors=True)
             if isinstance(error, CheckpointException):
-                raise _as_os_error(error, self.root) from error
+                raise shared(_as_os_error(error, self.root)) from error
             raise
         if self.world.is_first:
             checkpoint.publish(self.root, step, (lambda steps: steps) if self._keep_all else self.kept)

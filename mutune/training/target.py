@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mutune.errors import Refusal
-from mutune.files import write_text
+from mutune.files import appended, write_text
 from mutune.parametrization.apply import initialise
 from mutune.parametrization.forward_pass import reshard
 from mutune.training import checkpoint
@@ -16,7 +16,7 @@ from mutune.training.alarms import PAUSE, ROLLBACK, Alarm
 from mutune.training.config import stage_ends
 from mutune.training.guard import Action, Guard
 from mutune.training.loop import Record
-from mutune.training.result import CHECKPOINTS, METRICS
+from mutune.training.result import CHECKPOINTS, LEFT_OUT, METRICS
 from mutune.training.run import Run
 from mutune.training.saving import Saver
 from mutune.training.sentences import aside
@@ -24,7 +24,6 @@ from mutune.training.throughput import Throughput
 from mutune.training.watch import Watch
 
 ALARMS = "alarms.jsonl"
-LEFT_OUT = "rolled_back.jsonl"  # records of steps that were made again
 
 
 class Paused(Exception):
@@ -214,12 +213,15 @@ class Target:
     def _written(self, name: str) -> TextIO:
         """A file of the run's, which the first process writes."""
         path = self.directory / name
-        return path.open("a", buffering=1) if self.run.world.is_first else Path(os.devnull).open("a")
+        return appended(path) if self.run.world.is_first else Path(os.devnull).open("a")
 
 
 def _what(line: str) -> tuple[Any, ...]:
-    """What a record is of, whenever it was made."""
-    record = json.loads(line)
+    """What a record is of, whenever it was made; nothing where a kill cut it."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return ()
     return tuple(record.get(key) for key in ("step", "tokens", "loss", "grad_norm"))
 
 
@@ -228,7 +230,7 @@ def _move_records(directory: Path, step: int) -> None:
     path, old = directory / METRICS, directory / LEFT_OUT
     lines = path.read_text().splitlines(keepends=True)
     known = {*map(_what, old.read_text().splitlines())} if old.is_file() else set()
-    with old.open("a") as left_out:
+    with appended(old) as left_out:
         left_out.writelines(line for line in lines[step:] if _what(line) not in known)  # a kill lets some come twice
         left_out.flush()
         os.fsync(left_out.fileno())

@@ -9,10 +9,11 @@ import torch
 from mutune.data.fingerprint import fingerprint
 from mutune.training.alarms import Alarm
 from mutune.training.guard import Guard
+from mutune.training.guard_rules import DIFFERS
 from mutune.training.loop import Record
 from mutune.training.probes import Probe
 
-OWN = ("dtype.", "dead_heads")  # of what a probe says, what each process has for itself
+OWN = "dtype."  # of what a probe says, what each process has for itself
 
 
 class Watch:
@@ -56,7 +57,7 @@ class Watch:
 
 
 def agreed(words: dict[str, str]) -> dict[str, str]:
-    """What every process should say alike; where some say something else than the first one, what they say."""
+    """What every process should say alike, as the first says it; under `differs.<what>` what others say who do not."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return words
     of_all = [dict[str, str]()] * torch.distributed.get_world_size()
@@ -66,5 +67,5 @@ def agreed(words: dict[str, str]) -> dict[str, str]:
         said = [each.get(key, "nothing") for each in of_all]
         others = [f"{other} at rank {rank}" for rank, other in enumerate(said) if other != first.get(key, "nothing")]
         if others:
-            found[key] = ", ".join(others)
+            found[f"{DIFFERS}{key}"] = ", ".join(others)
     return found

@@ -78,6 +78,24 @@ class World:
                 raise shared(found, "" if rank == 0 else f"process {rank} of {self.size}: ")
         return cast(T, result)
 
+    def agree(self, what: str, value: str, cure: str) -> None:
+        """Refuse what is not the same everywhere.
+
+        Args:
+            what: `data` of `process 1 has other data`.
+            cure: what to do about it.
+
+        Raises:
+            Refusal: to all, as `shared`.
+        """
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                first = f"the first has {values[0]}"
+                raise shared(Refusal(f"process {rank} of {self.size} has other {what} ({other}; {first}); {cure}."))
+
 
 class SharedAuditError(AuditError):
     """What the audit of one process found, raised by all."""

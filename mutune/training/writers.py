@@ -65,9 +65,9 @@ class TensorBoard:
 
     def __init__(self, directory: Path, start_step: int) -> None:
         self._folder = str(directory / "tensorboard")
-        self._open(start_step + 1 if start_step else None)
+        self._open(start_step + 1)
 
-    def _open(self, purge_step: int | None) -> None:
+    def _open(self, purge_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(self._folder, purge_step=purge_step)

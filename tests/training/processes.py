@@ -122,6 +122,15 @@ def in_parts(world: World) -> list[float]:
     return losses(Run(spec, world.device, world), until=5)
 
 
+def of_other_texts(world: World) -> str:
+    """What each process says where the second has another text."""
+    try:
+        world.agree("text", "abc" if world.is_first else "def", "share the files")
+    except Refusal as refusal:
+        return str(refusal)
+    return "nothing"
+
+
 def unreadable(world: World, folder: Path) -> str:
     """What each process says where the second does not see the folder of checkpoints."""
     run = Run(SPEC, world.device, world)
@@ -158,6 +167,7 @@ def main(folder: Path) -> None:
         if world.size == 2:
             told = trained_under_guard(folder / "rolled_back", "rollback", damage=True, world=world)
             found["rolled_back"] = {"skips": [[skip.from_step, skip.num_skipped] for skip in told.skips]}
+            found["texts"] = {"said": of_other_texts(world)}
             found["unreadable"] = {"said": world.share(unreadable(world, folder))}
             found["audited"] = {"said": audited(world)}
             for background in (False, True):

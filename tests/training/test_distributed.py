@@ -26,7 +26,15 @@ LOW_CLOSE = 1e-3  # nats over five steps, where gains and biases are rounded to 
 
 
 def torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        *arguments,
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -118,6 +126,11 @@ def test_what_the_audit_of_one_process_finds_all_say(found: dict[int, dict[str, 
     said = found[2]["audited"]["said"]
     assert said.startswith("process 1 of 2: the audit found")
     assert "Adam's eps" in said
+
+
+def test_processes_that_read_other_texts_are_refused(found: dict[int, dict[str, Any]]) -> None:
+    said = "process 1 of 2 has other text (def; the first has abc); share the files."
+    assert found[2]["texts"]["said"] == said
 
 
 def test_a_checkpoint_that_one_process_does_not_see_is_refused_by_all(found: dict[int, dict[str, Any]]) -> None:

@@ -188,6 +188,8 @@ def test_a_role_s_update_ratio_is_judged_per_rate_of_the_schedule() -> None:
         ({"dead_heads": "h.0.attn head 3"}, ("dead_head", "h.0.attn head 3")),
         ({"dtype.products": "bfloat16"}, ("dtype", "products")),
         ({"data_fingerprint": "b"}, ("data_changed", "")),
+        ({"differs.data_fingerprint": "b at rank 1"}, ("data_changed", "data_fingerprint of ranks")),
+        ({"differs.dtype.products": "bfloat16 at rank 1"}, ("dtype", "dtype.products of ranks")),
     ],
 )
 def test_a_probe_s_field_past_its_bound_is_named(fields: dict[str, Any], named: tuple[str, str]) -> None:
@@ -210,6 +212,8 @@ def test_logits_that_double_on_the_way_to_their_bound_are_named_before_it() -> N
 
 
 def test_number_formats_that_are_wrong_from_the_start_are_named_where_they_are_known() -> None:
+    from_the_first = {"data_fingerprint": "a", "differs.data_fingerprint": "b at rank 1"}
+    assert heard(guard_with(), [record_at(1, **from_the_first)])[0][1] == "data_changed"
     wrong = {"dtype.products": "bfloat16", "dtype.parameters": "bfloat16"}
     assert heard(guard_with(), [record_at(1, **wrong)]) == []
     assert heard(guard_with(dtypes={"products": "float32"}), [record_at(1, **wrong)]) == [(1, "dtype", "products")]
@@ -326,6 +330,24 @@ def test_a_rollback_over_the_end_of_a_stage_counts_once() -> None:
     assert action.skips == (Skip(96, 4), Skip(100, 1))
     guard.skips, guard.rollbacks = action.skips, (action.skips[0].from_step,)
     assert guard.decide([alarm("loss_level", 101, 99)], stage_start=100).skips == (Skip(96, 8), Skip(100, 2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({key: 5} for key in ("loss", "grad", "smooth", "rank_run", "ratios", "logits", "dtypes", "told", "skips")),
+        *({key: [1]} for key in ("tokens", "loss_sum", "outside", "ratios")),
+        *({key: "a"} for key in ("stage", "moment", "grad_low", "loss_onset")),
+        {"skips": [[1]]},
+        {"skips": [[1, 0]]},
+        {"rollbacks": ["a"]},
+        {"rollbacks": 5},
+    ],
+)
+def test_a_memory_that_is_none_is_refused(change: dict[str, Any]) -> None:
+    guard = guard_with(CONFIG)
+    with pytest.raises(ValueError, match=f"guard.{next(iter(change))}|skips"):
+        guard.load_state_dict(guard.state_dict() | change)
 
 
 def test_what_a_checkpoint_does_not_say_begins_anew() -> None:

@@ -8,8 +8,9 @@ import pytest
 from mutune.config import SweepConfig
 from mutune.data.config import DataConfig, MixedData, TokenizerConfig
 from mutune.data.prepare import prepare
+from mutune.errors import Refusal
 from mutune.training.config import RunSpec, StageConfig
-from mutune.training.passes import BYTES_PER_TOKEN, readings, text_lines
+from mutune.training.passes import bytes_per_token, readings, text_lines
 from mutune.training.run import corpora_of
 from tests.data.conftest import prose
 
@@ -31,8 +32,9 @@ def of(text: Path, *stages: StageConfig) -> RunSpec:
 def test_a_text_is_counted_once_it_is_tokenized_and_before_that_told_from_its_size(text: Path) -> None:
     spec = of(text, StageConfig(64, 100, 200))
     (told,) = readings(spec)
-    assert (told.exact, told.tokens, told.needed) == (False, text.stat().st_size // BYTES_PER_TOKEN, 64 * 100 * 200)
     tokens = prepare(spec.data, BYTES).train_tokens
+    assert (told.exact, told.needed) == (False, 64 * 100 * 200)
+    assert told.tokens == pytest.approx(tokens, rel=0.05)
     for (counted,) in (readings(spec), readings(spec, corpora_of(spec))):
         assert (counted.exact, counted.tokens, counted.times) == (True, tokens, 1_280_000 / tokens)
     assert text_lines([counted]) == [
@@ -49,6 +51,45 @@ def test_of_a_mixture_each_text_has_its_share(text: Path) -> None:
         ("prose.txt", 6400 + 3 * 19200 // 4),
         ("sotu", 19200 // 4),
     ]
+
+
+def test_a_text_that_lies_at_two_places_is_one(text: Path) -> None:
+    other = text.with_name("copy.txt")
+    other.write_bytes(text.read_bytes())
+    mixed = (MixedData("text", str(other), weight=1),)
+    spec = of(text, StageConfig(64, 10, 10), StageConfig(64, 10, 30, data=mixed))
+    assert [each.needed for each in readings(spec, corpora_of(spec))] == [25600]
+
+
+def test_a_text_that_is_mixed_in_by_the_main_one_s_bpe_is_not_counted_by_its_own(text: Path) -> None:
+    mixed = (MixedData("sotu", weight=1), MixedData("text", str(text), weight=1))
+    stages = (StageConfig(64, 10, 10, data=mixed),)
+    spec = replace(SweepConfig().spec(), tokenizer=TokenizerConfig("bpe", 300), stages=stages)
+    prepare(DataConfig("text", str(text)), spec.tokenizer)
+    assert [(each.name, each.exact) for each in readings(spec)] == [("sotu", False), ("prose.txt", False)]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "tokens"),  # measured of sotu, both splits
+    [
+        (TokenizerConfig("bytes"), 12_185_751),
+        (TokenizerConfig("bpe", 1024), 4_157_000),
+        (TokenizerConfig("bpe", 8192), 2_553_000),
+        (TokenizerConfig("gpt2"), 2_389_000),
+    ],
+)
+def test_bytes_per_token_are_about_those_of_sotu(tokenizer: TokenizerConfig, tokens: int) -> None:
+    assert bytes_per_token(tokenizer) == pytest.approx(12_185_751 / tokens, rel=0.03)
+
+
+def test_a_text_that_is_no_use_is_refused_as_the_run_refuses_it(text: Path) -> None:
+    folder = text.with_name("folder")
+    folder.mkdir()
+    with pytest.raises(Refusal, match=r"holds no \.txt"):
+        readings(of(folder, StageConfig(64, 10, 10)))
+    (folder / "a.txt").symlink_to("nowhere")
+    with pytest.raises(Refusal, match="cannot be read"):
+        readings(of(folder, StageConfig(64, 10, 10)))
 
 
 def test_of_a_text_that_is_not_here_nothing_is_said(text: Path) -> None:

@@ -57,7 +57,7 @@ def _joined(rank: int, folder: str) -> None:
     found: dict[str, Any] = {key: measured(mesh) for key, mesh in MESHES.items()}
     found["agreed"] = [
         agreed({"file": "ab"}),
-        agreed({"file": "ab" if rank == 0 else "cd", "dtype": "float32", **({"dead_heads": "h.0"} if rank else {})}),
+        agreed({"file": "ab" if rank == 0 else "cd", "dtype": "float32", **({"only": "h"} if rank else {})}),
     ]
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
@@ -88,5 +88,5 @@ def test_every_process_has_the_fields_of_the_whole_model(found: list[dict[str, A
 
 
 def test_a_process_that_says_something_else_is_named_to_all(found: list[dict[str, Any]]) -> None:
-    differing = {"file": "cd at rank 1", "dtype": "float32", "dead_heads": "h.0 at rank 1"}
+    differing = {"file": "ab", "dtype": "float32", "differs.file": "cd at rank 1", "differs.only": "h at rank 1"}
     assert [process["agreed"] for process in found] == [[{"file": "ab"}, differing]] * 2

@@ -257,6 +257,18 @@ def test_a_pause_drops_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(checkpoint.list_steps(tmp_path / "checkpoints")) == 2
 
 
+def test_a_line_that_a_kill_cut_is_ended_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rolled_back.jsonl", "alarms.jsonl"):
+        (tmp_path / name).write_text('{"step": 5, "tok')
+    target = under_guard(tmp_path, TWO, monkeypatch, 30)
+    assert steps_of(target.records(0, lambda: False))[-1] == 60
+    for name in ("rolled_back.jsonl", "alarms.jsonl"):
+        cut, *whole = (tmp_path / name).read_text().splitlines()
+        assert cut == '{"step": 5, "tok'
+        assert all(json.loads(line)["step"] for line in whole)
+        assert whole
+
+
 # ------------------------------------------------------------------------------------------------- and is then extended
 def windows(loader: WindowLoader, steps: range) -> list[int]:
     """Where in the text the inputs of these steps lie, one by one."""
