@@ -324,8 +324,10 @@ def test_published_values_are_given_advice_on_the_target_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = published(tmp_path)
-    assert json.loads((folder / "certificate.json").read_text())["advice"] == []
-    assert "## Advice" not in (folder / "certificate.md").read_text()
+    (only,) = json.loads((folder / "certificate.json").read_text())["advice"]
+    assert (only["axis"], only["severity"]) == ("text", "care")  # 628 billion tokens of 2.3 million
+    told = r"sotu has (about )?2,2\d\d,\d{3} training tokens, which the run reads 27\d,\d{3} times over"
+    assert re.match(told, only["finding"])
     capsys.readouterr()
     published(tmp_path / "decay", "hyperparameters.weight_decay=1", "dry_run=true")
     printed = capsys.readouterr().out
@@ -392,7 +394,12 @@ def test_the_target_trains_through_both_contexts(undisturbed: Path) -> None:
     last = json.loads((undisturbed / "train/tiny/metrics.jsonl").read_text().splitlines()[-1])
     assert f"{last['heldout_loss']:.5g}" in (undisturbed / "train/tiny/report.html").read_text()
     kept = sorted(path.name for path in (undisturbed / "train/tiny/checkpoints").iterdir())
-    assert kept == ["30", "35", "40"]  # the two newest, and the end of the first stage
+    assert kept == [
+        "30",
+        "35",
+        "40",
+        "5",
+    ]  # the newest, the end of the first stage, and one for the guard to go back to
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

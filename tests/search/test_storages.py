@@ -71,8 +71,10 @@ def test_a_database_that_is_gone_for_a_while_is_waited_for(
     doors.wait_until(lambda: len(list(tmp_path.glob("sweeps/kept/trials/*/metrics.jsonl"))) >= 2, process)
     server.stop()
     time.sleep(seconds)
-    assert process.poll() is None
-    server.start()
+    try:
+        assert process.poll() is None, process.communicate()
+    finally:
+        server.start()  # for the tests after this one too
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert re.search(r"storage    does not answer \(.+\); waiting for it", stderr)
