@@ -20,7 +20,7 @@ from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, GrpcStorageProxy, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError, ResourceClosedError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from mutune.errors import Refusal, first_line
@@ -33,6 +33,8 @@ TRIALS = "trials"  # the folder of the trials' records, in the study's
 MARK = "inputs"  # the user attribute of a study that tells which inputs it is of
 GRPC = "grpc://"
 READY_SECONDS = 10.0  # for a proxy to answer at first
+#: What a database that goes away leaves behind, also of a connection that it closed in the middle of a transaction.
+GONE = (StorageInternalError, DBAPIError, PendingRollbackError, ResourceClosedError)
 PATIENCE = 120.0  # seconds that a storage may be gone
 CREATION_TRIES = 5  # of tables, which two studies that start at once make for each other
 
@@ -171,7 +173,7 @@ def patiently(action: Callable[[], T]) -> T:
         try:
             return action()
         except Exception as error:
-            if not isinstance(error, (StorageInternalError, DBAPIError)) and not _is_grpc(error):
+            if not isinstance(error, GONE) and not _is_grpc(error):
                 raise
             why = _line(error.__cause__ or error)
             if "full" in why or time.monotonic() - started > PATIENCE:  # a full disk empties itself for nobody
