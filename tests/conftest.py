@@ -1,6 +1,5 @@
 """Fixtures for tests that run commands: one cache of tokenized text for the whole session."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +12,11 @@ def one_thread_and_one_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterat
     import torch
 
     torch.set_num_threads(1)
-    before = os.environ.get("MUTUNE_CACHE")
-    os.environ["MUTUNE_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
-    yield
-    if before is None:
-        del os.environ["MUTUNE_CACHE"]
-    else:
-        os.environ["MUTUNE_CACHE"] = before
+    cache = str(tmp_path_factory.getbasetemp() / "cache")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MUTUNE_CACHE", cache)
+        environment.setenv("OMP_NUM_THREADS", "1")  # which commands take for their threads, here and in other processes
+        yield
 
 
 @pytest.fixture
