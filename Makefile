@@ -31,7 +31,7 @@ $(READY): pyproject.toml constraints.txt
 sweep: $(READY)  ## the main job: search the proxy's hyperparameters (+sweep=proxy)
 	$(BIN)/python -m mutune.sweep +sweep=proxy
 
-test: $(READY)  ## the quick tests (about 20 minutes on 2 cores; 15 are the aim)
+test: $(READY)  ## the quick tests (15 to 20 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not soak" -n 2 --dist worksteal
 
 demo: $(READY)  ## valley, transfer and the small target; redraws the README's figure
