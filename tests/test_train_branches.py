@@ -75,6 +75,8 @@ def test_a_branch_that_is_stopped_goes_on_from_its_own_checkpoint(
     kept = out / "train/trunk/checkpoints/20"
     kept.rename(kept.with_name("gone"))
     try:
+        typo = trained(out, "stopped", DECAYING, stages, trunk.replace("/20", "/7"), expect=2)
+        assert f"is not to be read, and the run in {out}/train/stopped began at step 20 of its trunk; for exam" in typo
         other = trained(out, "stopped", DECAYING, f"{{{STAGE}, num_steps: 31}}", trunk, "overwrite=true", expect=2)
         assert f"is gone, and known only to the run in {out}/train/stopped, which overwrite=true replaces" in other
         said = trained(out, "stopped", DECAYING, stages, trunk)

@@ -64,7 +64,12 @@ def branch(path: Path, spec: RunSpec, own: Path) -> Branch:
             run's.
     """
     if kept := _begun(path, own):
-        before = build(RunSpec, kept.meta["run"])
+        before, left = build(RunSpec, kept.meta["run"]), kept.meta["branch"]["step"]
+        require(
+            path.name == str(left),
+            f"branch_from={path} is not to be read, and the run in {own.parent} began at step {left:,} of its trunk; "
+            f"for example branch_from={path.with_name(str(left))}.",
+        )
         return Branch(replace(spec, extends=before.extends, left_out=before.left_out), kept.meta["branch"])
     require(
         (path / "meta.json").is_file(),
