@@ -48,9 +48,14 @@ def trunk(out: Path) -> str:
     return f"branch_from={out}/train/trunk/checkpoints/20"
 
 
-def test_a_decay_that_leaves_a_trunk_is_the_run_that_decays_there(out: Path, trunk: str) -> None:
-    stages = f"{{{STAGE}, num_steps: 30}}"
-    said = trained(out, "decay", DECAYING, stages, trunk)
+@pytest.fixture(scope="module")
+def decay(out: Path, trunk: str) -> str:
+    """What a run says that leaves the trunk to decay to step 30."""
+    return trained(out, "decay", DECAYING, f"{{{STAGE}, num_steps: 30}}", trunk)
+
+
+def test_a_decay_that_leaves_a_trunk_is_the_run_that_decays_there(out: Path, decay: str) -> None:
+    said, stages = decay, f"{{{STAGE}, num_steps: 30}}"
     assert "branching  decay at step 20 of 30, by " in said
     (line,) = (line for line in said.splitlines() if line.startswith("branch  "))
     assert line.startswith(
@@ -64,6 +69,7 @@ def test_a_decay_that_leaves_a_trunk_is_the_run_that_decays_there(out: Path, tru
     assert records(out, "decay")[-1]["lr"] < 0.3 * records(out, "trunk")[-1]["lr"]
 
 
+@pytest.mark.usefixtures("decay")
 def test_a_branch_that_is_stopped_goes_on_from_its_own_checkpoint(
     out: Path, trunk: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
