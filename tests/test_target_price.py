@@ -64,7 +64,8 @@ def test_the_micro_batch_that_is_named_fits_by_the_same_arithmetic(
     btlm: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     full = [btlm, *PRICED[1:], "parallel.activation_checkpointing=full"]
-    value = said([*full, "fit=true"], capsys).splitlines()[-1]
+    value, following = said([*full, "fit=true"], capsys).splitlines()[-2:]
+    assert following.startswith("next       the same command with that, and dry_run=true in place of fit=true")
     assert value.startswith("set        parallel.micro_sequences=")
     numbers = json.loads(value.rpartition("=")[2])
     assert len(numbers) == 2

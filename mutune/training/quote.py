@@ -196,6 +196,7 @@ def largest_table(spec: RunSpec, parallel: ParallelConfig, on: Machine) -> str:
         )
     if all(found):
         lines.append(f"set        {setting(found, shares)}")
+        lines.append("next       the same command with that, and dry_run=true in place of fit=true, says what it costs")
     else:
         lines.append(advice(spec, parallel, on.gpus, lambda run, way, gpus: _one_fits(run, way, on, gpus), "gpus="))
     return "\n".join(lines)
